@@ -1,0 +1,71 @@
+"""One training loop for all comparisons, so that two models differ in nothing but themselves."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from characters import CharacterText
+
+from hf_holo import MuonAdamW
+
+
+@dataclass
+class Fit:
+    """How a model is trained. Exactly one of `steps` and `seconds` bounds the run."""
+
+    learning_rate: float
+    optimizer: str = "muon"  # or "adamw"
+    steps: int | None = None
+    seconds: float | None = None
+    rows: int = 16
+    length: int = 256
+    seed: int = 0
+
+    def __post_init__(self):
+        if (self.steps is None) == (self.seconds is None):
+            raise ValueError(f"give either steps or seconds, got steps={self.steps} and seconds={self.seconds}")
+
+
+def make_optimizer(name: str, model: torch.nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    if name == "muon":
+        return MuonAdamW(model, lr=learning_rate)
+    if name == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    raise ValueError(f"optimizer must be 'muon' or 'adamw', got {name!r}")
+
+
+def fit(model: torch.nn.Module, text: CharacterText, how: Fit) -> int:
+    """Trains `model` in place on random windows (the same for every model of a seed) and returns the steps taken.
+
+    The learning rate rises over the first tenth of the run and then falls along a cosine to a tenth of its peak.
+    """
+    optimizer = make_optimizer(how.optimizer, model, how.learning_rate)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    generator = torch.Generator().manual_seed(how.seed)
+    torch.manual_seed(how.seed)  # dropout
+    model.train()
+    start, step = time.perf_counter(), 0
+    while (progress := _progress(how, step, time.perf_counter() - start)) < 1:
+        x, y = text.batch(how.rows, how.length, generator)
+        loss = F.cross_entropy(model(input_ids=x, use_cache=False).logits.flatten(0, 1), y.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * _scale(progress)
+        optimizer.step()
+        step += 1
+        if step % 50 == 0:
+            print(f"  step {step}: loss {loss.item():.3f}, {time.perf_counter() - start:.0f} s", flush=True)
+    return step
+
+
+def _progress(how: Fit, step: int, elapsed: float) -> float:
+    """The share of the run that is over; counted in steps, it never starts at a learning rate of zero."""
+    return elapsed / how.seconds if how.steps is None else (step + 0.5) / how.steps
+
+
+def _scale(progress: float) -> float:
+    return min(1.0, progress / 0.1) * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))

@@ -1,0 +1,97 @@
+"""What all benchmarks share: fair timing, a readable table, and a result file that says where its figures come from."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, str | int | float]:
+    """Processor, cores, threads in use and memory: what a figure depends on, and nothing that names the machine."""
+    return {
+        "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": platform.system(),
+    }
+
+
+def _cpuinfo(field: str) -> str | None:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), None)
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def write_report(name: str, figures: Mapping, *, seed: int, seconds: float, folder: Path = RESULTS) -> Path:
+    """Writes `folder/name.json` under a temporary name first, so that a reader never meets half a file."""
+    report = {
+        "benchmark": name,
+        "figures": figures,
+        "seed": seed,
+        "seconds": round(seconds, 1),
+        "machine": machine(),
+        "versions": versions(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    temporary = path.with_suffix(f".tmp{os.getpid()}")
+    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def read_report(name: str, folder: Path = RESULTS) -> dict:
+    """The report written earlier under this name, or an empty one."""
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"figures": {}, "seconds": 0.0}
+
+
+def interleaved_medians(tasks: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, float]:
+    """Median seconds of each task. They take turns, so that a slow moment of the machine hits all of them alike."""
+    for task in tasks.values():
+        for _ in range(warmup):
+            task()
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for _ in range(repeats):
+        for name, task in tasks.items():
+            start = time.perf_counter()
+            task()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def print_table(rows: Sequence[Mapping[str, object]]) -> None:
+    """Prints rows with the same keys as aligned columns."""
+    cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    for row in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_footer(path: Path, seconds: float) -> None:
+    """Says where the figures were measured, in how long, and where they lie."""
+    here = machine()
+    where = f"{here['processor']}, {here['cores']} cores, {here['threads']} threads, {here['memory_gib']} GiB"
+    print(f"{where}: {seconds:.0f} s")
+    print(f"written to {path}")

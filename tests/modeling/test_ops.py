@@ -1,0 +1,216 @@
+"""Every fast operation against its naive twin, in float64: values and gradients."""
+
+import math
+
+import pytest
+import torch
+
+from hf_holo.modeling import ops
+
+LENGTHS = (1, 7, 63, 64, 65, 200, 1100)
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def assert_twins(fast, naive, inputs: dict[str, torch.Tensor | None], **fixed) -> None:
+    """Same outputs, and the same gradient with respect to every input, for a random linear loss."""
+    results = []
+    for function in (fast, naive):
+        leaves = {name: x.clone().requires_grad_() for name, x in inputs.items() if x is not None}
+        outputs = function(**leaves, **fixed)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        generator = torch.Generator().manual_seed(1)
+        loss = sum((y * torch.randn(y.shape, generator=generator)).sum() for y in outputs)
+        loss.backward()
+        results.append((outputs, {name: leaf.grad for name, leaf in leaves.items()}))
+    (outputs, gradients), (expected_outputs, expected_gradients) = results
+    for got, expected in zip(outputs, expected_outputs, strict=True):
+        torch.testing.assert_close(got, expected, **TOLERANCE)
+    for name, expected in expected_gradients.items():
+        assert torch.isfinite(expected).all(), name
+        torch.testing.assert_close(
+            gradients[name], expected, **TOLERANCE, msg=lambda m, n=name: f"gradient of {n}: {m}"
+        )
+
+
+def documents(batch: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    """Document indices [B, T]: a few borders at random places, also at chunk borders; row 0 begins with a new one."""
+    starts = torch.rand(batch, length, generator=generator) < 0.02
+    starts[:, 64::64] |= torch.rand(batch, len(range(64, length, 64)), generator=generator) < 0.5
+    starts[0, 0] = True
+    return starts.long().cumsum(1)
+
+
+# ---------------------------------------------------------------------------------------------- binding
+@pytest.mark.parametrize("width", [1, 2, 7, 16])
+def test_bind_and_unbind_equal_their_twins(width):
+    torch.manual_seed(0)
+    a, b = torch.randn(3, 5, width), torch.randn(3, 5, width)
+    assert_twins(ops.bind, ops.bind_naive, {"a": a, "b": b})
+    assert_twins(ops.unbind, ops.unbind_naive, {"c": a, "b": b})
+
+
+def test_bind_broadcasts_one_key_over_all_tokens():
+    torch.manual_seed(0)
+    x, key = torch.randn(2, 3, 8), torch.randn(8)
+    torch.testing.assert_close(ops.bind(x, key)[1, 2], ops.bind(x[1, 2], key))
+
+
+@pytest.mark.parametrize("width", [7, 16])
+def test_unbinding_with_a_unitary_key_is_exact(width):
+    torch.manual_seed(0)
+    spectrum = torch.fft.rfft(torch.randn(width))
+    key = torch.fft.irfft(spectrum / spectrum.abs(), n=width)
+    x = torch.randn(4, width)
+    torch.testing.assert_close(ops.unbind(ops.bind(x, key), key), x, **TOLERANCE)
+
+
+# ---------------------------------------------------------------------------------------------- causal filters
+@pytest.mark.parametrize("bins", [129, 128])
+def test_minimum_phase_kernel_equals_its_twin(bins):
+    torch.manual_seed(0)
+    coarse = torch.randn(3, 1, 5)
+    smooth = torch.nn.functional.interpolate(coarse, size=bins, mode="linear", align_corners=True)[:, 0]
+    fast, naive = (kernel(smooth, 8) for kernel in (ops.minimum_phase_kernel, ops.minimum_phase_kernel_naive))
+    torch.testing.assert_close(fast, naive, rtol=1e-3, atol=1e-4)  # they differ by the aliased tail
+
+
+def test_minimum_phase_kernel_has_the_magnitude_of_its_gate():
+    logits = 1.5 * torch.cos(torch.linspace(0, math.pi, 65))
+    kernel = ops.minimum_phase_kernel(logits, 128)
+    response = torch.fft.rfft(kernel, n=128).abs()
+    torch.testing.assert_close(response, torch.sigmoid(logits), rtol=1e-6, atol=1e-6)
+
+
+def test_minimum_phase_kernel_of_a_flat_gate_is_a_gain():
+    kernel = ops.minimum_phase_kernel(torch.full((17,), 0.3), 8)
+    expected = torch.zeros(8)
+    expected[0] = torch.sigmoid(torch.tensor(0.3))
+    torch.testing.assert_close(kernel, expected, **TOLERANCE)
+
+
+def test_minimum_phase_kernel_delays_less_than_the_zero_phase_filter():
+    """Of all causal filters with one magnitude response, its energy comes first: every partial sum is the largest."""
+    torch.manual_seed(0)
+    smooth = torch.nn.functional.interpolate(torch.randn(1, 1, 5), size=65, mode="linear", align_corners=True)[0, 0]
+    kernel = ops.minimum_phase_kernel(smooth, 128)
+    linear_phase = torch.fft.irfft(torch.sigmoid(smooth)).roll(64)
+    assert (kernel.square().cumsum(0) >= linear_phase.square().cumsum(0) - 1e-9).all()
+
+
+@pytest.mark.parametrize("length", LENGTHS[:-1])
+@pytest.mark.parametrize("convolve", ["causal_conv", "short_causal_conv"])
+@pytest.mark.parametrize("with_state", [False, True])
+def test_causal_convolutions_equal_their_twin(convolve, length, with_state):
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(2, length, 3), "kernel": torch.randn(3, 4)}
+    inputs["state"] = torch.randn(2, 3, 3) if with_state else None
+    assert_twins(getattr(ops, convolve), ops.causal_conv_naive, inputs)
+
+
+def test_causal_convolution_with_a_kernel_longer_than_the_input():
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(2, 5, 3), "kernel": torch.randn(3, 40), "state": torch.randn(2, 39, 3)}
+    assert_twins(ops.causal_conv, ops.causal_conv_naive, inputs)
+
+
+def test_short_convolution_sees_no_other_document():
+    torch.manual_seed(0)
+    x, kernel, state = torch.randn(1, 9, 3), torch.randn(3, 4), torch.randn(1, 3, 3)
+    document = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2]])
+    got = ops.short_causal_conv(x, kernel, state, document)
+    pieces = zip(x.split((4, 2, 3), 1), (state, None, None), strict=True)
+    expected = torch.cat([ops.causal_conv_naive(piece, kernel, before) for piece, before in pieces], 1)
+    torch.testing.assert_close(got, expected, **TOLERANCE)
+
+
+# ---------------------------------------------------------------------------------------------- phases
+def test_drift_angles_stay_exact_far_out():
+    omega = torch.tensor([[0.1, 2.5]], dtype=torch.float32)
+    tokens = torch.tensor([0, 1, 1_000_003])
+    angles = ops.drift_angles(omega, tokens)
+    assert angles.shape == (3, 1, 2) and angles.dtype == torch.float32
+    exact = (omega.double() * tokens[:, None, None]) % (2 * math.pi)
+    torch.testing.assert_close(angles.double(), exact, rtol=0, atol=1e-6)
+
+
+def test_phase_features_equal_their_twin():
+    torch.manual_seed(0)
+    drift = torch.randn(7, 2, 3)
+    assert_twins(ops.phase_features, ops.phase_features_naive, {"theta": torch.randn(2, 7, 2, 3)}, drift=drift)
+
+
+def test_rotating_a_state_equals_rotating_the_query_back():
+    """Reading e^{-i angle} M with phases θ is reading M with phases θ + angle: cos(θ + angle - θ_k)."""
+    torch.manual_seed(0)
+    theta, angle = torch.randn(1, 1, 2, 3), torch.randn(2, 3)
+    state = torch.randn(1, 2, 6, 5)
+    rotated = ops.phase_features_naive(theta, torch.zeros(1, 2, 3)) @ ops.rotate_state(state, angle)
+    read = ops.phase_features_naive(theta, angle[None]) @ state
+    torch.testing.assert_close(rotated, read, **TOLERANCE)
+
+
+# ---------------------------------------------------------------------------------------------- scans
+def scan_inputs(length: int, groups: int, with_state: bool, generator: torch.Generator) -> dict:
+    batch, heads, features, width = 2, 2, 6, 3
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    q = normal(batch, heads * groups, length, features)
+    k = normal(batch, heads, length, features)
+    return {
+        "q": q / q.norm(dim=-1, keepdim=True),
+        "k": k / k.norm(dim=-1, keepdim=True),
+        "v": normal(batch, heads, length, width),
+        "log_decay": -torch.nn.functional.softplus(normal(batch, heads, length) - 2),
+        "log_write": torch.nn.functional.logsigmoid(normal(batch, heads, length)),
+        "state": normal(batch, heads, features, width) if with_state else None,
+    }
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("with_documents", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_interference_scan_equals_its_twin(length, with_state, with_documents, groups):
+    generator = torch.Generator().manual_seed(length)
+    inputs = scan_inputs(length, groups, with_state, generator)
+    document = documents(2, length, generator) if with_documents else None
+    assert_twins(ops.interference_scan, ops.interference_scan_naive, inputs, document=document)
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 50, 256])
+def test_the_chunk_changes_no_result(chunk):
+    generator = torch.Generator().manual_seed(0)
+    inputs = scan_inputs(200, 1, True, generator)
+    document = documents(2, 200, generator)
+
+    def fast(**leaves):
+        return ops.interference_scan(**leaves, chunk=chunk)
+
+    assert_twins(fast, ops.interference_scan_naive, inputs, document=document)
+
+
+def test_padded_tokens_leave_the_state_alone():
+    generator = torch.Generator().manual_seed(0)
+    inputs = scan_inputs(70, 1, True, generator)
+    inputs["log_decay"][:, :, 30:] = 0.0
+    inputs["log_write"][:, :, 30:] = float("-inf")
+    _, padded = ops.interference_scan(**inputs)
+    short = {name: x if name == "state" else x[:, :, :30] for name, x in inputs.items()}
+    torch.testing.assert_close(padded, ops.interference_scan_naive(**short)[1], **TOLERANCE)
+
+
+def test_no_decay_overflows_however_strong():
+    """Decays of e^-1000 a token: weights are exponentials of differences, so nothing divides by zero."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = scan_inputs(130, 1, True, generator)
+    inputs["log_decay"] = torch.where(torch.rand(2, 2, 130, generator=generator) < 0.2, -1000.0, -0.01)
+    assert_twins(ops.interference_scan, ops.interference_scan_naive, inputs)
