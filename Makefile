@@ -1,0 +1,49 @@
+# The two commands: `make quickstart` and `make test`. Each sets up what it needs, once.
+PYTHON ?= python3
+VENV := .venv
+VENV5 := .venv-5x
+PYTEST_FLAGS ?=
+
+# Optimum's exporter holds these at the versions of transformers 4.57.
+ONLY_4 := transformers|huggingface_hub|tokenizers|optimum|optimum-onnx
+
+.PHONY: setup setup-5x quickstart test test-all test-5x lint format clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.stamp
+setup-5x: $(VENV5)/.stamp
+
+quickstart: setup
+	$(VENV)/bin/hf-holo train --overwrite
+
+test: lint
+	$(VENV)/bin/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+
+test-all: lint
+	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+
+test-5x: setup-5x
+	$(VENV5)/bin/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: setup
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) $(VENV5)
+
+# The stamps are written last: an interrupted set-up starts again where pip left off.
+$(VENV)/.stamp: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q -c constraints.txt -e '.[onnx,eval,dev]'
+	touch $@
+
+$(VENV5)/.stamp: pyproject.toml constraints.txt
+	test -x $(VENV5)/bin/pip || $(PYTHON) -m venv $(VENV5)
+	grep -vE '^($(ONLY_4))==' constraints.txt > $(VENV5)/constraints.txt
+	$(VENV5)/bin/pip install -q -U -c $(VENV5)/constraints.txt -e '.[eval,dev]' 'transformers>=5,<6'
+	touch $@
