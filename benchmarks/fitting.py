@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from characters import CharacterText
 
-from hf_holo import MuonAdamW
+from hf_holo.training.optim import MuonAdamW, split_parameters
 
 
 @dataclass
@@ -30,9 +30,14 @@ class Fit:
 
 def make_optimizer(name: str, model: torch.nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     if name == "muon":
-        return MuonAdamW(model, lr=learning_rate)
+        return MuonAdamW.for_model(model, lr=learning_rate)
     if name == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+        parameters = split_parameters(model)
+        groups = [
+            {"params": parameters["hidden"] + parameters["matrices"], "weight_decay": 0.1},
+            {"params": parameters["rest"], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
     raise ValueError(f"optimizer must be 'muon' or 'adamw', got {name!r}")
 
 

@@ -3,7 +3,7 @@
     python benchmarks/llama_comparison.py tinyshakespeare.txt
 
 Each model is trained once per learning rate and shown at its best. A finished run is kept in the result file and not
-repeated, so that runs can be made one at a time (`--models hsn --learning_rates 0.01`).
+repeated, so that runs can be made one at a time (`--models hsn --learning_rates 0.004`).
 """
 
 import argparse
@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_holo import HsnConfig, HsnForCausalLM
 
 NAME = "llama_comparison"
-LEARNING_RATES = {"muon": (0.005, 0.01, 0.02), "adamw": (0.001, 0.002, 0.004)}
+LEARNING_RATES = {"muon": (0.002, 0.004, 0.008), "adamw": (0.001, 0.002, 0.004)}
 
 
 def build_hsn(vocab_size: int, width: int, depth: int) -> HsnForCausalLM:

@@ -1,0 +1,144 @@
+"""Precision and execution modes: what they may change is rounding, and nothing else."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+
+def gradients(model, ids):
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_every_parameter_gets_a_gradient(model, random_ids):
+    ids = random_ids(2, 70)
+    for name, gradient in gradients(model, ids).items():
+        assert torch.isfinite(gradient).all() and gradient.abs().max() > 0, name
+
+
+def test_gradients_equal_finite_differences(model, random_ids):
+    """One random direction through all parameters, over two chunks: the hand-written gradients are the true ones."""
+    ids, step = random_ids(1, 70), 1e-5
+    generator = torch.Generator().manual_seed(0)
+    directions = {n: torch.randn(p.shape, generator=generator).double() for n, p in model.named_parameters()}
+    slope = sum((g * directions[n]).sum() for n, g in gradients(model, ids).items())
+
+    @torch.no_grad()
+    def loss_at(distance):
+        for name, parameter in model.named_parameters():
+            parameter.add_(distance * directions[name])
+        return model(input_ids=ids, labels=ids).loss
+
+    ahead, behind = loss_at(step), loss_at(-2 * step)
+    torch.testing.assert_close((ahead - behind) / (2 * step), slope.detach(), rtol=1e-5, atol=1e-8)
+
+
+def test_gradient_checkpointing_changes_no_gradient(model, random_ids):
+    ids = random_ids(2, 70)
+    model.train()
+    expected = gradients(model, ids)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for name, gradient in gradients(model, ids).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-12)
+
+
+def test_dropout_acts_in_training_only(tiny_model, random_ids):
+    model, ids = tiny_model("bundle", hidden_dropout_prob=0.5), random_ids(1, 9)
+    torch.testing.assert_close(model(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=0)
+    model.train()
+    assert not torch.allclose(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_stays_near_float32(variant, tiny_model, random_ids, dtype):
+    model, ids = tiny_model(variant, dtype=torch.float32), random_ids(2, 130)
+    expected = model(input_ids=ids).logits
+    with torch.autocast("cpu", dtype=dtype):
+        logits = model(input_ids=ids).logits
+    error = (logits.float() - expected).norm() / expected.norm()
+    assert error < (0.05 if dtype == torch.bfloat16 else 0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_gives_finite_gradients(variant, tiny_model, random_ids, dtype):
+    model, ids = tiny_model(variant, dtype=torch.float32), random_ids(2, 130)
+    expected = gradients(model, ids)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = model(input_ids=ids, labels=ids).loss
+    model.zero_grad()
+    loss.backward()
+    got = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    wanted = torch.cat([gradient.flatten() for gradient in expected.values()])
+    assert torch.isfinite(got).all()
+    assert torch.cosine_similarity(got, wanted, dim=0) > 0.98
+
+
+def state_tensors(cache):
+    return [state for layer in cache.layers for state in layer.states.values()]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_half_precision_model_runs_with_float32_states(variant, tiny_model, random_ids, dtype):
+    model, ids = tiny_model(variant, dtype=torch.float32), random_ids(1, 70)
+    expected = model(input_ids=ids).logits
+    model = model.to(dtype)
+    output = model(input_ids=ids, use_cache=True)
+    assert output.logits.dtype == dtype
+    assert (output.logits.float() - expected).norm() / expected.norm() < 0.1
+    specification = model.state_spec(model.config)
+    assert all(state.dtype == torch.float32 for state in state_tensors(output.past_key_values))
+    assert len(state_tensors(output.past_key_values)) == sum(map(len, specification))
+    generated = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert generated.shape == (1, 74)
+
+
+@torch.no_grad()
+def test_float64_stays_float64(model, random_ids):
+    """A single rounding to float32 on the way would show as a difference of 1e-7 between two chunkings."""
+    output = model(input_ids=random_ids(1, 70), use_cache=True)
+    assert output.logits.dtype == torch.float64
+    assert all(state.dtype == torch.float64 for state in state_tensors(output.past_key_values))
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager(model, random_ids):
+    ids = random_ids(2, 70)
+    expected, expected_gradients = model(input_ids=ids, labels=ids), gradients(model, ids)
+    compiled = torch.compile(model)
+    torch.testing.assert_close(compiled(input_ids=ids, labels=ids).logits, expected.logits, rtol=1e-8, atol=1e-8)
+    for name, gradient in gradients(compiled, ids).items():
+        name = name.removeprefix("_orig_mod.")
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-8, atol=1e-8)
+
+
+BF16_TRAINING = """
+import sys, torch
+from transformers import Trainer, TrainingArguments
+from hf_holo import HsnConfig, HsnForCausalLM
+
+torch.manual_seed(0)
+model = HsnForCausalLM(HsnConfig(vocab_size=17, hidden_size=32, num_hidden_layers=2))
+rows = [{"input_ids": torch.arange(24) % 17, "labels": torch.arange(24) % 17}] * 32
+arguments = TrainingArguments(
+    sys.argv[1], bf16=True, use_cpu=True, max_steps=20, learning_rate=1e-2, per_device_train_batch_size=4,
+    gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
+    report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=5,
+)
+trainer = Trainer(model, arguments, train_dataset=rows)
+trainer.train()
+losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+assert losses[-1] < 0.5 * losses[0], losses
+"""
+
+
+def test_bf16_training_with_checkpointing(tmp_path):
+    """In a process of its own: transformers 4.57 lets bf16 leak into later trainers of the same process."""
+    command = [sys.executable, "-c", BF16_TRAINING, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]

@@ -1,0 +1,144 @@
+"""The benchmark scripts run, at their smallest, and write reports that say where the figures come from."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks live in the repository only")
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Runs a script's main with its results in a temporary folder; returns the report and what was printed."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+    def run(script: str, *argv: object, report: str | None = None) -> tuple[dict, str]:
+        importlib.import_module(script).main([*map(str, argv), "--results", str(tmp_path)])
+        return json.loads((tmp_path / f"{report or script}.json").read_text()), capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("It is the east, and Juliet is the sun. " * 40, encoding="utf-8")
+    return path
+
+
+TINY_FIT = ("--rows", 2, "--length", 16, "--width", 32, "--depth", 1)
+
+
+def test_a_report_says_where_its_figures_come_from(run):
+    report, printed = run("static_speed", "--width", 32, "--lengths", 64, 128, "--repeats", 1)
+    assert report.keys() == {"benchmark", "figures", "seed", "seconds", "machine", "versions"}
+    assert report["machine"]["cores"] >= 1 and report["machine"]["processor"] and report["machine"]["memory_gib"] > 0
+    assert report["versions"]["torch"] == torch.__version__
+    assert [row["times_tokens"] for row in report["figures"]["rows"]] == [1.0, 2.0]
+    assert report["machine"]["processor"] in printed
+
+
+def test_a_report_replaces_the_older_one_whole(run, tmp_path):
+    for lengths in ((64, 128), (64,)):
+        report, _ = run("static_speed", "--width", 32, "--lengths", *lengths, "--repeats", 1)
+        assert len(report["figures"]["rows"]) == len(lengths)
+    assert [path.name for path in tmp_path.iterdir()] == ["static_speed.json"]
+
+
+def test_timings_take_turns(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    order = []
+    tasks = {name: lambda name=name: order.append(name) for name in "ab"}
+    medians = importlib.import_module("report").interleaved_medians(tasks, repeats=3, warmup=1)
+    assert order == ["a", "b", *"ababab"] and medians.keys() == {"a", "b"}
+
+
+def test_windowed_loss_scores_every_character_once(monkeypatch, text):
+    """A model that always says the same: the loss is the mean of one log-probability per scored character."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    characters = importlib.import_module("characters")
+    data = characters.CharacterText(text)
+    logits = torch.randn(data.vocab_size, generator=torch.Generator().manual_seed(0))
+
+    class Constant(torch.nn.Module):
+        def forward(self, input_ids, use_cache):
+            return type("Output", (), {"logits": logits.expand(*input_ids.shape, -1)})
+
+    expected = -logits.log_softmax(-1)[data.validation[1:]].mean().item()
+    assert characters.windowed_loss(Constant(), data.validation, window=50) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_llama_comparison(run, text, monkeypatch, optimizer):
+    argv = (text, "--optimizer", optimizer, "--steps", 2, "--learning_rates", 0.001, 0.002, *TINY_FIT)
+    name = f"llama_comparison_{optimizer}"
+    report, printed = run("llama_comparison", *argv, report=name)
+    runs = report["figures"]["runs"]
+    assert [run["model"] for run in runs] == ["hsn", "hsn", "llama", "llama"]
+    assert abs(runs[2]["parameters"] / runs[0]["parameters"] - 1) <= 0.03
+    best = report["figures"]["best"]
+    assert report["figures"]["advantage"] == pytest.approx(best["llama"] - best["hsn"])
+    assert "lower by" in printed
+
+    monkeypatch.setattr("llama_comparison.fit", lambda *_: pytest.fail("a finished run was repeated"))
+    again, _ = run("llama_comparison", *argv, report=name)
+    assert again["figures"] == report["figures"]
+
+
+def test_design_choices(run, text):
+    argv = (text, "--variants", "default", "write=cancel", "--seconds", 0.2, *TINY_FIT)
+    report, _ = run("design_choices", *argv)
+    assert [run["variant"] for run in report["figures"]["runs"]] == ["default", "write=cancel"]
+    assert all(run["steps"] >= 1 for run in report["figures"]["runs"])
+
+
+def test_every_design_choice_is_a_model(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from hf_holo import HsnConfig
+
+    for options in importlib.import_module("design_choices").VARIANTS.values():
+        HsnConfig(vocab_size=11, hidden_size=32, num_hidden_layers=1, **options)
+
+
+def test_block_speed(run):
+    report, _ = run("block_speed", "--shapes", "2x64x64", "--lengths", 64, 128, "--length_width", 32, "--repeats", 1)
+    (row,) = report["figures"]["against_llama"]
+    assert row["time_ratio"] == pytest.approx(row["hsn_ms"] / row["llama_ms"])
+    assert [row["tokens"] for row in report["figures"]["time_per_token"]] == [64, 128]
+
+
+@pytest.mark.parametrize("width", [128, 256, 512])
+def test_the_compared_blocks_have_equal_parameters(monkeypatch, width):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    block_speed = importlib.import_module("block_speed")
+    hsn, (llama, _) = block_speed.hsn_block(width), block_speed.llama_block(width)
+    assert abs(block_speed.parameters(hsn) / block_speed.parameters(llama) - 1) <= 0.03
+
+
+def test_decode_speed(run):
+    argv = ("--contexts", 4, 70, "--tokens", 2, "--segment", 32, "--repeats", 1)
+    report, _ = run("decode_speed", *argv)
+    assert [row["context"] for row in report["figures"]["rows"]] == [4, 70]
+
+
+def test_stepwise_loss(run, text, tmp_path, monkeypatch):
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from hf_holo import HsnConfig, HsnForCausalLM
+
+    vocabulary = {character: i for i, character in enumerate(sorted(set(text.read_text())))}
+    characters = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    checkpoint = tmp_path / "checkpoint"
+    PreTrainedTokenizerFast(tokenizer_object=characters).save_pretrained(checkpoint)
+    HsnForCausalLM(HsnConfig(vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=1)).save_pretrained(
+        checkpoint
+    )
+    report, _ = run("stepwise_loss", checkpoint, text, "--rows", 2, "--length", 20)
+    assert report["figures"]["tokens"] == 40
+    assert report["figures"]["difference"] < 1e-4
