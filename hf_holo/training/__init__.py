@@ -1,0 +1,1 @@
+"""Training on top of transformers' Trainer: data, tokenizers, optimizer, weight averaging, recipes."""

@@ -1,0 +1,206 @@
+"""The arguments of `hf-holo train`: three dataclasses, filled from a YAML recipe and the command line."""
+
+import difflib
+from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from importlib.resources import files
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from ..errors import HoloError
+
+DEFAULT_RECIPE = "quickstart"
+# Naming one of these on the command line puts the recipe's choice among them aside.
+ALTERNATIVES = (("preset", "model_name_or_path"), ("train_file", "dataset_name"))
+
+
+def described(help: str, default: Any = None, **metadata: Any) -> Any:
+    """A dataclass field with a help text for the command line."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train."""
+
+    preset: str | None = described("Start a new model from this preset; `hf-holo list` shows them.")
+    model_name_or_path: str | None = described("Start from this checkpoint instead, with its tokenizer.")
+    model: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Config values to change, as KEY=VALUE; in a recipe a mapping.", "metavar": "KEY=VALUE"},
+    )
+
+
+@dataclass
+class DataArguments:
+    """What to train it on."""
+
+    train_file: str | None = described("Text file, folder, or parquet, JSON, JSON-lines or CSV file.")
+    dataset_name: str | None = described("Dataset on the Hub, or `python-help`.")
+    dataset_config_name: str | None = described("Configuration of the Hub dataset.")
+    text_column: str = described("Column of a table that holds the text.", "text")
+    data_format: Literal["text", "alpaca"] = described("Plain text, or instructions in the Alpaca format.", "text")
+    validation_fraction: float = described("Share of the data, taken from its end, that is held out.", 0.1)
+    block_size: int = described("Tokens in a training window.", 256)
+    stride: int | None = described("Distance between the starts of training windows; default: block_size.")
+    tokenizer: str | None = described("characters (default), bytes, bpe, or the folder of a saved tokenizer.")
+    vocab_size: int = described("Size of the vocabulary that bpe learns.", 4096)
+    sample_prompt: str | None = described("Start of the sample; default: the start of the validation text.")
+    sample_tokens: int = described("Tokens to generate for the sample and for each answer.", 400)
+    num_answers: int = described("Held-out instructions to answer in answers.txt.", 8)
+
+
+@dataclass
+class HoloTrainingArguments(TrainingArguments):
+    """transformers' TrainingArguments with defaults for training from scratch, and a few more."""
+
+    output_dir: str | None = described("Folder of the run; default: runs/<recipe>.")
+    overwrite: bool = described("Delete the run that output_dir holds.", False)
+    resume_from_checkpoint: str | None = described(
+        "Go on from this checkpoint; without a value, from the last complete one in output_dir.",
+        nargs="?",
+        const="last",
+    )
+    optimizer: Literal["muon", "adamw"] = described("MuonAdamW, or the optimizer that --optim names.", "muon")
+    muon_lr_ratio: float = described("Learning rate of Muon as a multiple of learning_rate.", 5.0)
+    ema_decay: float = described("Decay of the average of the weights that is evaluated and saved; 0: none.", 0.0)
+    learning_rate: float = described("Peak learning rate of AdamW.", 4e-3)
+    weight_decay: float = described("Weight decay of matrices.", 0.1)
+    adam_beta2: float = described("AdamW's second decay rate.", 0.95)
+    save_total_limit: int | None = described("Checkpoints to keep.", 2)
+    dataloader_pin_memory: bool = described("Pin memory in data loaders.", torch.cuda.is_available())
+    report_to: str | None = described("Experiment trackers to report to.", "none")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.optimizer == "muon" and self.muon_lr_ratio <= 0:
+            raise ValueError(f"muon_lr_ratio: {self.muon_lr_ratio} is not positive")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay: {self.ema_decay} is not in [0, 1)")
+        if self.ema_decay and self.load_best_model_at_end:
+            raise ValueError("ema_decay: averages and load_best_model_at_end exclude each other; choose one")
+
+
+KINDS = (ModelArguments, DataArguments, HoloTrainingArguments)
+
+
+@dataclass
+class Run:
+    """All arguments of one run.
+
+    Attributes:
+        model, data, training: the arguments.
+        model_overrides: config values to change.
+        recipe: the run as a recipe: our own arguments, and those of transformers that are not at their defaults. Where
+            to write, and whether to overwrite or resume, is left out.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    training: HoloTrainingArguments
+    model_overrides: dict[str, Any]
+    recipe: dict[str, Any]
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise HoloError(message)
+
+
+def recipe_names() -> list[str]:
+    """The recipes in the package."""
+    return sorted(path.name.removesuffix(".yaml") for path in files(__package__).joinpath("recipes").iterdir())
+
+
+def load_recipe(recipe: str) -> dict[str, Any]:
+    """Read a recipe of the package, by name, or a YAML file.
+
+    Raises:
+        HoloError: there is no such recipe, or it is no mapping of argument names to values.
+    """
+    if recipe in recipe_names():
+        text = files(__package__).joinpath("recipes", f"{recipe}.yaml").read_text(encoding="utf-8")
+    elif Path(recipe).is_file():
+        text = Path(recipe).read_text(encoding="utf-8")
+    else:
+        raise HoloError(f"recipe: {recipe!r} is neither a file nor one of {', '.join(recipe_names())}")
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise HoloError(f"recipe: {recipe!r} is no valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or not isinstance(values.get("model", {}), dict):
+        raise HoloError(f"recipe: {recipe!r} is not a mapping of argument names to values")
+    return values
+
+
+def parse(argv: list[str]) -> Run:
+    """Parse the command line on top of the recipe it names (default: the run that it resumes, or `quickstart`).
+
+    Raises:
+        HoloError: an unknown or malformed argument or recipe.
+    """
+    parser = _Parser(KINDS, prog="hf-holo train", allow_abbrev=False)
+    parser.add_argument("--recipe", help=f"{', '.join(recipe_names())}, or a YAML file; default: {DEFAULT_RECIPE}.")
+    named = _named_arguments(argv)
+    recipe = named.get("recipe") or _resumed_recipe(named) or DEFAULT_RECIPE
+
+    values = load_recipe(recipe)
+    overrides = values.pop("model", {})
+    for group in ALTERNATIVES:
+        if any(named.get(name) for name in group):
+            values = {name: value for name, value in values.items() if name not in group}
+    defaults = {f.name: parser.get_default(f.name) for kind in KINDS for f in fields(kind)}
+    for name in values:
+        if name not in defaults:
+            raise HoloError(f"recipe: {recipe!r} sets the unknown argument {name!r}{_suggestion(name, defaults)}")
+    parser.set_defaults(output_dir=f"runs/{Path(recipe).stem}", **values)
+
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise HoloError(f"unknown argument {unknown[0]}{_suggestion(unknown[0].lstrip('-'), defaults)}")
+    try:
+        model, data, training, _ = parser.parse_args_into_dataclasses(argv)
+    except ValueError as error:
+        raise HoloError(str(error).partition("\n")[0]) from None
+    overrides = {**overrides, **_key_values(model.model)}
+    return Run(model, data, training, overrides, _resolved(vars(given), defaults, overrides))
+
+
+def _named_arguments(argv: list[str]) -> dict[str, Any]:
+    """Those arguments on the command line that decide about the recipe or replace a choice of it."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, argument_default=SUPPRESS)
+    for name in ("recipe", "output_dir", *chain.from_iterable(ALTERNATIVES)):
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
+    parser.add_argument("--resume_from_checkpoint", "--resume-from-checkpoint", nargs="?")
+    return vars(parser.parse_known_args(argv)[0])
+
+
+def _resumed_recipe(named: dict[str, Any]) -> str | None:
+    recipe = Path(named.get("output_dir", "")) / "recipe.yaml"
+    return str(recipe) if "resume_from_checkpoint" in named and "output_dir" in named and recipe.is_file() else None
+
+
+def _key_values(pairs: list[str]) -> dict[str, Any]:
+    for pair in pairs:
+        if "=" not in pair:
+            raise HoloError(f"model: {pair!r} is not of the form KEY=VALUE")
+    return {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in pairs)}
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
+
+
+def _resolved(given: dict[str, Any], defaults: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    own = {name for kind in KINDS for name in kind.__annotations__}
+    values = {name: given[name] for name in defaults if name in own or given[name] != defaults[name]}
+    for name in ("output_dir", "overwrite", "resume_from_checkpoint"):
+        values.pop(name)
+    return {name: value for name, value in {**values, "model": overrides}.items() if value is not None}

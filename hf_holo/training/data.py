@@ -1,0 +1,346 @@
+"""Training data: text packed into windows, and instructions with the loss on the response only."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import HoloError
+
+IGNORED = -100  # the label that transformers' losses leave out
+TABLE_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
+RESPONSE_MARK = "### Response:\n"
+
+
+def python_help() -> list[str]:
+    """The help topics of the running Python: about 460,000 characters of English prose that need no download."""
+    topics = import_module("pydoc_data.topics").topics
+    return ["\n\n".join(topics[name] for name in sorted(topics))]
+
+
+BUILT_IN_TEXTS = {"python-help": python_help}
+
+
+# Reading ------------------------------------------------------------------------------------------------------------
+
+
+def read_documents(
+    train_file: str | None = None,
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    text_column: str = "text",
+) -> list[str]:
+    """Read texts from a file or folder, or from a built-in or Hub dataset.
+
+    Text files are read as they are, one document each; tables (parquet, JSON, JSON lines, CSV) give one document per
+    row. A folder gives all its text files and tables, in the order of their names.
+
+    Raises:
+        HoloError: nothing is named, nothing is there, nothing is in it, it is not UTF-8, or the column is missing.
+    """
+    if dataset_name in BUILT_IN_TEXTS:
+        documents = BUILT_IN_TEXTS[dataset_name]()
+    elif dataset_name:
+        documents = _column(_read_hub(dataset_name, dataset_config_name), text_column, dataset_name)
+    else:
+        documents = [text for file in _files(train_file) for text in _read_texts(file, text_column)]
+    documents = [text for text in documents if text]
+    if not any(text.strip() for text in documents):
+        raise HoloError(f"{_source(train_file, dataset_name)} holds no text")
+    return documents
+
+
+def read_records(
+    train_file: str | None = None, dataset_name: str | None = None, dataset_config_name: str | None = None
+) -> list[dict[str, str]]:
+    """Read instruction data in the Alpaca format: rows with `instruction`, `output` and, where there is one, `input`.
+
+    Raises:
+        HoloError: nothing is there, or a column is missing.
+    """
+    source = _source(train_file, dataset_name)
+    if dataset_name:
+        tables = [_read_hub(dataset_name, dataset_config_name)]
+    else:
+        tables = [_read_table(file) for file in _files(train_file) if file.suffix in TABLE_FORMATS]
+    records = [row for table in tables for row in table]
+    if not records:
+        raise HoloError(f"{source} holds no instruction data; a parquet, JSON or JSON-lines file is wanted")
+    missing = {"instruction", "output"} - records[0].keys()
+    if missing:
+        raise HoloError(f"{source} has no column {', '.join(sorted(missing))}; the Alpaca format is wanted")
+    return records
+
+
+def _source(train_file: str | None, dataset_name: str | None) -> str:
+    return f"dataset_name: {dataset_name!r}" if dataset_name else f"train_file: {train_file!r}"
+
+
+def _files(train_file: str | None) -> list[Path]:
+    if not train_file:
+        raise HoloError("train_file: name a text file, a folder, a parquet or JSON file, or give --dataset_name")
+    path = Path(train_file)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise HoloError(f"train_file: there is no file or folder {train_file!r}")
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in {*TEXT_SUFFIXES, *TABLE_FORMATS})
+    if not files:
+        suffixes = " ".join([*TEXT_SUFFIXES, *TABLE_FORMATS])
+        raise HoloError(f"train_file: the folder {train_file!r} holds no file with one of the suffixes {suffixes}")
+    return files
+
+
+def _read_texts(file: Path, text_column: str) -> list[str]:
+    if file.suffix in TABLE_FORMATS:
+        return _column(_read_table(file), text_column, str(file))
+    try:
+        return [file.read_bytes().decode("utf-8")]  # bytes, so that line ends stay as they are
+    except UnicodeDecodeError as error:
+        raise HoloError(
+            f"train_file: {str(file)!r} is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}); "
+            "convert it to UTF-8"
+        ) from None
+
+
+def _read_table(file: Path):
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        return load_dataset(TABLE_FORMATS[file.suffix], data_files=str(file), split="train")
+    except (DatasetGenerationError, ValueError, StopIteration) as error:
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise HoloError(f"train_file: {str(file)!r} is no valid {TABLE_FORMATS[file.suffix]} file: {reason}") from None
+
+
+def _read_hub(name: str, config: str | None):
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, config, split="train")
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise HoloError(
+            f"dataset_name: cannot load {name!r}: {reason}; built-in: {', '.join(BUILT_IN_TEXTS)}"
+        ) from None
+
+
+def _column(table, text_column: str, source: str) -> list[str]:
+    if text_column not in table.column_names:
+        raise HoloError(f"text_column: {source!r} has no column {text_column!r}, only {', '.join(table.column_names)}")
+    return table[text_column][:]
+
+
+# Text ---------------------------------------------------------------------------------------------------------------
+
+
+def split_documents(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
+    """Cut off the last `fraction` of the characters for validation; the cut may go through a document."""
+    if not 0.0 < fraction < 1.0:
+        raise HoloError(f"validation_fraction: {fraction} is not between 0 and 1")
+    left = int((1.0 - fraction) * sum(map(len, documents)))
+    train, validation = [], []
+    for text in documents:
+        train.append(text[:left])
+        validation.append(text[left:])
+        left = max(left - len(text), 0)
+    return [text for text in train if text], [text for text in validation if text]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> np.ndarray:
+    """Token ids of the documents as one `[N]` int32 array, with the end token (if there is one) between documents."""
+    parts: list[list[int]] = []
+    for number, text in enumerate(documents):
+        if number and tokenizer.eos_token_id is not None:
+            parts.append([tokenizer.eos_token_id])
+        parts.extend(_token_ids(tokenizer, list(_pieces(text))))
+    return np.fromiter(chain.from_iterable(parts), dtype=np.int32)
+
+
+def _pieces(text: str, size: int = 1 << 16) -> Iterator[str]:
+    """Cut a long text behind line ends, so that the tokenizer's memory stays small."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + size) + 1 or len(text)
+        yield text[start:end]
+        start = end
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    # split_special_tokens: what looks like a special token inside the text is text.
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, split_special_tokens=True).input_ids
+
+
+class Windows(Dataset):
+    """Windows of `block_size` token ids; `training_windows` and `scoring_windows` make them.
+
+    Args:
+        ids: `[N]` token ids.
+        block_size: length of a window; the last one may be shorter.
+        starts: where the windows start.
+    """
+
+    def __init__(self, ids: np.ndarray, block_size: int, starts: range) -> None:
+        self.ids, self.block_size, self.starts = ids, block_size, starts
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        start = self.starts[index]
+        window = torch.from_numpy(self.ids[start : start + self.block_size].astype(np.int64))
+        return {"input_ids": window, "labels": window}
+
+
+def training_windows(ids: np.ndarray, block_size: int, stride: int) -> Windows:
+    """A full window every `stride` ids.
+
+    `stride == block_size` packs the text without overlap. A smaller stride shows every token `block_size / stride`
+    times per epoch, each time at another place of its window, which regularises better than repeating the same
+    windows, and leaves order, seed and resume to Trainer's sampler.
+    """
+    return Windows(ids, block_size, range(0, len(ids) - block_size + 1, stride))
+
+
+def scoring_windows(ids: np.ndarray, block_size: int) -> Windows:
+    """Windows in which every id but the very first is predicted exactly once: neighbours share one id."""
+    return Windows(ids, block_size, range(0, len(ids) - 1, block_size - 1))
+
+
+# Instructions -------------------------------------------------------------------------------------------------------
+
+
+def alpaca_prompt(record: dict[str, str]) -> str:
+    """The text in front of the response. `input` may be missing or empty."""
+    parts = ["### Instruction:\n" + record["instruction"]]
+    if record.get("input"):
+        parts.append("### Input:\n" + record["input"])
+    return "\n\n".join([*parts, RESPONSE_MARK])
+
+
+class Responses(Dataset):
+    """Prompt and response of each record, with labels on the response and its end token only.
+
+    Responses are cut at `block_size` tokens; records whose prompt leaves no room for a response are left out.
+    """
+
+    def __init__(self, records: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
+        if tokenizer.eos_token_id is None:
+            raise HoloError("tokenizer: it has no end-of-sequence token, which ends a response")
+        self.rows: list[tuple[list[int], list[int]]] = []
+        self.records: list[dict[str, str]] = []
+        self.characters = 0  # in all scored responses together
+        for record in records:
+            prompt, response = _token_ids(tokenizer, [alpaca_prompt(record), record["output"]])
+            response = [*response, tokenizer.eos_token_id][: max(block_size - len(prompt), 0)]
+            if response:
+                self.rows.append((prompt, response))
+                self.records.append(record)
+                self.characters += len(tokenizer.decode(response, skip_special_tokens=True))
+        if not self.rows:
+            raise HoloError(f"block_size: no prompt among {len(records)} records is shorter than {block_size} tokens")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        prompt, response = self.rows[index]
+        return {
+            "input_ids": torch.tensor(prompt + response),
+            "labels": torch.tensor([IGNORED] * len(prompt) + response),
+        }
+
+
+# Both ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Collator:
+    """Stack examples; pad shorter ones on the right, with a mask only where there is padding."""
+
+    pad_token_id: int
+
+    def __call__(self, examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+        pad = torch.nn.utils.rnn.pad_sequence
+        batch = {
+            "input_ids": pad([e["input_ids"] for e in examples], batch_first=True, padding_value=self.pad_token_id),
+            "labels": pad([e["labels"] for e in examples], batch_first=True, padding_value=IGNORED),
+        }
+        if lengths.min() < lengths.max():
+            batch["attention_mask"] = (torch.arange(lengths.max()) < lengths[:, None]).long()  # [B, T]
+        return batch
+
+
+@dataclass
+class Splits:
+    """What a run trains on and what it is scored on.
+
+    Attributes:
+        train, validation: datasets of `input_ids` and `labels`.
+        characters: number of characters that the scored validation tokens stand for.
+        prompt: text to start a sample from.
+    """
+
+    train: Dataset
+    validation: Dataset
+    characters: int
+    prompt: str
+
+
+def text_splits(
+    train: list[str],
+    validation: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    stride: int | None = None,
+) -> Splits:
+    """Pack texts into windows.
+
+    Raises:
+        HoloError: the training text is shorter than one window, or a size is out of range.
+    """
+    if block_size < 2:
+        raise HoloError(f"block_size: {block_size} is too small; at least 2 tokens")
+    stride = block_size if stride is None else stride
+    if not 1 <= stride <= block_size:
+        raise HoloError(f"stride: {stride} is not between 1 and block_size = {block_size}")
+    train_ids, validation_ids = encode(tokenizer, train), encode(tokenizer, validation)
+    if len(train_ids) < block_size:
+        raise HoloError(
+            f"block_size: the training text has {len(train_ids)} tokens, fewer than one block of {block_size}; "
+            "give more text or a smaller block_size"
+        )
+    if len(validation_ids) < 2:
+        raise HoloError("validation_fraction: fewer than two tokens are left for validation; give more text")
+    characters = sum(map(len, validation)) - len(tokenizer.decode(validation_ids[:1]))
+    return Splits(
+        training_windows(train_ids, block_size, stride),
+        scoring_windows(validation_ids, block_size),
+        characters,
+        prompt=tokenizer.decode(validation_ids[:32]),
+    )
+
+
+def instruction_splits(
+    records: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, block_size: int, fraction: float
+) -> Splits:
+    """Hold out the last `fraction` of the records.
+
+    Raises:
+        HoloError: one of the two parts would be empty.
+    """
+    held_out = round(len(records) * fraction)
+    if not 0 < held_out < len(records):
+        raise HoloError(f"validation_fraction: {fraction} of {len(records)} records leaves one part empty")
+    train = Responses(records[:-held_out], tokenizer, block_size)
+    validation = Responses(records[-held_out:], tokenizer, block_size)
+    return Splits(train, validation, validation.characters, prompt=alpaca_prompt(validation.records[0]))

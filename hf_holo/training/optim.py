@@ -1,0 +1,130 @@
+"""MuonAdamW: one optimizer object that applies Muon to the hidden matrices and AdamW to everything else.
+
+Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/) orthogonalises the momentum of a weight matrix.
+That suits matrices which map activations to activations; embeddings, output heads, vectors and the parameters of
+filters are no such maps and stay with AdamW. Both rules are torch's own (`torch.optim.Muon`, `torch.optim.AdamW`).
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+
+def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Sort the trainable parameters of `model` by what they are, never by what they are called.
+
+    Returns:
+        A dict with three lists, which together hold every trainable parameter once:
+        `"hidden"`: weights of the `nn.Linear` modules inside the blocks (below an `nn.ModuleList` of the base model)
+        that no other kind of module shares; `"matrices"`: the other weights of `nn.Linear` and `nn.Embedding`;
+        `"rest"`: biases, norms, frequencies, decays, gates, kernels.
+    """
+    base = getattr(model, "base_model", model)
+    lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
+    inside = {module for blocks in lists for module in blocks.modules() if isinstance(module, nn.Linear)}
+    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                owners.setdefault(parameter, []).append((module, name))
+
+    groups: dict[str, list[nn.Parameter]] = {"hidden": [], "matrices": [], "rest": []}
+    for parameter, held_by in owners.items():
+        is_weight = parameter.ndim == 2 and all(name == "weight" for _, name in held_by)
+        if is_weight and all(module in inside for module, _ in held_by):
+            groups["hidden"].append(parameter)
+        elif is_weight and all(isinstance(module, nn.Linear | nn.Embedding) for module, _ in held_by):
+            groups["matrices"].append(parameter)
+        else:
+            groups["rest"].append(parameter)
+    return groups
+
+
+class MuonAdamW(Optimizer):
+    """Muon for some parameter groups and AdamW for the others, behind one `param_groups` and one `state`.
+
+    Schedulers, `state_dict()`, `load_state_dict()`, Trainer and Accelerate see an ordinary optimizer. Each step lends
+    the groups and their state to a `torch.optim.Muon` and a `torch.optim.AdamW`, so the updates are exactly theirs.
+
+    Args:
+        params: group dicts, each with `"params"` and `"rule"`, which is `"muon"` or `"adamw"`. A group may override
+            every option of its rule. `MuonAdamW.for_model` makes the groups of a model.
+        lr: learning rate of the groups that bring none.
+        weight_decay: decoupled weight decay of the groups that bring none.
+        betas: AdamW's decay rates.
+        eps: AdamW's epsilon.
+
+    Raises:
+        ValueError: a group without a known `"rule"`, or a parameter under Muon that is no matrix.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float = 4e-3,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ) -> None:
+        # torch refuses an optimizer without parameters; the true groups arrive through add_param_group.
+        nothing = [nn.Parameter(torch.zeros(1, 1))]
+        self._rules: dict[str, Optimizer] = {
+            "muon": Muon(nothing, lr=lr, weight_decay=weight_decay),
+            "adamw": AdamW(nothing, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps),
+        }
+        super().__init__(params, defaults={})
+
+    @classmethod
+    def for_model(
+        cls,
+        model: nn.Module,
+        lr: float = 4e-3,
+        muon_lr_ratio: float = 5.0,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ) -> "MuonAdamW":
+        """Make the optimizer of a model, with the groups of `split_parameters`.
+
+        Hidden matrices get Muon at `muon_lr_ratio * lr`; the other matrices get AdamW at `lr`; all the rest gets AdamW
+        at `lr` without weight decay. The AdamW groups come first, so the learning rate that Trainer logs is `lr`.
+
+        Raises:
+            ValueError: the model has no trainable `nn.Linear` inside its blocks.
+        """
+        parameters = split_parameters(model)
+        if not parameters["hidden"]:
+            raise ValueError("model: has no trainable nn.Linear inside its blocks for Muon; use AdamW instead")
+        groups = [
+            {"params": parameters["matrices"], "rule": "adamw"},
+            {"params": parameters["rest"], "rule": "adamw", "weight_decay": 0.0},
+            {"params": parameters["hidden"], "rule": "muon", "lr": muon_lr_ratio * lr},
+        ]
+        return cls([group for group in groups if group["params"]], lr, weight_decay, betas, eps)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, which must name its `"rule"`; the rule's optimizer fills in the options that it lacks."""
+        if not isinstance(param_group, dict) or param_group.get("rule") not in self._rules:
+            raise ValueError(f"params: every group needs a 'rule' out of {sorted(self._rules)}")
+        super().add_param_group(param_group)
+        if param_group["rule"] == "muon" and any(p.ndim != 2 for p in param_group["params"]):
+            raise ValueError("params: Muon takes matrices only; give vectors and kernels the rule 'adamw'")
+        for option, value in self._rules[param_group["rule"]].defaults.items():
+            param_group.setdefault(option, value)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update all parameters once; `closure` re-evaluates the model and returns the loss, as in torch."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for rule, optimizer in self._rules.items():
+            # Lent anew at each step, because load_state_dict replaces both objects.
+            optimizer.param_groups = [group for group in self.param_groups if group["rule"] == rule]
+            optimizer.state = self.state
+            optimizer.step()
+        return loss

@@ -1,0 +1,78 @@
+"""Tokenizers made from the training text: characters, bytes, byte-level BPE. None of them adds tokens to plain text."""
+
+from collections.abc import Iterable
+from itertools import chain
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from ..errors import HoloError
+from ..modeling.tokenization_holo import HoloTokenizer
+
+PAD, UNKNOWN, END = "<|pad|>", "<|unk|>", "<|end|>"
+KINDS = ("characters", "bytes", "bpe")
+
+
+def character_tokenizer(texts: Iterable[str]) -> HoloTokenizer:
+    """One token per character of `texts`; other characters become the unknown token. Decoding is exact otherwise."""
+    alphabet = sorted(set(chain.from_iterable(texts)))
+    vocabulary = {token: index for index, token in enumerate([PAD, UNKNOWN, END, *alphabet])}
+    # BPE without merges splits text into characters, and is the fastest model in `tokenizers` to do so.
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
+    tokenizer.decoder = decoders.Fuse()
+    return _wrap(tokenizer, unk_token=UNKNOWN)
+
+
+def byte_tokenizer() -> HoloTokenizer:
+    """One token per UTF-8 byte: nothing is unknown, decoding is exact."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([PAD, END, *alphabet])}
+    tokenizer = _byte_level(models.BPE(vocab=vocabulary, merges=[]), use_regex=False)
+    return _wrap(tokenizer)
+
+
+def bpe_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> HoloTokenizer:
+    """Byte-level BPE trained on `texts`: nothing is unknown, decoding is exact.
+
+    Raises:
+        HoloError: `vocab_size` leaves no room for merges.
+    """
+    smallest = 256 + len((PAD, END))
+    if vocab_size <= smallest:
+        raise HoloError(f"vocab_size: {vocab_size} leaves no room for merges; it must exceed {smallest}")
+    tokenizer = _byte_level(models.BPE(), use_regex=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _wrap(tokenizer)
+
+
+def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 4096) -> HoloTokenizer:
+    """Make a tokenizer of `kind` ("characters", "bytes" or "bpe") for `texts`; `vocab_size` is for BPE."""
+    if kind == "characters":
+        return character_tokenizer(texts)
+    if kind == "bytes":
+        return byte_tokenizer()
+    if kind == "bpe":
+        return bpe_tokenizer(texts, vocab_size)
+    raise HoloError(f"tokenizer: {kind!r} is unknown; choose {', '.join(KINDS)} or the folder of a saved tokenizer")
+
+
+def _byte_level(model: models.BPE, use_regex: bool) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _wrap(tokenizer: Tokenizer, **special_tokens: str) -> HoloTokenizer:
+    return HoloTokenizer(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        clean_up_tokenization_spaces=False,
+        **special_tokens,
+    )
