@@ -20,11 +20,9 @@ from hf_holo import HsnConfig, HsnForCausalLM
 NAME = "design_choices"
 VARIANTS = {
     "default": {},
-    "write=bundle": {"write": "bundle"},
     "write=cancel": {"write": "cancel"},
     "binding=static": {"binding": "static"},
     "gate=sublayer": {"gate_placement": "sublayer"},
-    "gate=input": {"gate_placement": "input"},
 }
 
 

@@ -12,7 +12,6 @@ VARIANTS = {
     "cancel": {"write": "cancel"},
     "static": {"binding": "static"},
     "hybrid": {"mixer_types": ["holographic", "attention"]},
-    "gate-input": {"gate_placement": "input"},
     "gate-sublayer": {"gate_placement": "sublayer"},
     "gated-mlp": {"channel_mix": "gated"},
     "shared-keys": {"num_heads": 4, "num_key_heads": 2},

@@ -21,8 +21,7 @@ def test_a_default_configuration_builds():
 def test_the_original_argument_names_are_understood():
     config = HsnConfig(vocab_size=11, dim=64, depth=3, rank=8)
     assert (config.hidden_size, config.num_hidden_layers, config.rank) == (64, 3, 8)
-    with pytest.raises(ValueError, match="dim"):
-        HsnConfig(vocab_size=11, dim=64, hidden_size=32)
+    assert (config.dim, config.depth) == (64, 3)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +61,8 @@ BAD = {
     "rank": ({"rank": 0}, "0"),
     "intermediate_size": ({"channel_mix": "gated", "intermediate_size": -1}, "-1"),
     "hidden_dropout_prob": ({"hidden_dropout_prob": 1.5}, "1.5"),
+    "drift_base": ({"drift_base": 0.5}, "0.5"),
+    "write for static binding": ({"binding": "static", "write": "cancel"}, "cancel"),
     "mixer_types": ({"num_hidden_layers": 2, "mixer_types": ["holographic", "mamba"]}, "mamba"),
     "mixer_types length": ({"num_hidden_layers": 2, "mixer_types": ["holographic"]}, "1"),
 }

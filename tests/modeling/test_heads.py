@@ -5,7 +5,7 @@ import torch
 
 from hf_holo import HsnForCausalLM, HsnForMaskedLM, HsnForSequenceClassification, HsnForTokenClassification
 
-BIDIRECTIONAL = ("bundle", "cancel", "static", "hybrid", "gate-input", "gate-sublayer", "gated-mlp", "shared-keys")
+BIDIRECTIONAL = ("bundle", "cancel", "static", "hybrid", "gate-sublayer", "gated-mlp", "shared-keys")
 EXACT = {"rtol": 1e-8, "atol": 1e-8}
 
 

@@ -198,6 +198,17 @@ def test_the_chunk_changes_no_result(chunk):
     assert_twins(fast, ops.interference_scan_naive, inputs, document=document)
 
 
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_the_exported_scan_equals_the_twin(monkeypatch, length, with_documents):
+    """What is recorded into graphs: no loop over chunks, no autograd function, always padded to whole chunks."""
+    monkeypatch.setattr(ops, "exporting", lambda: True)
+    generator = torch.Generator().manual_seed(length)
+    inputs = scan_inputs(length, 2, True, generator)
+    document = documents(2, length, generator) if with_documents else None
+    assert_twins(ops.interference_scan, ops.interference_scan_naive, inputs, document=document)
+
+
 def test_padded_tokens_leave_the_state_alone():
     generator = torch.Generator().manual_seed(0)
     inputs = scan_inputs(70, 1, True, generator)

@@ -190,10 +190,6 @@ def test_positions_of_pads_start_no_document(model, random_ids, at_pads):
 
 
 # ---------------------------------------------------------------------------------------------- the state itself
-def state_of(layer, name):
-    return layer.states[name]
-
-
 @torch.no_grad()
 def test_states_have_the_declared_shapes_at_any_length(model, random_ids):
     specification = model.state_spec(model.config)
@@ -202,7 +198,7 @@ def test_states_have_the_declared_shapes_at_any_length(model, random_ids):
         cache = model(input_ids=random_ids(3, length), use_cache=True).past_key_values
         for layer, shapes in zip(cache.layers, specification, strict=True):
             for name, shape in shapes.items():
-                assert tuple(state_of(layer, name).shape) == (3, *shape), (name, length)
+                assert tuple(layer.get(name).shape) == (3, *shape), (name, length)
 
 
 @torch.no_grad()
