@@ -1,5 +1,6 @@
 """Every fast operation against its naive twin, in float64: values and gradients."""
 
+import functools
 import math
 
 import pytest
@@ -157,7 +158,7 @@ def test_rotating_a_state_equals_rotating_the_query_back():
 
 
 # ---------------------------------------------------------------------------------------------- scans
-def scan_inputs(length: int, groups: int, with_state: bool, generator: torch.Generator) -> dict:
+def scan_inputs(scan: str, length: int, groups: int, with_state: bool, generator: torch.Generator) -> dict:
     batch, heads, features, width = 2, 2, 6, 3
 
     def normal(*shape):
@@ -165,63 +166,89 @@ def scan_inputs(length: int, groups: int, with_state: bool, generator: torch.Gen
 
     q = normal(batch, heads * groups, length, features)
     k = normal(batch, heads, length, features)
+    how_much = torch.nn.functional.logsigmoid(normal(batch, heads, length))
     return {
         "q": q / q.norm(dim=-1, keepdim=True),
         "k": k / k.norm(dim=-1, keepdim=True),
         "v": normal(batch, heads, length, width),
         "log_decay": -torch.nn.functional.softplus(normal(batch, heads, length) - 2),
-        "log_write": torch.nn.functional.logsigmoid(normal(batch, heads, length)),
+        **({"log_write": how_much} if scan == "interference" else {"strength": how_much.exp()}),
         "state": normal(batch, heads, features, width) if with_state else None,
     }
 
 
+SCANS = ("interference", "cancelling")
+
+
+def scan_pair(scan: str) -> tuple:
+    return getattr(ops, f"{scan}_scan"), getattr(ops, f"{scan}_scan_naive")
+
+
+@pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("with_documents", [False, True])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_interference_scan_equals_its_twin(length, with_state, with_documents, groups):
+def test_scans_equal_their_twins(scan, length, with_state, with_documents, groups):
     generator = torch.Generator().manual_seed(length)
-    inputs = scan_inputs(length, groups, with_state, generator)
+    inputs = scan_inputs(scan, length, groups, with_state, generator)
     document = documents(2, length, generator) if with_documents else None
-    assert_twins(ops.interference_scan, ops.interference_scan_naive, inputs, document=document)
+    assert_twins(*scan_pair(scan), inputs, document=document)
 
 
+@pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("chunk", [1, 16, 50, 256])
-def test_the_chunk_changes_no_result(chunk):
+def test_the_chunk_changes_no_result(scan, chunk):
     generator = torch.Generator().manual_seed(0)
-    inputs = scan_inputs(200, 1, True, generator)
+    inputs = scan_inputs(scan, 200, 1, True, generator)
     document = documents(2, 200, generator)
-
-    def fast(**leaves):
-        return ops.interference_scan(**leaves, chunk=chunk)
-
-    assert_twins(fast, ops.interference_scan_naive, inputs, document=document)
+    fast, naive = scan_pair(scan)
+    assert_twins(functools.partial(fast, chunk=chunk), naive, inputs, document=document)
 
 
+@pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("with_documents", [False, True])
-def test_the_exported_scan_equals_the_twin(monkeypatch, length, with_documents):
+def test_the_exported_scan_equals_the_twin(monkeypatch, scan, length, with_documents):
     """What is recorded into graphs: no loop over chunks, no autograd function, always padded to whole chunks."""
     monkeypatch.setattr(ops, "exporting", lambda: True)
     generator = torch.Generator().manual_seed(length)
-    inputs = scan_inputs(length, 2, True, generator)
+    inputs = scan_inputs(scan, length, 2, True, generator)
     document = documents(2, length, generator) if with_documents else None
-    assert_twins(ops.interference_scan, ops.interference_scan_naive, inputs, document=document)
+    assert_twins(*scan_pair(scan), inputs, document=document)
 
 
-def test_padded_tokens_leave_the_state_alone():
-    generator = torch.Generator().manual_seed(0)
-    inputs = scan_inputs(70, 1, True, generator)
+@pytest.mark.parametrize("scan", SCANS)
+def test_padded_tokens_leave_the_state_alone(scan):
+    fast, naive = scan_pair(scan)
+    inputs = scan_inputs(scan, 70, 1, True, torch.Generator().manual_seed(0))
     inputs["log_decay"][:, :, 30:] = 0.0
-    inputs["log_write"][:, :, 30:] = float("-inf")
-    _, padded = ops.interference_scan(**inputs)
+    if scan == "interference":
+        inputs["log_write"][:, :, 30:] = float("-inf")
+    else:
+        inputs["strength"][:, :, 30:] = 0.0
     short = {name: x if name == "state" else x[:, :, :30] for name, x in inputs.items()}
-    torch.testing.assert_close(padded, ops.interference_scan_naive(**short)[1], **TOLERANCE)
+    torch.testing.assert_close(fast(**inputs)[1], naive(**short)[1], **TOLERANCE)
 
 
-def test_no_decay_overflows_however_strong():
+@pytest.mark.parametrize("scan", SCANS)
+def test_no_decay_overflows_however_strong(scan):
     """Decays of e^-1000 a token: weights are exponentials of differences, so nothing divides by zero."""
     generator = torch.Generator().manual_seed(0)
-    inputs = scan_inputs(130, 1, True, generator)
+    inputs = scan_inputs(scan, 130, 1, True, generator)
     inputs["log_decay"] = torch.where(torch.rand(2, 2, 130, generator=generator) < 0.2, -1000.0, -0.01)
-    assert_twins(ops.interference_scan, ops.interference_scan_naive, inputs)
+    assert_twins(*scan_pair(scan), inputs)
+
+
+@pytest.mark.parametrize("scan", SCANS)
+def test_a_key_that_comes_again_and_again_costs_no_precision(scan):
+    """One key for all tokens, almost no decay, full strength: the hardest case for the inverse in the chunk."""
+    inputs = scan_inputs(scan, 256, 1, True, torch.Generator().manual_seed(0))
+    inputs["k"] = inputs["k"][:, :, :1].expand(-1, -1, 256, -1).contiguous()
+    inputs["log_decay"] = torch.full_like(inputs["log_decay"], -0.001)
+    how_much = {"log_write": math.log(0.95)} if scan == "interference" else {"strength": 0.95}
+    inputs |= {name: torch.full_like(inputs[name], value) for name, value in how_much.items()}
+    fast, naive = scan_pair(scan)
+    exact, _ = naive(**inputs)
+    single, _ = fast(**{name: x.float() for name, x in inputs.items()})
+    assert ((single - exact).abs().max() / exact.abs().max()).item() < 1e-5
