@@ -1,8 +1,19 @@
 """The error that a user can cause and mend."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class HoloError(ValueError):
     """Bad input. The message is one line: the argument, its value, and what would be accepted.
 
     The command `hf-holo` prints it without a traceback and exits with status 2.
     """
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> HoloError:
+    """The error for a `name` that is not among the `known` ones; suggests the nearest and lists them all."""
+    known = sorted(known)
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return HoloError(f"unknown {kind} {name!r}: {hint}known are {', '.join(known) or 'none'}")

@@ -1,0 +1,284 @@
+"""The registry of architectures: one call makes a family known to hf_holo and to the Auto classes of transformers.
+
+Everything that lists families, presets or model classes (the command line, the public names of the package, the tests)
+is derived from here. Third-party packages add their own through the entry-point group `hf_holo.architectures`.
+"""
+
+import importlib
+import json
+import warnings
+from collections import UserDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import transformers
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from .errors import HoloError, unknown
+
+ENTRY_POINT_GROUP = "hf_holo.architectures"
+PRESETS = Path(__file__).parent / "presets"  # one folder for each family of this package
+
+
+class Classes(UserDict):
+    """Keys to classes, where a class may also be written "module:Class"; such a one is imported when it is looked up.
+
+    That keeps `import hf_holo` quick: no modeling file is read before one of its models is needed.
+    """
+
+    def __getitem__(self, key: Any) -> type:
+        value = self.data[key]
+        if not isinstance(value, str):
+            return value
+        module, _, name = value.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A registered family.
+
+    Args:
+        name: the `model_type` of the config.
+        config: the config class.
+        models: names of Auto classes ("AutoModel", "AutoModelForCausalLM", ...) to model classes.
+        presets: names to config arguments.
+        tokenizer: the tokenizer class, if the family has one of its own.
+        processor: the processor class, if it has one.
+        declared_capabilities: flags given on registration; None leaves it to the model classes.
+    """
+
+    name: str
+    config: type[PretrainedConfig]
+    models: Classes
+    presets: Mapping[str, dict[str, Any]]
+    tokenizer: type | None = None
+    processor: type | None = None
+    declared_capabilities: frozenset[str] | None = None
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """The flags given on registration, else those in the attribute `capabilities` of the model classes."""
+        if self.declared_capabilities is not None:
+            return self.declared_capabilities
+        return frozenset().union(*(getattr(model, "capabilities", ()) for model in self.models.values()))
+
+
+    @property
+    def main_model(self) -> type[PreTrainedModel]:
+        """The model class that presets are made of: the causal language model if there is one, else the first."""
+        return self.models["AutoModelForCausalLM" if "AutoModelForCausalLM" in self.models else next(iter(self.models))]
+
+
+class Preset(NamedTuple):
+    """A named set of config arguments and the family that it belongs to."""
+
+    architecture: Architecture
+    kwargs: dict[str, Any]
+
+
+_ARCHITECTURES: dict[str, Architecture] = {}
+
+
+def register_architecture(
+    name: str,
+    config: type[PretrainedConfig],
+    models: Mapping[str, type[PreTrainedModel] | str],
+    presets: Mapping[str, dict[str, Any]] | Path | None = None,
+    tokenizer: type[PreTrainedTokenizerBase] | None = None,
+    processor: type | None = None,
+    capabilities: Iterable[str] | None = None,
+) -> Architecture:
+    """Register a family with hf_holo and with AutoConfig, the AutoModel classes, AutoTokenizer and AutoProcessor.
+
+    Registering the same thing twice is fine. Nothing is registered when an error is raised.
+
+    Args:
+        name: the `model_type` of `config`.
+        config: a subclass of `PretrainedConfig`.
+        models: names of Auto classes to subclasses of `PreTrainedModel`, or to strings "module:Class" that are
+            imported when first needed.
+        presets: names to config arguments, or a folder with one JSON file for each; default: none.
+        tokenizer: the tokenizer class of the family; default: none.
+        processor: the processor class of the family; default: none.
+        capabilities: flags such as "causal", "bidirectional", "constant_state", "packing", "rollback"; default: the
+            attribute `capabilities` of the model classes.
+
+    Returns:
+        The registered family.
+
+    Raises:
+        HoloError: an argument has the wrong type, or a name is taken by another family here or in transformers.
+    """
+    _check_class("config", config, PretrainedConfig)
+    if name != config.model_type:
+        raise HoloError(f"name={name!r} differs from {config.__name__}.model_type={config.model_type!r}: use one name")
+    _check_models(models, config)
+    if tokenizer is not None:
+        _check_class("tokenizer", tokenizer, PreTrainedTokenizerBase)
+    if processor is not None:
+        _check_class("processor", processor, transformers.ProcessorMixin)
+    architecture = Architecture(
+        name=name,
+        config=config,
+        models=Classes(models),
+        presets=_read_presets(presets),
+        tokenizer=tokenizer,
+        processor=processor,
+        declared_capabilities=None if capabilities is None else frozenset(capabilities),
+    )
+    if _ARCHITECTURES.get(name) == architecture:
+        return architecture
+    _check_clashes(architecture)
+    _register_with_transformers(architecture)
+    _ARCHITECTURES[name] = architecture
+    return architecture
+
+
+def architectures() -> dict[str, Architecture]:
+    """All registered families by name."""
+    return dict(_ARCHITECTURES)
+
+
+def get_architecture(name: str) -> Architecture:
+    """The family `name`.
+
+    Raises:
+        HoloError: there is none; the message names the nearest.
+    """
+    if name not in _ARCHITECTURES:
+        raise unknown("architecture", name, _ARCHITECTURES)
+    return _ARCHITECTURES[name]
+
+
+def presets() -> dict[str, Preset]:
+    """All presets of all families by name."""
+    return {
+        preset: Preset(architecture, dict(kwargs))
+        for architecture in _ARCHITECTURES.values()
+        for preset, kwargs in architecture.presets.items()
+    }
+
+
+def preset_config(preset: str, **overrides: Any) -> PretrainedConfig:
+    """The config of a preset.
+
+    Args:
+        preset: its name, for example "hsn-tiny".
+        overrides: config arguments that replace or add to those of the preset.
+
+    Raises:
+        HoloError: there is no such preset; the message names the nearest.
+    """
+    known = presets()
+    if preset not in known:
+        raise unknown("preset", preset, known)
+    architecture, kwargs = known[preset]
+    return architecture.config(**{**kwargs, **overrides})
+
+
+def preset_model(preset: str, **overrides: Any) -> PreTrainedModel:
+    """A new model of a preset with random weights; arguments and errors as in [`preset_config`]."""
+    config = preset_config(preset, **overrides)
+    return get_architecture(config.model_type).main_model(config)
+
+
+def load_plugins() -> None:
+    """Load every entry point of the group `hf_holo.architectures`.
+
+    An entry point names a module that registers at import, or a function that does so when called. A broken one must
+    not break `import hf_holo`, whatever it raises: it is left out with a warning that names it.
+    """
+    for entry_point in entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            loaded = entry_point.load()
+            if isinstance(loaded, Callable):
+                loaded()
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            warnings.warn(
+                f"the hf_holo plug-in {entry_point.name!r} ({entry_point.value}) was left out: "
+                f"{type(error).__name__}: {reason}",
+                stacklevel=2,
+            )
+
+
+def _check_class(argument: str, value: Any, base: type) -> None:
+    if not (isinstance(value, type) and issubclass(value, base)):
+        raise HoloError(f"{argument}={value!r} must be a subclass of {base.__name__}")
+
+
+def _check_models(models: Mapping[str, type[PreTrainedModel] | str], config: type[PretrainedConfig]) -> None:
+    if not models:
+        raise HoloError(f"models={models!r} must name at least one model class")
+    for auto_name, model in models.items():
+        if not hasattr(getattr(transformers, auto_name, None), "_model_mapping"):
+            raise HoloError(f"models: {auto_name!r} is no Auto class for models; one is 'AutoModelForCausalLM'")
+        if isinstance(model, str) and ":" in model:
+            continue
+        _check_class(f"models[{auto_name!r}]", model, PreTrainedModel)
+        if model.config_class is not config:
+            raise HoloError(f"models[{auto_name!r}]: {model.__name__}.config_class must be {config.__name__}")
+
+
+def _read_presets(source: Mapping[str, dict[str, Any]] | Path | None) -> dict[str, dict[str, Any]]:
+    if isinstance(source, Path):
+        if not source.is_dir():
+            raise HoloError(f"presets={str(source)!r} is no folder; give one with a JSON file for each preset")
+        source = {path.stem: _read_json(path) for path in sorted(source.glob("*.json"))}
+    source = dict(source or {})
+    for name, kwargs in source.items():
+        if not isinstance(kwargs, Mapping):
+            raise HoloError(f"presets: {name!r} is {kwargs!r}, but must be a mapping of config arguments")
+    return source
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise HoloError(f"preset file {str(path)!r} is no valid JSON: {error}") from error
+
+
+def _check_clashes(new: Architecture) -> None:
+    if new.name in _ARCHITECTURES:
+        raise HoloError(f"architecture {new.name!r} is already registered with other parts; choose another name")
+    if new.name in CONFIG_MAPPING and CONFIG_MAPPING[new.name] is not new.config:
+        taken = CONFIG_MAPPING[new.name].__name__
+        raise HoloError(f"architecture {new.name!r} is taken by {taken} in transformers; choose another name")
+    for preset, (owner, _) in presets().items():
+        if preset in new.presets:
+            raise HoloError(f"preset {preset!r} of {new.name!r} is taken by architecture {owner.name!r}; rename it")
+
+
+def _register_with_transformers(architecture: Architecture) -> None:
+    config = architecture.config
+    AutoConfig.register(architecture.name, config, exist_ok=True)
+    for auto_name, model in architecture.models.data.items():
+        _register_model(getattr(transformers, auto_name), config, model)
+    if architecture.tokenizer is not None:
+        fast = issubclass(architecture.tokenizer, PreTrainedTokenizerFast)
+        kind = "fast_tokenizer_class" if fast else "slow_tokenizer_class"
+        AutoTokenizer.register(config, **{kind: architecture.tokenizer}, exist_ok=True)
+    if architecture.processor is not None:
+        AutoProcessor.register(config, architecture.processor, exist_ok=True)
+
+
+def _register_model(auto_class: type, config: type[PretrainedConfig], model: type | str) -> None:
+    """What `auto_class.register` does, for classes that are still to be imported too."""
+    mapping = auto_class._model_mapping
+    if not isinstance(mapping._extra_content, Classes):
+        mapping._extra_content = Classes(mapping._extra_content)
+    mapping.register(config, model, exist_ok=True)
