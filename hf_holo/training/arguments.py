@@ -3,7 +3,7 @@
 import difflib
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
@@ -146,16 +146,13 @@ def parse(argv: list[str]) -> Run:
         HoloError: an unknown or malformed argument or recipe.
     """
     parser = _Parser(KINDS, prog="hf-holo train", allow_abbrev=False)
-    parser.add_argument("--recipe", help=f"{', '.join(recipe_names())}, or a YAML file; default: {DEFAULT_RECIPE}.")
     named = _named_arguments(argv)
     recipe = named.get("recipe") or _resumed_recipe(named) or DEFAULT_RECIPE
 
-    values = load_recipe(recipe)
+    values = _without_replaced(load_recipe(recipe), named)
     overrides = values.pop("model", {})
-    for group in ALTERNATIVES:
-        if any(named.get(name) for name in group):
-            values = {name: value for name, value in values.items() if name not in group}
-    defaults = {f.name: parser.get_default(f.name) for kind in KINDS for f in fields(kind)}
+    defaults = vars(parser.parse_known_args([])[0])
+    parser.add_argument("--recipe", help=f"{', '.join(recipe_names())}, or a YAML file; default: {DEFAULT_RECIPE}.")
     for name in values:
         if name not in defaults:
             raise HoloError(f"recipe: {recipe!r} sets the unknown argument {name!r}{_suggestion(name, defaults)}")
@@ -179,6 +176,14 @@ def _named_arguments(argv: list[str]) -> dict[str, Any]:
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
     parser.add_argument("--resume_from_checkpoint", "--resume-from-checkpoint", nargs="?")
     return vars(parser.parse_known_args(argv)[0])
+
+
+def _without_replaced(recipe: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
+    """The recipe without those choices of a model or a data set that the command line replaces."""
+    replaced = {name for group in ALTERNATIVES if named.keys() & set(group) for name in group}
+    if replaced & recipe.keys() & set(ALTERNATIVES[0]):
+        replaced.add("model")  # the config values were meant for the recipe's own model
+    return {name: value for name, value in recipe.items() if name not in replaced}
 
 
 def _resumed_recipe(named: dict[str, Any]) -> str | None:

@@ -197,7 +197,9 @@ class Windows(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         start = self.starts[index]
         window = torch.from_numpy(self.ids[start : start + self.block_size].astype(np.int64))
-        return {"input_ids": window, "labels": window}
+        labels = window.clone()
+        labels[0] = IGNORED  # nothing precedes it; transformers 4 would count it as a target all the same
+        return {"input_ids": window, "labels": labels}
 
 
 def training_windows(ids: np.ndarray, block_size: int, stride: int) -> Windows:
@@ -286,12 +288,14 @@ class Splits:
 
     Attributes:
         train, validation: datasets of `input_ids` and `labels`.
-        characters: number of characters that the scored validation tokens stand for.
+        tokens: number of validation tokens that are scored.
+        characters: number of characters that they stand for.
         prompt: text to start a sample from.
     """
 
     train: Dataset
     validation: Dataset
+    tokens: int
     characters: int
     prompt: str
 
@@ -325,6 +329,7 @@ def text_splits(
     return Splits(
         training_windows(train_ids, block_size, stride),
         scoring_windows(validation_ids, block_size),
+        len(validation_ids) - 1,
         characters,
         prompt=tokenizer.decode(validation_ids[:32]),
     )
@@ -333,7 +338,7 @@ def text_splits(
 def instruction_splits(
     records: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, block_size: int, fraction: float
 ) -> Splits:
-    """Hold out the last `fraction` of the records.
+    """Hold out a `fraction` of the records, drawn with a fixed seed: such data is often sorted by task.
 
     Raises:
         HoloError: one of the two parts would be empty.
@@ -341,6 +346,8 @@ def instruction_splits(
     held_out = round(len(records) * fraction)
     if not 0 < held_out < len(records):
         raise HoloError(f"validation_fraction: {fraction} of {len(records)} records leaves one part empty")
-    train = Responses(records[:-held_out], tokenizer, block_size)
-    validation = Responses(records[-held_out:], tokenizer, block_size)
-    return Splits(train, validation, validation.characters, prompt=alpaca_prompt(validation.records[0]))
+    order = np.random.default_rng(0).permutation(len(records))
+    train = Responses([records[i] for i in order[held_out:]], tokenizer, block_size)
+    validation = Responses([records[i] for i in order[:held_out]], tokenizer, block_size)
+    tokens = sum(len(response) for _, response in validation.rows)
+    return Splits(train, validation, tokens, validation.characters, prompt=alpaca_prompt(validation.records[0]))
