@@ -1,0 +1,442 @@
+"""Base classes shared by the families: the backbone and the heads, in the way of transformers."""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.generation import GenerationMode
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+
+from .cache import RecurrentCache
+from .layers import TokenLayout
+from .ops import exporting
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Embeddings times √D: small numbers for the tied head, unit variance for the first layer."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(input_ids) * self.embedding_dim**0.5
+
+
+class RecurrentPreTrainedModel(PreTrainedModel):
+    """What all models share: initialisation, the facts that others derive from, and transformers' flags.
+
+    A family sets `config_class`, `block_class` and `capabilities` on its subclass, and defines `state_spec`.
+    """
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _is_stateful = False  # the cache can take tokens back, so assisted decoding works
+    _supports_sdpa = True
+
+    capabilities: frozenset[str] = frozenset()
+    block_class: type[nn.Module]
+    direction: bool | None = None  # the `causal` that a head needs; None: it works with both
+
+    def __init__(self, config):
+        if self.direction is not None and config.causal is None:
+            config = copy.deepcopy(config)
+            config.causal = self.direction
+        if self.direction is not None and config.causal != self.direction:
+            raise ValueError(
+                f"{type(self).__name__} needs causal={self.direction} in the config, got causal={config.causal}"
+            )
+        super().__init__(config)
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return issubclass(cls, GenerationMixin)
+
+    @classmethod
+    def state_spec(cls, config) -> list[dict[str, tuple[int, ...]]]:
+        """Name and shape (without the batch) of every state, for every layer: what the cache holds."""
+        raise NotImplementedError(f"{cls.__name__} does not declare its state")
+
+    def count_parameters(self, trainable_only: bool = False) -> int:
+        """Number of parameters, a tied matrix counted once."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.7 * module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+
+class RecurrentBackbone(RecurrentPreTrainedModel):
+    """Embeddings, blocks and a last norm. Blocks are called as `block(x, layout=..., past_key_values=...)`."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        config = self.config
+        self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([self.block_class(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        seq_idx: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast | tuple:
+        """
+        Args:
+            input_ids: `[B, T]`; or `inputs_embeds` `[B, T, D]`.
+            attention_mask: `[B, T]` or longer (only the last T columns count), 0 at padding, anywhere.
+            position_ids: `[B, T]`; a 0 at a real token begins a new document, other values mean nothing.
+            seq_idx: `[B, T]` document index; a change begins a new document. Wins over `position_ids`.
+            past_key_values: state to continue from, updated in place.
+
+        Raises:
+            ValueError: neither or both of `input_ids` and `inputs_embeds`; ids outside the vocabulary; a cache of
+                another kind.
+        """
+        config = self.config
+        x = self._embed(input_ids, inputs_embeds)
+        past_key_values = self._cache(past_key_values, use_cache)
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        layout, order = arrange(x, attention_mask, position_ids, seq_idx, past_key_values)
+        if order is not None:
+            x = torch.zeros_like(x).scatter(1, order[..., None].expand_as(x), x)
+        hidden_states = []
+        for block in self.layers:
+            hidden_states.append(x)
+            x = block(x, layout=layout, past_key_values=past_key_values)
+        x = self.norm(x)
+        hidden_states.append(x)
+        if past_key_values is not None:
+            past_key_values.advance(layout.length)
+        if order is not None:
+            restore = order[..., None].expand_as(x)
+            hidden_states = [h.gather(1, restore) for h in (hidden_states if output_hidden_states else [x])]
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden_states[-1],
+            past_key_values=past_key_values,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+        )
+        return output if _wants_dict(config, return_dict) else output.to_tuple()
+
+    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is not None:
+            return inputs_embeds
+        if input_ids.device.type == "cpu" and not exporting() and input_ids.numel():
+            low, high = input_ids.min().item(), input_ids.max().item()
+            size = self.embed_tokens.num_embeddings
+            if low < 0 or high >= size:
+                bad = low if low < 0 else high
+                raise ValueError(f"input_ids holds {bad}, outside the vocabulary of {size}: ids must be 0 to {size - 1}")
+        return self.embed_tokens(input_ids)
+
+    def _cache(self, past_key_values, use_cache: bool | None) -> RecurrentCache | None:
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if not use_cache or not self.config.is_causal or (self.training and self.gradient_checkpointing):
+            return None
+        if past_key_values is None:
+            return RecurrentCache(self.config)
+        if not isinstance(past_key_values, RecurrentCache):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}; a recurrent model continues from the "
+                "RecurrentCache that it returned, or from RecurrentCache(config)"
+            )
+        return past_key_values
+
+
+def arrange(
+    x: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    seq_idx: torch.Tensor | None,
+    cache: RecurrentCache | None,
+) -> tuple[TokenLayout, torch.Tensor | None]:
+    """Find padding and documents, and where every token goes so that the real ones stand in front.
+
+    Returns:
+        The layout after the move, and the new position of every token `[B, T]`, None if none moves.
+    """
+    length = x.shape[1]
+    layout, order = TokenLayout(length), None
+    if attention_mask is not None:
+        valid = attention_mask[:, -length:].bool()
+        if exporting() or not bool(valid.all()):
+            layout.lengths = valid.sum(1)
+            behind = layout.lengths[:, None] + (~valid).cumsum(1) - 1
+            order = torch.where(valid, valid.cumsum(1) - 1, behind)
+            layout.valid = torch.arange(length, device=x.device) < layout.lengths[:, None]
+    starts = _document_starts(position_ids, seq_idx, order, layout)
+    if starts is not None:
+        document = starts.long().cumsum(1)
+        fresh = cache is None or cache.is_empty  # then the first document needs no reset
+        if exporting() or bool(starts[:, 1:].any()) or (bool(starts.any()) and not fresh):
+            layout.document = document
+    return layout, order
+
+
+def _document_starts(position_ids, seq_idx, order, layout: TokenLayout) -> torch.Tensor | None:
+    """True `[B, T]` where a real token begins a new document, in the new order of tokens."""
+    if seq_idx is None and position_ids is None:
+        return None
+    labels = (position_ids if seq_idx is None else seq_idx).expand(-1, layout.length)
+    if order is not None:
+        labels = torch.zeros_like(order).scatter(1, order, labels.expand_as(order).to(order.dtype))
+    if seq_idx is None:
+        starts = labels == 0
+    else:
+        starts = nn.functional.pad(labels[:, 1:] != labels[:, :-1], (1, 0))
+    return starts if layout.valid is None else starts & layout.valid
+
+
+class _Head(RecurrentPreTrainedModel):
+    """A backbone as `self.model`, and the accessors that transformers expects around it."""
+
+    backbone_class: type[RecurrentBackbone]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = self.backbone_class(self.config)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed_tokens = value
+
+
+class _LMHead(_Head):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+
+class RecurrentForCausalLM(_LMHead, GenerationMixin):
+    """Backbone with a language-modelling head; generates from a state of constant size."""
+
+    direction = True
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+        if model_kwargs.get("past_key_values") is None:
+            if generation_config.use_cache is False:
+                return
+            model_kwargs["past_key_values"] = RecurrentCache(self.config)
+        rejects = generation_mode == GenerationMode.ASSISTED_GENERATION
+        if rejects or getattr(generation_config, "is_assistant", False):
+            model_kwargs["past_key_values"].activate_past_recording()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        seq_idx: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast | tuple:
+        """
+        Args:
+            labels: `[B, T]`, -100 where no loss is wanted; shifted inside.
+            logits_to_keep: compute logits for the last n positions only (0: all), or for the given positions.
+            others: as in [`RecurrentBackbone.forward`].
+
+        Returns:
+            Logits `[B, T, vocab_size]`, loss, and the state to continue from.
+        """
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            seq_idx=seq_idx,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        result = CausalLMOutputWithPast(loss, logits, output.past_key_values, output.hidden_states)
+        return result if _wants_dict(self.config, return_dict) else result.to_tuple()
+
+
+class RecurrentForMaskedLM(_LMHead):
+    """Bidirectional backbone that fills masked tokens."""
+
+    direction = False
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        seq_idx: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput | tuple:
+        """Logits `[B, T, vocab_size]`; `labels` `[B, T]`, -100 where no loss is wanted, not shifted."""
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            seq_idx=seq_idx,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = self.lm_head(output.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        result = MaskedLMOutput(loss, logits, output.hidden_states)
+        return result if _wants_dict(self.config, return_dict) else result.to_tuple()
+
+
+class _ClassificationHead(_Head):
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class RecurrentForSequenceClassification(_ClassificationHead):
+    """Class scores of the whole text: from its last real token if causal, else from the mean over its tokens."""
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast | tuple:
+        """
+        Args:
+            attention_mask: `[B, T]`; if it is not given and the config has a `pad_token_id`, pads are found by it.
+            labels: `[B]` classes, or `[B]` / `[B, num_labels]` numbers, by `config.problem_type`.
+
+        Returns:
+            Logits `[B, num_labels]`.
+        """
+        pad = self.config.pad_token_id
+        if attention_mask is None and input_ids is not None and pad is not None:
+            attention_mask = (input_ids != pad).long()
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = self.score(self.dropout(self._pool(output.last_hidden_state, attention_mask)))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+        result = SequenceClassifierOutputWithPast(loss, logits, output.past_key_values, output.hidden_states)
+        return result if _wants_dict(self.config, return_dict) else result.to_tuple()
+
+    def _pool(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """[B, T, D] to [B, D]."""
+        if attention_mask is None:
+            attention_mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        valid = attention_mask[:, -hidden.shape[1] :].to(hidden.dtype)
+        if not self.config.is_causal:
+            return (hidden * valid[..., None]).sum(1) / valid.sum(1, keepdim=True).clamp_min(1)
+        last = (valid * torch.arange(1, hidden.shape[1] + 1, device=hidden.device)).argmax(1)
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+
+
+class RecurrentForTokenClassification(_ClassificationHead):
+    """Class scores of every token."""
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        seq_idx: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> TokenClassifierOutput | tuple:
+        """Logits `[B, T, num_labels]`; `labels` `[B, T]`, -100 where no loss is wanted."""
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            seq_idx=seq_idx,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = self.score(self.dropout(output.last_hidden_state))
+        loss = self.loss_function(logits, labels, self.config) if labels is not None else None
+        result = TokenClassifierOutput(loss, logits, output.hidden_states)
+        return result if _wants_dict(self.config, return_dict) else result.to_tuple()
+
+
+def _wants_dict(config, return_dict: bool | None) -> bool:
+    return config.return_dict if return_dict is None else return_dict
