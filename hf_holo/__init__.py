@@ -7,20 +7,9 @@ import functools
 import importlib
 from typing import Any
 
-from .errors import HoloError
 from .modeling.configuration_hsn import HsnConfig
 from .modeling.tokenization_holo import HoloTokenizer
-from .registry import (
-    PRESETS,
-    Architecture,
-    architectures,
-    get_architecture,
-    load_plugins,
-    preset_config,
-    preset_model,
-    presets,
-    register_architecture,
-)
+from .registry import PRESETS, architectures, load_plugins, preset_model, register_architecture
 
 __version__ = "0.1.0"
 
@@ -43,9 +32,13 @@ register_architecture(
 # Public names that are imported when first asked for, by module. The registry adds the model classes and, for each
 # preset, a function that makes its model: `hsn_tiny(vocab_size=...)`.
 _LAZY = {
+    "errors": ["HoloError"],
     "modeling.cache": ["RecurrentCache"],
-    "modeling.modeling_hsn": ["HolographicMixer", "HoloSpectralBlock", "LiteChannelMix", "RotaryEmbedding", "SpectralGate"],
-    "modeling.ops": ["bind", "fft_circular_conv", "fft_circular_corr", "unbind"],
+    "modeling.layers": ["GatedChannelMix", "LiteChannelMix", "RotaryEmbedding", "SpectralGate"],
+    "modeling.mixers": ["HolographicMixer"],
+    "modeling.modeling_hsn": ["HoloSpectralBlock", "fft_circular_conv", "fft_circular_corr"],
+    "modeling.ops": ["bind", "unbind"],
+    "registry": ["Architecture", "Preset", "get_architecture", "preset_config", "presets"],
     "training.optim": ["MuonAdamW"],
 }
 _ORIGIN = {name: f"{__name__}.{module}" for module, names in _LAZY.items() for name in names}

@@ -75,7 +75,6 @@ class Architecture:
             return self.declared_capabilities
         return frozenset().union(*(getattr(model, "capabilities", ()) for model in self.models.values()))
 
-
     @property
     def main_model(self) -> type[PreTrainedModel]:
         """The model class that presets are made of: the causal language model if there is one, else the first."""

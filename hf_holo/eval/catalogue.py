@@ -1,0 +1,72 @@
+"""What `hf-holo list` shows: every registered family and preset, with parameters counted on the meta device."""
+
+import argparse
+import json
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..registry import presets
+
+
+def main(argv: list[str]) -> None:
+    """Print a table of all presets, or the same as JSON."""
+    parser = argparse.ArgumentParser(prog="hf-holo list", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--vocab_size", type=int, default=None, help="count with this vocabulary; default: the preset's"
+    )
+    args = parser.parse_args(argv)
+    rows = catalogue(**({} if args.vocab_size is None else {"vocab_size": args.vocab_size}))
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        _print_table(rows)
+
+
+def catalogue(**overrides: Any) -> list[dict[str, Any]]:
+    """One record for each preset, in the order of registration and size.
+
+    Args:
+        overrides: config arguments that replace those of the presets, for example `vocab_size`.
+
+    Returns:
+        Records with `family`, `preset`, `vocab_size`, `parameters`, `embedding_parameters` and `capabilities`.
+    """
+    rows = []
+    for name, (architecture, kwargs) in presets().items():
+        config = architecture.config(**{**kwargs, **overrides})
+        with torch.device("meta"):
+            model = architecture.main_model(config)
+        rows.append(
+            {
+                "family": architecture.name,
+                "preset": name,
+                "vocab_size": config.vocab_size,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "embedding_parameters": model.get_input_embeddings().weight.numel(),
+                "capabilities": sorted(architecture.capabilities),
+            }
+        )
+    families = list(dict.fromkeys(row["family"] for row in rows))
+    return sorted(rows, key=lambda row: (families.index(row["family"]), row["parameters"]))
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    table = Table("family", "preset")
+    for title in ("vocabulary", "parameters", "without embedding"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(
+            row["family"],
+            row["preset"],
+            f"{row['vocab_size']:,}",
+            f"{row['parameters']:,}",
+            f"{row['parameters'] - row['embedding_parameters']:,}",
+        )
+    console = Console()
+    console.print(table)
+    for family, flags in {row["family"]: row["capabilities"] for row in rows}.items():
+        console.print(f"{family}: {', '.join(flags)}")

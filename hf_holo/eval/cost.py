@@ -1,0 +1,180 @@
+"""What `hf-holo info` shows: parameters, recurrent state, FLOPs and memory of a preset or a checkpoint.
+
+The model runs on tensors without data (torch's fake tensors) while every matrix product is counted and every tensor
+that is alive is weighed. So the figures are the same on every machine and nothing is computed. Not in them: FLOPs of
+FFTs and of elementwise operations, what a kernel allocates inside, the allocator's slack, and the optimizer's state.
+"""
+
+import argparse
+import json
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from ..errors import HoloError
+from ..registry import get_architecture, preset_config, presets
+
+LENGTHS = (128, 512, 2048)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one sequence of `length` tokens costs."""
+
+    length: int
+    flops_per_token: float  # of reading the sequence and predicting one token
+    cache_bytes: int  # what decoding has to keep after the sequence
+    inference_bytes: int  # most bytes alive in that pass, weights included
+    training_bytes: int  # most bytes alive in a forward and backward pass, gradients included
+
+
+def main(argv: list[str]) -> None:
+    """Print what a preset or a checkpoint costs."""
+    parser = argparse.ArgumentParser(
+        prog="hf-holo info", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="PRESET|PATH", help="a preset (see `hf-holo list`) or a checkpoint folder")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="sequence lengths in tokens")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    args = parser.parse_args(argv)
+    if min(args.lengths) < 1:
+        raise HoloError(f"lengths={args.lengths} must all be at least 1")
+    record = info(find_config(args.model), args.lengths)
+    if args.json:
+        print(json.dumps(record, indent=2))
+    else:
+        _print_record(args.model, record)
+
+
+def find_config(model: str) -> PretrainedConfig:
+    """The config of a preset or of the checkpoint in a folder.
+
+    Raises:
+        HoloError: it is neither.
+    """
+    if model not in presets() and (Path(model) / "config.json").is_file():
+        return AutoConfig.from_pretrained(model)
+    if "/" in model:
+        raise HoloError(f"{model!r} holds no config.json: give a preset or the folder of a checkpoint")
+    return preset_config(model)
+
+
+def info(config: PretrainedConfig, lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:
+    """All figures for one config.
+
+    Args:
+        config: config of a registered family of causal language models.
+        lengths: sequence lengths.
+
+    Returns:
+        `model_type`, `vocab_size`, `parameters`, `parameter_bytes`, `state_bytes` (see [`state_bytes`]), `decode_flops`
+        (one more token) and `costs` (a record for each length, see [`Cost`]).
+    """
+    with FakeTensorMode():
+        model = get_architecture(config.model_type).main_model(config)
+        return {
+            "model_type": config.model_type,
+            "vocab_size": config.vocab_size,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameter_bytes": sum(p.nbytes for p in model.parameters()),
+            "state_bytes": state_bytes(model),
+            "decode_flops": _run(model, 1)[0],
+            "costs": [asdict(_cost(model, length)) for length in lengths],
+        }
+
+
+def state_bytes(model: PreTrainedModel) -> int | None:
+    """Bytes of recurrent state that one sequence keeps whatever its length, from `state_spec`; None without one."""
+    if not hasattr(model, "state_spec"):
+        return None
+    shapes = [shape for layer in model.state_spec(model.config) for shape in layer.values()]
+    return torch.float32.itemsize * sum(map(math.prod, shapes))
+
+
+def _cost(model: PreTrainedModel, length: int) -> Cost:
+    flops, cache_bytes, inference_bytes = _run(model, length)
+    return Cost(length, flops / length, cache_bytes, inference_bytes, training_bytes=_train(model, length))
+
+
+def _run(model: PreTrainedModel, length: int) -> tuple[int, int, int]:
+    """FLOPs, bytes of the cache and most bytes alive when `length` tokens are read and the next one is predicted."""
+    model.eval()
+    x = torch.zeros(1, length, model.config.hidden_size)  # not ids: a check of their values would need data
+    with torch.no_grad(), FlopCounterMode(display=False) as flops, LiveBytes() as live:
+        output = model(inputs_embeds=x, use_cache=True, logits_to_keep=1)
+    return flops.get_total_flops(), _tensor_bytes(output.past_key_values), live.peak
+
+
+def _train(model: PreTrainedModel, length: int) -> int:
+    """Most bytes alive in one forward and backward pass."""
+    model.train()
+    x, labels = torch.zeros(1, length, model.config.hidden_size), torch.zeros(1, length, dtype=torch.long)
+    with LiveBytes() as live:
+        model(inputs_embeds=x, labels=labels).loss.backward()
+    model.zero_grad()
+    return live.peak
+
+
+def _tensor_bytes(cache: Any) -> int:
+    """Bytes of the tensors in the layers of a cache."""
+    tensors = [x for layer in cache.layers for x in tree_leaves(vars(layer)) if isinstance(x, torch.Tensor)]
+    return sum({x.untyped_storage(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+class LiveBytes(TorchDispatchMode):
+    """Weighs the tensors that operations make inside the context: `now` and at most (`peak`) alive, in bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._weigh(tensor.untyped_storage())
+        return result
+
+    def _weigh(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, storage.nbytes())
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+def _print_record(name: str, record: dict[str, Any]) -> None:
+    console = Console()
+    console.print(f"{name} ({record['model_type']}, vocabulary {record['vocab_size']:,})")
+    console.print(f"parameters        {record['parameters']:,} ({_size(record['parameter_bytes'])})")
+    if record["state_bytes"] is not None:
+        console.print(f"recurrent state   {_size(record['state_bytes'])} per sequence, at any length")
+    console.print(f"decoding          {record['decode_flops']:,} FLOPs per token")
+    table = Table()
+    for title in ("tokens", "FLOPs per token", "cache", "memory, inference", "memory, training"):
+        table.add_column(title, justify="right")
+    for cost in record["costs"]:
+        sizes = (_size(cost[key]) for key in ("cache_bytes", "inference_bytes", "training_bytes"))
+        table.add_row(f"{cost['length']:,}", f"{cost['flops_per_token']:,.0f}", *sizes)
+    console.print(table)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**10:,.1f} KiB" if count < 2**20 else f"{count / 2**20:,.1f} MiB"
