@@ -39,17 +39,17 @@ def main(argv: list[str]) -> None:
     if args.seed is not None:
         set_seed(args.seed)
 
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if args.num_beams == 1 else None
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if args.num_beams == 1 else None
     sampling = {"do_sample": args.temperature > 0, "num_beams": args.num_beams}
     if args.temperature > 0:
         sampling |= {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    print(args.prompt, end="", flush=True)
     start = time.perf_counter()
     tokens = generate_tokens(model, tokenizer, args.prompt, args.max_new_tokens, streamer=streamer, **sampling)
     seconds = time.perf_counter() - start
     if streamer is None:  # beams are known only at the end
         print(tokenizer.decode(tokens, skip_special_tokens=True))
-    new = len(tokens) - prompt_ids(tokenizer, args.prompt).shape[1]
-    print(f"{new} tokens in {seconds:.2f} s: {new / seconds:.1f} tokens/s", file=sys.stderr)
+    print(f"{len(tokens)} tokens in {seconds:.2f} s: {len(tokens) / seconds:.1f} tokens/s", file=sys.stderr)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
@@ -70,18 +70,19 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
 def generate_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, **options: Any
 ) -> torch.Tensor:
-    """Continue `prompt`; returns the ids `[T]` of prompt and continuation. `options` go to `model.generate`."""
+    """Continue `prompt`; returns the ids `[T]` of what is new. `options` go to `model.generate`."""
     ids = prompt_ids(tokenizer, prompt).to(model.device)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return model.eval().generate(
+    tokens = model.eval().generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, pad_token_id=pad, **options
-    )[0]
+    )
+    return tokens[0, ids.shape[1] :]
 
 
 def generate_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> str:
     """Prompt and a sampled continuation at temperature 0.8, as text."""
     tokens = generate_tokens(model, tokenizer, prompt, max_new_tokens, do_sample=True, temperature=0.8)
-    return tokenizer.decode(tokens, skip_special_tokens=True)
+    return prompt + tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def _parse(argv: list[str]) -> Namespace:

@@ -129,11 +129,12 @@ def load_tokenizer(data: DataArguments, saved: str | Path | None, texts: list[st
         return make_tokenizer(data.tokenizer or "characters", texts, data.vocab_size)
     folder = str(saved or data.tokenizer)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=saved is None)
+    except (OSError, ValueError):
+        if saved:
+            raise HoloError(f"model_name_or_path: {folder!r} holds no model with a tokenizer") from None
         raise HoloError(
-            f"tokenizer: cannot load one from {folder!r} ({_first_line(error)}); "
-            f"choose {', '.join(KINDS)} or the folder of a saved tokenizer"
+            f"tokenizer: {folder!r} is none of {', '.join(KINDS)}, nor the folder of a saved tokenizer"
         ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -1,0 +1,79 @@
+"""`hf-holo generate`: any causal model in a folder, streamed, with its speed."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_holo import hsn_tiny
+from hf_holo.errors import HoloError
+from hf_holo.generation import generate_text, main
+from hf_holo.training.tokenizers import byte_tokenizer, character_tokenizer
+
+TEXT = "abcdefgh \n"
+
+
+def save(folder: Path, family: str) -> str:
+    torch.manual_seed(0)
+    tokenizer = character_tokenizer([TEXT])
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 2}
+    if family == "hsn":
+        model = hsn_tiny(**sizes, eos_token_id=tokenizer.eos_token_id)
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=32, num_attention_heads=2, eos_token_id=None))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("family", ["hsn", "llama"])
+@pytest.mark.parametrize("flags", ["", "--temperature 0", "--num_beams 3 --temperature 0", "--top_k 0 --top_p 0.5"])
+def test_it_continues_the_prompt_and_shows_the_speed(tmp_path, capsys, family, flags):
+    path = save(tmp_path, family)
+    main([path, "--prompt", "abc", "--max_new_tokens", "12", "--seed", "1", *flags.split()])
+    out, err = capsys.readouterr()
+    assert out.startswith("abc")
+    speed = re.search(r"(\d+) tokens in [\d.]+ s: [\d.]+ tokens/s", err)
+    assert 1 <= int(speed[1]) <= 12
+    assert len(out) > len("abc")
+
+
+def test_a_seed_repeats_the_text(tmp_path, capsys):
+    path = save(tmp_path, "hsn")
+    texts = []
+    for seed in ("1", "1", "2"):
+        main([path, "--prompt", "a", "--max_new_tokens", "40", "--seed", seed])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_an_empty_prompt_starts_with_the_end_token(tmp_path, capsys):
+    main([save(tmp_path, "hsn"), "--max_new_tokens", "5", "--seed", "3"])
+    assert capsys.readouterr().out.strip("\n") != ""
+
+
+def test_generate_text_starts_with_its_prompt():
+    tokenizer = byte_tokenizer()
+    model = hsn_tiny(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2)
+    assert generate_text(model, tokenizer, "a\n b", 4).startswith("a\n b")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("nowhere/at/all", "path: 'nowhere/at/all' is no causal language model"),
+        ("{path} --max_new_tokens 0", "max_new_tokens: 0"),
+        ("{path} --temperature -1", "temperature: -1.0"),
+        ("{path} --top_p 2", "top_p: 2.0"),
+        ("{path} --num_beams 0", "num_beams: 0"),
+        ("{path} --top_k x", "invalid int value"),
+        ("{path} --nonsense", "unrecognized arguments"),
+        ("", "path"),
+    ],
+)
+def test_bad_input(tmp_path, flags, message):
+    with pytest.raises(HoloError, match=message) as error:
+        main(flags.format(path=save(tmp_path, "hsn")).split())
+    assert "\n" not in str(error.value)

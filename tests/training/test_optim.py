@@ -1,0 +1,186 @@
+"""MuonAdamW: who gets which rule, exactly torch's updates, and an ordinary optimizer to everyone else."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_holo import hsn_tiny
+from hf_holo.training.optim import MuonAdamW, split_parameters
+
+
+def tiny_hsn(**overrides) -> nn.Module:
+    torch.manual_seed(0)
+    return hsn_tiny(vocab_size=11, **{"hidden_size": 16, "num_hidden_layers": 2, **overrides})
+
+
+def tiny_llama() -> nn.Module:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=11, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    )
+
+
+def set_gradients(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("make", [tiny_hsn, tiny_llama, lambda: tiny_hsn(channel_mix="gated")])
+def test_groups_hold_every_parameter_once(make):
+    model = make()
+    groups = split_parameters(model)
+    grouped = [id(p) for group in groups.values() for p in group]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    assert all(p.ndim == 2 for p in groups["hidden"] + groups["matrices"])
+    assert all(p.ndim == 1 or not _is_linear_weight(model, p) for p in groups["rest"])
+
+
+def _is_linear_weight(model: nn.Module, parameter: nn.Parameter) -> bool:
+    return any(isinstance(m, nn.Linear) and m.weight is parameter for m in model.modules())
+
+
+@pytest.mark.parametrize("make", [tiny_hsn, tiny_llama])
+def test_muon_gets_the_linear_weights_inside_the_blocks_and_nothing_else(make):
+    model = make()
+    hidden = {id(p) for p in split_parameters(model)["hidden"]}
+    inside = {id(m.weight) for m in model.model.layers.modules() if isinstance(m, nn.Linear)}
+    assert hidden == inside
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_muon_never_gets_embedding_or_head(tied):
+    model = tiny_hsn(tie_word_embeddings=tied)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    hidden = {id(p) for p in split_parameters(model)["hidden"]}
+    assert id(model.lm_head.weight) not in hidden
+    assert id(model.model.embed_tokens.weight) not in hidden
+
+
+def test_a_linear_that_shares_the_embedding_stays_with_adamw():
+    model = nn.Module()
+    model.embedding = nn.Embedding(8, 8)
+    model.layers = nn.ModuleList([nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)])
+    model.layers[1].weight = model.embedding.weight
+    groups = split_parameters(model)
+    assert [id(p) for p in groups["hidden"]] == [id(model.layers[0].weight)]
+    assert [id(p) for p in groups["matrices"]] == [id(model.embedding.weight)]
+
+
+def test_the_rule_does_not_depend_on_names():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lm_head = nn.ModuleList([nn.Linear(4, 4)])  # a block, whatever it is called
+            self.layer = nn.Linear(4, 4)  # outside all blocks
+
+    model = Odd()
+    groups = split_parameters(model)
+    assert [id(p) for p in groups["hidden"]] == [id(model.lm_head[0].weight)]
+    assert [id(p) for p in groups["matrices"]] == [id(model.layer.weight)]
+
+
+def test_frozen_parameters_are_left_out():
+    model = tiny_hsn()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    assert all(p.requires_grad for group in split_parameters(model).values() for p in group)
+
+
+def test_only_matrices_decay():
+    optimizer = MuonAdamW.for_model(tiny_hsn(), weight_decay=0.1)
+    vectors = [g for g in optimizer.param_groups for p in g["params"] if p.ndim == 1]
+    assert vectors and all(group["weight_decay"] == 0.0 for group in vectors)
+    assert all(group["weight_decay"] == 0.1 for group in optimizer.param_groups if group["rule"] == "muon")
+
+
+def test_updates_equal_torchs_own_optimizers_exactly():
+    ours, theirs = tiny_hsn(), tiny_hsn()
+    optimizer = MuonAdamW.for_model(ours, lr=3e-3, muon_lr_ratio=4.0, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-7)
+    groups = split_parameters(theirs)
+    muon = torch.optim.Muon(groups["hidden"], lr=4.0 * 3e-3, weight_decay=0.1)
+    adamw = torch.optim.AdamW(
+        [{"params": groups["matrices"]}, {"params": groups["rest"], "weight_decay": 0.0}],
+        lr=3e-3,
+        weight_decay=0.1,
+        betas=(0.8, 0.9),
+        eps=1e-7,
+    )
+    for step in range(3):
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        for each in (optimizer, muon, adamw):
+            each.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_schedule_scales_both_learning_rates():
+    model = tiny_hsn()
+    optimizer = MuonAdamW.for_model(model, lr=1e-3, muon_lr_ratio=5.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
+    set_gradients(model, 0)
+    optimizer.step()
+    scheduler.step()
+    rates = {group["rule"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == pytest.approx({"adamw": 5e-4, "muon": 2.5e-3})
+    assert scheduler.get_last_lr()[0] == pytest.approx(5e-4)  # the one that Trainer logs
+
+
+def test_a_state_dict_continues_exactly():
+    model = tiny_hsn()
+    optimizer = MuonAdamW.for_model(model)
+    for step in range(2):
+        set_gradients(model, step)
+        optimizer.step()
+    copied = copy.deepcopy(model)
+    other = MuonAdamW.for_model(copied, lr=1.0)  # the loaded groups bring the true rate
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for m, o in ((model, optimizer), (copied, other)):
+        set_gradients(m, 9)
+        o.step()
+    for a, b in zip(model.parameters(), copied.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_closure_gives_the_loss():
+    model = tiny_hsn()
+    optimizer = MuonAdamW.for_model(model, lr=1e-3)
+    ids = torch.arange(10)[None]
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure).item()
+    assert optimizer.step(closure).item() < first
+
+
+def test_accelerate_prepares_it():
+    from accelerate import Accelerator
+
+    model = tiny_hsn()
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(model, MuonAdamW.for_model(model))
+    before = model.model.layers[0].state_dict()
+    before = {name: value.clone() for name, value in before.items()}
+    accelerator.backward(model(torch.arange(10)[None], labels=torch.arange(10)[None]).loss)
+    optimizer.step()
+    assert any(not torch.equal(before[name], value) for name, value in model.model.layers[0].state_dict().items())
+
+
+def test_bad_groups_are_refused():
+    with pytest.raises(ValueError, match="'rule'"):
+        MuonAdamW([{"params": [nn.Parameter(torch.zeros(2, 2))]}])
+    with pytest.raises(ValueError, match="matrices only"):
+        MuonAdamW([{"params": [nn.Parameter(torch.zeros(2))], "rule": "muon"}])
+    with pytest.raises(ValueError, match=r"no trainable nn\.Linear"):
+        MuonAdamW.for_model(nn.Linear(4, 4))

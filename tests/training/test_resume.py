@@ -1,0 +1,113 @@
+"""Interrupted runs: resuming gives bitwise the weights of an uninterrupted run, and never a half-written state."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_holo.errors import HoloError
+from hf_holo.training.trainer import complete_checkpoints
+
+from .conftest import TINY
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("checkpoint", ["checkpoint-2", "checkpoint-4"])
+def test_resume_is_bitwise_exact(tiny_run, tmp_path, optimizer, checkpoint):
+    # 4 x 4 = 16 windows a step: the second epoch begins within the run.
+    flags = ["--optimizer", optimizer, "--save_steps", "2", "--save_total_limit", "9", "--stride", "32"]
+    tiny_run(*flags, "--gradient_accumulation_steps", "4", "--max_steps", "8", folder="whole")
+    shutil.copytree(tmp_path / "whole" / checkpoint, tmp_path / "part" / checkpoint)
+    tiny_run(
+        *flags, "--gradient_accumulation_steps", "4", "--max_steps", "8", "--resume_from_checkpoint", folder="part"
+    )
+    assert same_weights(tmp_path / "whole", tmp_path / "part")
+    assert same_weights(tmp_path / "whole" / "checkpoint-8", tmp_path / "part" / "checkpoint-8")
+    for name in ("metrics.csv", "sample.txt"):
+        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "part" / name).read_text()
+
+
+def test_a_killed_run_loses_only_the_steps_since_its_last_checkpoint(tiny_run, text_file, tmp_path):
+    flags = ["--max_steps", "60", "--save_steps", "5", "--save_total_limit", "2", "--eval_steps", "30"]
+    command = [*TINY, "--train_file", str(text_file), "--output_dir", str(tmp_path / "killed"), *flags]
+    code = f"from hf_holo.training.train import main; main({command!r})"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 120
+        while len(complete_checkpoints(tmp_path / "killed")) < 2 and time.monotonic() < until:
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    reached = complete_checkpoints(tmp_path / "killed")
+    assert len(reached) >= 1
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+
+    resumed = tiny_run(*flags, "--resume_from_checkpoint", folder="killed")
+    assert resumed.state.global_step == 60
+    tiny_run(*flags, folder="whole")
+    assert same_weights(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["no state", "half a state", "no folder content"])
+def test_half_written_checkpoints_are_passed_over(tiny_run, tmp_path, damage):
+    tiny_run(folder="whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "part", ignore=shutil.ignore_patterns("model.safetensors"))
+    shutil.copy(tmp_path / "whole" / "checkpoint-3" / "model.safetensors", tmp_path / "part" / "checkpoint-3")
+    broken = tmp_path / "part" / "checkpoint-6"
+    state = broken / "trainer_state.json"
+    if damage == "half a state":
+        state.write_text(state.read_text()[:100])
+    else:
+        state.unlink()
+    if damage == "no folder content":
+        shutil.rmtree(broken)
+        broken.mkdir()
+    (broken / "left.over").touch()
+
+    assert [path.name for path in complete_checkpoints(tmp_path / "part")] == ["checkpoint-3"]
+    tiny_run("--resume_from_checkpoint", folder="part")
+    assert same_weights(tmp_path / "whole", tmp_path / "part")
+    assert not (broken / "left.over").exists()
+    assert json.loads(state.read_text())["global_step"] == 6
+
+
+def test_a_folder_with_a_run_is_left_alone(tiny_run, tmp_path):
+    tiny_run("--max_steps", "3")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with pytest.raises(HoloError, match=r"already holds a run; add --resume_from_checkpoint .* --overwrite"):
+        tiny_run("--max_steps", "3")
+    with pytest.raises(HoloError, match="nowhere"):  # bad input does not cost the old run either
+        tiny_run("--overwrite", "--train_file", "nowhere")
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+def test_overwrite_deletes_the_old_run(tiny_run, tmp_path):
+    tiny_run("--max_steps", "6")
+    tiny_run("--max_steps", "3", "--overwrite")
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-3"}
+
+
+def test_resuming_needs_no_recipe_and_may_find_nothing(tiny_run, tmp_path, capsys):
+    from hf_holo.training.arguments import parse
+
+    tiny_run("--max_steps", "3", "--resume_from_checkpoint")
+    assert "starting from the beginning" in capsys.readouterr().out
+    resumed = parse(["--output_dir", str(tmp_path / "run"), "--resume_from_checkpoint"])
+    assert resumed.training.max_steps == 3
+    assert resumed.model_overrides["hidden_size"] == 16

@@ -1,0 +1,69 @@
+"""Tokenizers: exact round trips, unseen characters, and loading by AutoTokenizer."""
+
+import pytest
+from transformers import AutoTokenizer
+
+from hf_holo import HsnConfig
+from hf_holo.errors import HoloError
+from hf_holo.modeling.tokenization_holo import HoloTokenizer
+from hf_holo.training.tokenizers import KINDS, bpe_tokenizer, character_tokenizer, make_tokenizer
+
+AWKWARD = "  two  spaces , a comma 's\n\n\ttab\r\nand é, 漢字, 🙂 \n"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_trip_is_exact(kind):
+    tokenizer = make_tokenizer(kind, [AWKWARD], vocab_size=300)
+    ids = tokenizer(AWKWARD).input_ids
+    assert tokenizer.decode(ids) == AWKWARD
+    assert not set(ids) & set(tokenizer.all_special_ids)
+
+
+@pytest.mark.parametrize("kind, count", [("characters", len(AWKWARD)), ("bytes", len(AWKWARD.encode()))])
+def test_one_token_per_character_or_byte(kind, count):
+    assert len(make_tokenizer(kind, [AWKWARD])(AWKWARD).input_ids) == count
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_bytes_and_bpe_know_every_text(kind):
+    tokenizer = make_tokenizer(kind, ["only plain letters here"], vocab_size=300)
+    assert tokenizer.decode(tokenizer(AWKWARD).input_ids) == AWKWARD
+
+
+def test_unseen_characters_become_the_unknown_token():
+    tokenizer = character_tokenizer(["abc"])
+    assert tokenizer("aZb").input_ids[1] == tokenizer.unk_token_id
+    assert len(tokenizer("aZ🙂b").input_ids) == 4
+
+
+def test_bpe_learns_merges_up_to_the_size():
+    tokenizer = bpe_tokenizer(["the theme then " * 50], vocab_size=262)
+    assert len(tokenizer) == 262
+    assert len(tokenizer("the theme").input_ids) < len("the theme")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_auto_tokenizer_loads_it(kind, tmp_path):
+    tokenizer = make_tokenizer(kind, [AWKWARD], vocab_size=300)
+    tokenizer.save_pretrained(tmp_path)
+    HsnConfig(vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(loaded) is HoloTokenizer
+    assert loaded(AWKWARD).input_ids == tokenizer(AWKWARD).input_ids
+    assert loaded.decode(loaded(AWKWARD).input_ids) == AWKWARD
+    for token in ("pad", "eos", "unk", "bos"):
+        assert getattr(loaded, f"{token}_token") == getattr(tokenizer, f"{token}_token")
+
+
+def test_padding_and_batches():
+    tokenizer = character_tokenizer(["abc"])
+    batch = tokenizer(["abc", "a"], padding=True, return_tensors="pt")
+    assert batch.input_ids[1].tolist() == [*tokenizer("a").input_ids, tokenizer.pad_token_id, tokenizer.pad_token_id]
+    assert batch.attention_mask.sum(1).tolist() == [3, 1]
+
+
+def test_bad_requests():
+    with pytest.raises(HoloError, match="characters, bytes, bpe"):
+        make_tokenizer("words", ["a"])
+    with pytest.raises(HoloError, match="vocab_size: 258"):
+        bpe_tokenizer(["a"], vocab_size=258)
