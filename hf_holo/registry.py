@@ -18,7 +18,6 @@ import transformers
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoProcessor,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -272,7 +271,7 @@ def _register_with_transformers(architecture: Architecture) -> None:
         kind = "fast_tokenizer_class" if fast else "slow_tokenizer_class"
         AutoTokenizer.register(config, **{kind: architecture.tokenizer}, exist_ok=True)
     if architecture.processor is not None:
-        AutoProcessor.register(config, architecture.processor, exist_ok=True)
+        transformers.AutoProcessor.register(config, architecture.processor, exist_ok=True)
 
 
 def _register_model(auto_class: type, config: type[PretrainedConfig], model: type | str) -> None:

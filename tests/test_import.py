@@ -1,0 +1,58 @@
+"""`import hf_holo` is quick, quiet, and brings the public names when they are asked for."""
+
+import subprocess
+import sys
+
+import pytest
+
+import hf_holo
+
+BUDGET = 0.2  # seconds on top of what importing transformers takes anyway
+
+TIMED_IMPORT = """
+import gc, time
+from transformers import PreTrainedModel, AutoModelForCausalLM
+gc.disable()  # a collection of transformers' objects may fall due at any import
+start = time.process_time()
+import hf_holo
+print(time.process_time() - start)
+"""
+
+LAZY_IMPORT = """
+import sys
+import hf_holo
+print("hf_holo.registry" in sys.modules, "hf_holo.modeling.modeling_hsn" in sys.modules)
+from transformers import AutoConfig, AutoModelForCausalLM
+config = AutoConfig.for_model("hsn", vocab_size=97, hidden_size=32, num_hidden_layers=2)
+print(type(AutoModelForCausalLM.from_config(config)).__name__)
+"""
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "hf_holo" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def test_import_is_quick():
+    """In CPU time and in the best of three processes: what others do to this machine is not the package's doing."""
+    times = []
+    while len(times) < 3 and min(times, default=1) > BUDGET:
+        times.append(float(run(TIMED_IMPORT)))
+    assert min(times) <= BUDGET
+
+
+def test_modeling_files_are_read_when_an_auto_class_needs_them():
+    assert run(LAZY_IMPORT).split() == ["True", "False", "HsnForCausalLM"]
+
+
+def test_every_public_name_can_be_imported():
+    names = [name for name in dir(hf_holo) if not name.startswith("_")]
+    assert {"HsnForCausalLM", "MuonAdamW", "bind", "hsn_tiny", "register_architecture"} <= set(names)
+    assert all(getattr(hf_holo, name) is not None for name in names)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
+        _ = hf_holo.Nonsense

@@ -1,0 +1,123 @@
+"""A third-party package, built and installed with pip, works through the Auto classes; a broken plug-in warns."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+import hf_holo
+
+PYPROJECT = """
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "toy-holo"
+version = "1.0"
+
+[tool.setuptools]
+py-modules = ["toy_holo", "toy_called"]
+
+[project.entry-points."hf_holo.architectures"]
+toy = "toy_holo"
+called = "toy_called:register"
+broken = "toy_missing:register"
+"""
+
+MODULE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_holo import register_architecture
+
+
+class ToyConfig(LlamaConfig):
+    model_type = "toy"
+
+
+class ToyForCausalLM(LlamaForCausalLM):
+    config_class = ToyConfig
+
+
+SIZES = dict(vocab_size=11, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+register_architecture("toy", ToyConfig, {"AutoModelForCausalLM": ToyForCausalLM}, presets={"toy-small": SIZES})
+"""
+
+CALLED = """
+from transformers import LlamaConfig
+
+from hf_holo import register_architecture
+
+
+class CalledConfig(LlamaConfig):
+    model_type = "toy-called"
+
+
+def register():
+    register_architecture("toy-called", CalledConfig, {"AutoModel": "toy_called:Model"})
+"""
+
+USE = """
+import json, sys, warnings
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import hf_holo
+import torch
+from transformers import AutoModelForCausalLM
+
+torch.manual_seed(0)
+model = AutoModelForCausalLM.from_config(hf_holo.preset_config("toy-small", vocab_size=13)).eval()
+model.save_pretrained(sys.argv[1])
+again = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+ids = torch.arange(13)[None]
+with torch.no_grad():
+    same = torch.equal(model(ids).logits, again(ids).logits)
+print(json.dumps({
+    "class": type(again).__name__,
+    "same": same,
+    "families": sorted(hf_holo.architectures()),
+    "warnings": [str(w.message) for w in caught if "plug-in" in str(w.message)],
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory) -> Path:
+    """The interpreter of a new environment that sees this one's packages and has the plug-ins installed."""
+    root = tmp_path_factory.mktemp("plugin")
+    source = root / "source"
+    source.mkdir()
+    (source / "pyproject.toml").write_text(PYPROJECT)
+    (source / "toy_holo.py").write_text(MODULE)
+    (source / "toy_called.py").write_text(CALLED)
+    venv.create(root / "env", symlinks=os.name != "nt")
+    scheme = {"base": str(root / "env"), "platbase": str(root / "env")}
+    site_packages = Path(sysconfig.get_path("purelib", "venv", scheme))
+    shared = (sysconfig.get_path("purelib"), Path(hf_holo.__file__).parents[1])
+    (site_packages / "shared.pth").write_text("".join(f"{path}\n" for path in shared))
+    python = Path(sysconfig.get_path("scripts", "venv", scheme)) / Path(sys.executable).name
+    install = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-build-isolation", source]
+    subprocess.run(install, check=True, capture_output=True, text=True)
+    return python
+
+
+def test_plugins_of_an_installed_package_work_through_auto_classes(python, tmp_path):
+    done = subprocess.run([python, "-c", USE, tmp_path / "saved"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["class"] == "ToyForCausalLM" and report["same"]
+    assert {"hsn", "toy", "toy-called"} <= set(report["families"])
+    (warning,) = report["warnings"]
+    assert "'broken' (toy_missing:register) was left out: ModuleNotFoundError" in warning
+
+
+def test_a_plugin_may_be_imported_before_the_package(python):
+    code = "import toy_holo, hf_holo; print('toy' in hf_holo.architectures())"
+    done = subprocess.run([python, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
