@@ -42,8 +42,8 @@ def test_any_chunking_equals_one_shot(model, random_ids, lengths):
 def test_the_stepwise_loss_is_the_teacher_forced_loss(model, random_ids):
     ids = random_ids(2, 100)
     stepwise, _ = in_pieces(model, ids, (1,) * 100)
-    loss = F.cross_entropy(stepwise[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    torch.testing.assert_close(loss, model(input_ids=ids, labels=ids).loss, **EXACT)
+    loss = F.cross_entropy(stepwise[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+    assert loss == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-6)  # transformers' is float32
 
 
 @torch.no_grad()
