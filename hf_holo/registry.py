@@ -178,13 +178,16 @@ def preset_config(preset: str, **overrides: Any) -> PretrainedConfig:
         overrides: config arguments that replace or add to those of the preset.
 
     Raises:
-        HoloError: there is no such preset; the message names the nearest.
+        HoloError: there is no such preset (the message names the nearest), or the config refuses a value.
     """
     known = presets()
     if preset not in known:
         raise unknown("preset", preset, known)
     architecture, kwargs = known[preset]
-    return architecture.config(**{**kwargs, **overrides})
+    try:
+        return architecture.config(**{**kwargs, **overrides})
+    except ValueError as error:
+        raise HoloError(f"preset {preset!r}: {error}") from error
 
 
 def preset_model(preset: str, **overrides: Any) -> PreTrainedModel:

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..registry import presets
+from ..registry import preset_config, presets
 
 
 def main(argv: list[str]) -> None:
@@ -19,7 +19,8 @@ def main(argv: list[str]) -> None:
         "--vocab_size", type=int, default=None, help="count with this vocabulary; default: the preset's"
     )
     args = parser.parse_args(argv)
-    rows = catalogue(**({} if args.vocab_size is None else {"vocab_size": args.vocab_size}))
+    overrides = {} if args.vocab_size is None else {"vocab_size": args.vocab_size}
+    rows = catalogue(**overrides)
     if args.json:
         print(json.dumps(rows, indent=2))
     else:
@@ -36,8 +37,8 @@ def catalogue(**overrides: Any) -> list[dict[str, Any]]:
         Records with `family`, `preset`, `vocab_size`, `parameters`, `embedding_parameters` and `capabilities`.
     """
     rows = []
-    for name, (architecture, kwargs) in presets().items():
-        config = architecture.config(**{**kwargs, **overrides})
+    for name, (architecture, _) in presets().items():
+        config = preset_config(name, **overrides)
         with torch.device("meta"):
             model = architecture.main_model(config)
         rows.append(

@@ -62,13 +62,16 @@ def find_config(model: str) -> PretrainedConfig:
     """The config of a preset or of the checkpoint in a folder.
 
     Raises:
-        HoloError: it is neither.
+        HoloError: it is neither, or the checkpoint's config cannot be read.
     """
-    if model not in presets() and (Path(model) / "config.json").is_file():
-        return AutoConfig.from_pretrained(model)
-    if "/" in model:
+    if model in presets() or not (Path(model).is_dir() or "/" in model):
+        return preset_config(model)
+    if not (Path(model) / "config.json").is_file():
         raise HoloError(f"{model!r} holds no config.json: give a preset or the folder of a checkpoint")
-    return preset_config(model)
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise HoloError(f"{model!r}: {str(error).splitlines()[0]}") from error
 
 
 def info(config: PretrainedConfig, lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:
