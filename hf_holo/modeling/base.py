@@ -158,7 +158,9 @@ class RecurrentBackbone(RecurrentPreTrainedModel):
             size = self.embed_tokens.num_embeddings
             if low < 0 or high >= size:
                 bad = low if low < 0 else high
-                raise ValueError(f"input_ids holds {bad}, outside the vocabulary of {size}: ids must be 0 to {size - 1}")
+                raise ValueError(
+                    f"input_ids holds {bad}, outside the vocabulary of {size}: ids must be 0 to {size - 1}"
+                )
         return self.embed_tokens(input_ids)
 
     def _cache(self, past_key_values, use_cache: bool | None) -> RecurrentCache | None:
@@ -197,27 +199,38 @@ def arrange(
             behind = layout.lengths[:, None] + (~valid).cumsum(1) - 1
             order = torch.where(valid, valid.cumsum(1) - 1, behind)
             layout.valid = torch.arange(length, device=x.device) < layout.lengths[:, None]
-    starts = _document_starts(position_ids, seq_idx, order, layout)
-    if starts is not None:
-        document = starts.long().cumsum(1)
-        fresh = cache is None or cache.is_empty  # then the first document needs no reset
-        if exporting() or bool(starts[:, 1:].any()) or (bool(starts.any()) and not fresh):
-            layout.document = document
+    if seq_idx is not None:
+        starts = _changes(_reorder(seq_idx, order, layout), layout, cache)
+    elif position_ids is not None:
+        starts = _reorder(position_ids, order, layout) == 0
+    else:
+        return layout, order
+    if layout.valid is not None:
+        starts = starts & layout.valid
+    fresh = cache is None or cache.is_empty  # then the first document needs no reset
+    if exporting() or bool(starts[:, 1:].any()) or (bool(starts.any()) and not fresh):
+        layout.document = starts.long().cumsum(1)
     return layout, order
 
 
-def _document_starts(position_ids, seq_idx, order, layout: TokenLayout) -> torch.Tensor | None:
-    """True `[B, T]` where a real token begins a new document, in the new order of tokens."""
-    if seq_idx is None and position_ids is None:
-        return None
-    labels = (position_ids if seq_idx is None else seq_idx).expand(-1, layout.length)
-    if order is not None:
-        labels = torch.zeros_like(order).scatter(1, order, labels.expand_as(order).to(order.dtype))
-    if seq_idx is None:
-        starts = labels == 0
-    else:
-        starts = nn.functional.pad(labels[:, 1:] != labels[:, :-1], (1, 0))
-    return starts if layout.valid is None else starts & layout.valid
+def _reorder(labels: torch.Tensor, order: torch.Tensor | None, layout: TokenLayout) -> torch.Tensor:
+    """`labels` `[B or 1, T]` in the new order of tokens."""
+    if order is None:
+        return labels
+    return torch.zeros_like(order).scatter(1, order, labels.expand_as(order).to(order.dtype))
+
+
+def _changes(seq_idx: torch.Tensor, layout: TokenLayout, cache: RecurrentCache | None) -> torch.Tensor:
+    """True `[B, T]` where `seq_idx` differs from the token before, which the cache remembers across calls."""
+    before = cache.layers[0].get("seq_idx") if cache is not None else None  # [B, 1]
+    labels = torch.cat([seq_idx[:, :1] if before is None else before, seq_idx], 1)  # [B, 1 + T]
+    if cache is not None:
+
+        def replay(tokens: int) -> torch.Tensor:
+            return layout.first(tokens).last_real(labels[..., None], 1)[..., 0]
+
+        cache.layers[0].put("seq_idx", replay(layout.length), layout.length, replay)
+    return labels[:, 1:] != labels[:, :-1]
 
 
 class _Head(RecurrentPreTrainedModel):

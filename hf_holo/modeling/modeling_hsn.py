@@ -45,9 +45,7 @@ class HoloSpectralBlock(GradientCheckpointingLayer):
             self.gate = None
         self.channel_norm = nn.LayerNorm(dim, eps=config.norm_eps, bias=False)
         gated = config.channel_mix == "gated"
-        self.channel_mix = (
-            GatedChannelMix(dim, config.intermediate_size) if gated else LiteChannelMix(dim, config.rank)
-        )
+        self.channel_mix = GatedChannelMix(dim, config.intermediate_size) if gated else LiteChannelMix(dim, config.rank)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(

@@ -504,8 +504,9 @@ def cancelling_scan(
         document = _to_chunks(document[:, None, :, None], chunk, fill=None)[..., 0]
     between, from_start, to_end, across = _decays(log_decay, torch.zeros_like(log_decay), document)
     earlier = (strength * (k @ k.mT) * between).tril(-1)  # how much of a write a later key takes back
-    solve = _inverse_of_one_plus(earlier)
-    fresh, recalled = solve @ (strength * v), solve @ (strength * from_start[..., None] * k)
+    wanted = torch.cat([strength * v, strength * from_start[..., None] * k], -1)
+    solved = torch.linalg.solve_triangular(earlier, wanted, upper=False, unitriangular=True)  # (1 + earlier)^-1 wanted
+    fresh, recalled = solved.split([v.shape[-1], k.shape[-1]], -1)
     inside = (q @ k.mT[:, :, None]) * between[:, :, None]
     read, leave = q * from_start[:, :, None, :, :, None], (k * to_end[..., None]).mT
     if state is None:
@@ -536,13 +537,3 @@ def cancelling_scan_naive(q, k, v, log_decay, strength, state=None, document=Non
         state = state + strength[:, :, t, None, None] * k[:, :, t, :, None] * surprise[:, :, None]
         rows.append(q[:, :, t, None] @ state.repeat_interleave(groups, 1))
     return torch.cat(rows, 2), state
-
-
-def _inverse_of_one_plus(lower: torch.Tensor) -> torch.Tensor:
-    """(1 + L)^-1 of strictly lower triangular `[..., C, C]` as a product of 1 + (-L)^(2^i), since L^C = 0."""
-    power = -lower
-    inverse = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device) + power
-    for _ in range(math.ceil(math.log2(max(2, lower.shape[-1]))) - 1):
-        power = power @ power
-        inverse = inverse + inverse @ power
-    return inverse
