@@ -83,6 +83,8 @@ class HoloTrainingArguments(TrainingArguments):
             raise ValueError(f"muon_lr_ratio: {self.muon_lr_ratio} is not positive")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay: {self.ema_decay} is not in [0, 1)")
+        if self.prediction_loss_only or self.batch_eval_metrics:
+            raise ValueError("prediction_loss_only and batch_eval_metrics: the exact validation loss needs both off")
         if self.ema_decay and self.load_best_model_at_end:
             raise ValueError("ema_decay: averages and load_best_model_at_end exclude each other; choose one")
 

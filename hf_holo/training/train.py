@@ -67,6 +67,7 @@ def train(run: Run) -> HoloTrainer:
     set_seed(run.training.seed)
     tokenizer, data = load_data(run, checkpoint)
     model = load_model(run, tokenizer)
+    use_cache = model.config.use_cache
     trainer = make_trainer(run, model, tokenizer, data)
     print(
         f"{model.config.model_type}: {model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the vocabulary"
@@ -77,7 +78,6 @@ def train(run: Run) -> HoloTrainer:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(run.recipe, sort_keys=False), encoding="utf-8")
-    use_cache = model.config.use_cache
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.config.use_cache = use_cache  # transformers 5 turns it off, and would save it so
     finish(trainer, run, data)

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from hf_holo.errors import HoloError
-from hf_holo.training.trainer import complete_checkpoints
+from hf_holo.training.train import main
+from hf_holo.training.trainer import HoloTrainer, complete_checkpoints
 
 from .conftest import TINY
 
@@ -48,7 +49,7 @@ def test_a_killed_run_loses_only_the_steps_since_its_last_checkpoint(tiny_run, t
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL)
     try:
         until = time.monotonic() + 120
-        while len(complete_checkpoints(tmp_path / "killed")) < 2 and time.monotonic() < until:
+        while not complete_checkpoints(tmp_path / "killed") and time.monotonic() < until:
             assert process.poll() is None, "the run ended before it could be killed"
             time.sleep(0.01)
     finally:
@@ -62,6 +63,18 @@ def test_a_killed_run_loses_only_the_steps_since_its_last_checkpoint(tiny_run, t
     assert resumed.state.global_step == 60
     tiny_run(*flags, folder="whole")
     assert same_weights(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch, text_file, tmp_path, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HoloTrainer, "train", interrupted)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main([*TINY, "--train_file", str(text_file), "--output_dir", "run"])
+    assert stop.value.code == 130
+    assert "hf-holo train --output_dir run --resume_from_checkpoint" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["no state", "half a state", "no folder content"])

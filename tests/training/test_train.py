@@ -154,6 +154,7 @@ def test_the_command_line_beats_the_recipe():
         ("--validation_fraction 1.5", "validation_fraction: 1.5"),
         ("--ema_decay 1", "ema_decay: 1.0"),
         ("--ema_decay 0.9 --load_best_model_at_end --metric_for_best_model loss", "ema_decay"),
+        ("--prediction_loss_only", "prediction_loss_only"),
         ("--model hidden_sise=3", "no value 'hidden_sise'"),
         ("--model hidden_size", "'hidden_size' is not of the form KEY=VALUE"),
         ("--model num_heads=5", "num_heads=5 does not divide"),
