@@ -33,9 +33,8 @@ class HolographicMixer(nn.Module):
         self.causal, self.dynamic = config.is_causal, config.binding == "dynamic"
         self.cancel = config.write == "cancel"
         self.norm_eps = config.norm_eps
-        self.filter = (
-            SpectralGate(dim, config.gate_taps, self.causal, "filter") if config.gate_placement == "mixer" else None
-        )
+        filtered = config.gate_placement == "mixer"
+        self.filter = SpectralGate(dim, config.gate_taps, self.causal, "filter", delayed=0.5) if filtered else None
         self.v_proj = nn.Linear(dim, self.key_heads * self.head_dim, bias=False)
         self.gate_proj = nn.Linear(dim, dim, bias=False)
         self.out_proj = nn.Linear(dim, dim, bias=False)

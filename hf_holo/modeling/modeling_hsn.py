@@ -63,7 +63,7 @@ class HoloSpectralBlock(GradientCheckpointingLayer):
         return x + self.dropout(self.channel_mix(self.channel_norm(x)))
 
     def state_spec(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the states of this block, without the batch; keys of attention grow and are not listed."""
+        """Names and shapes of the states, without the batch; the keys of attention grow and are not listed."""
         spec = self.mixer.state_spec() if isinstance(self.mixer, HolographicMixer) else {}
         return spec | (self.gate.state_spec() if self.gate is not None else {})
 

@@ -418,7 +418,7 @@ def _spread(weights: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _chunked_scan(q, k, v, log_decay, log_write, state, document):
-    """All chunks at once: q [B, H, N, G·C, F], k [B, H, N, C, F], v [B, H, N, C, V] to y [B, H, N, G·C, V] and state."""
+    """q [B, H, N, G·C, F], k [B, H, N, C, F] and v [B, H, N, C, V] to y [B, H, N, G·C, V] and the last state."""
     return _chunked_scan_parts(q, k, v, log_decay, log_write, state, document)[:2]
 
 
