@@ -1,7 +1,9 @@
 """The error that a user can cause and mend."""
 
 import difflib
+from argparse import ArgumentParser
 from collections.abc import Iterable
+from typing import NoReturn
 
 
 class HoloError(ValueError):
@@ -17,3 +19,10 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> HoloError:
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     return HoloError(f"unknown {kind} {name!r}: {hint}known are {', '.join(known) or 'none'}")
+
+
+class Parser(ArgumentParser):
+    """An ArgumentParser whose errors are a [`HoloError`] instead of the usage and an exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise HoloError(message)

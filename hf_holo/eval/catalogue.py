@@ -1,6 +1,5 @@
 """What `hf-holo list` shows: every registered family and preset, with parameters counted on the meta device."""
 
-import argparse
 import json
 from typing import Any
 
@@ -8,12 +7,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..errors import Parser
 from ..registry import preset_config, presets
 
 
 def main(argv: list[str]) -> None:
     """Print a table of all presets, or the same as JSON."""
-    parser = argparse.ArgumentParser(prog="hf-holo list", description=__doc__)
+    parser = Parser(prog="hf-holo list", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--vocab_size", type=int, default=None, help="count with this vocabulary; default: the preset's"

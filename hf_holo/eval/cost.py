@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from ..errors import HoloError
+from ..errors import HoloError, Parser
 from ..registry import get_architecture, preset_config, presets
 
 LENGTHS = (128, 512, 2048)
@@ -42,9 +42,7 @@ class Cost:
 
 def main(argv: list[str]) -> None:
     """Print what a preset or a checkpoint costs."""
-    parser = argparse.ArgumentParser(
-        prog="hf-holo info", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="hf-holo info", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="PRESET|PATH", help="a preset (see `hf-holo list`) or a checkpoint folder")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="sequence lengths in tokens")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
