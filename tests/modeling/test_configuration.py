@@ -32,7 +32,14 @@ def test_presets(name, width, depth, rank):
     assert type(model) is HsnForCausalLM
     config = model.config
     assert (config.hidden_size, config.num_hidden_layers, config.rank) == (width, depth, rank)
-    assert model.count_parameters() == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    without_embeddings = sum(p.numel() for block in model.model.layers for p in block.parameters()) + width  # last norm
+    assert model.count_parameters() == 65 * width + without_embeddings  # the tied matrix counts once
+
+
+def test_parameters_can_be_counted_by_what_trains():
+    model = hf_holo.hsn_tiny(vocab_size=65)
+    model.get_input_embeddings().requires_grad_(False)
+    assert model.count_parameters() - model.count_parameters(trainable_only=True) == 65 * 128
 
 
 def test_presets_take_overrides():
