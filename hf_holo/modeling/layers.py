@@ -50,7 +50,7 @@ class TokenLayout:
     def last_real(self, x: torch.Tensor, count: int) -> torch.Tensor:
         """The `count` rows of `x` `[B, count + T, D]` that end with the last real token: `[B, count, D]`."""
         if self.lengths is None:
-            return x[:, self.length : self.length + count]
+            return x[:, self.length : self.length + count].clone()  # a view would keep all of x alive in the cache
         index = self.lengths[:, None] + torch.arange(count, device=x.device)
         return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
