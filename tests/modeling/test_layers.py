@@ -64,6 +64,17 @@ def test_rotary_embeddings_have_no_parameters():
     torch.testing.assert_close(drift[1, 0, 0], torch.tensor(1.0, dtype=drift.dtype))  # one radian a token
 
 
+@pytest.mark.parametrize("causal", [None, True, False])
+def test_a_bare_block_is_causal_unless_told_otherwise(causal):
+    block = HoloSpectralBlock(HsnConfig(vocab_size=11, hidden_size=32, num_hidden_layers=1, causal=causal), 0).double()
+    x = hidden(12).double()
+    changed = x.clone()
+    changed[:, 6] += 1
+    difference = (block(changed) - block(x)).abs().amax((0, 2))
+    assert (difference[:6].max() == 0) == (causal is not False)
+    assert difference[6:].min() > 0
+
+
 def test_blocks_map_hidden_states_to_hidden_states():
     config = HsnConfig(vocab_size=11, hidden_size=32, num_hidden_layers=1)
     x = hidden(70)
