@@ -142,3 +142,24 @@ def test_stepwise_loss(run, text, tmp_path, monkeypatch):
     report, _ = run("stepwise_loss", checkpoint, text, "--rows", 2, "--length", 20)
     assert report["figures"]["tokens"] == 40
     assert report["figures"]["difference"] < 1e-4
+
+
+def test_the_shakespeare_recipe_reports_its_last_loss(run, text, tmp_path):
+    text.write_text(text.read_text(encoding="utf-8") * 4, encoding="utf-8")
+    folder = tmp_path / "run"
+    first, _ = run("shakespeare", text, "--output_dir", folder, "--steps", 2)
+    assert first["figures"]["steps"] == 2 and first["figures"]["tokens"] == 2 * 16 * 256
+    assert 0 < first["figures"]["validation_loss"] < 4
+    assert first["seconds"] > 0
+    weights = (folder / "model.safetensors").stat().st_mtime_ns
+    again, _ = run("shakespeare", text, "--output_dir", folder)
+    assert again["figures"] == first["figures"]
+    assert (folder / "model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_the_readme_shows_what_the_reports_say(run, tmp_path, monkeypatch):
+    run("static_speed", "--width", 32, "--lengths", 64, 128, "--repeats", 1)
+    table = importlib.import_module("readme").table(tmp_path)
+    assert "`static_speed`" in table and "2 times the tokens (128)" in table
+    assert "`block_speed`" not in table  # it has not been run
+    assert torch.__version__ in table

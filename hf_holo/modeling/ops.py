@@ -136,15 +136,13 @@ def zero_phase_kernel_naive(gate_logits: torch.Tensor, taps: int) -> torch.Tenso
 
 def interpolate_gate(logits: torch.Tensor, bins: int) -> torch.Tensor:
     """Linear interpolation along the last dimension, `[..., R]` to `[..., bins]`, ends kept: a smooth gate."""
-    points = logits.shape[-1]
-    table = _interpolation_table(points, bins)
-    return logits @ torch.from_numpy(table).to(logits)
+    return logits @ torch.from_numpy(_interpolation_table(logits.shape[-1], bins)).to(logits)
 
 
 @functools.lru_cache
 def _interpolation_table(points: int, bins: int) -> np.ndarray:
-    at = np.linspace(0, points - 1, bins)
-    return np.stack([np.interp(at, np.arange(points), row) for row in np.eye(points)])
+    distance = np.abs(np.linspace(0, points - 1, bins) - np.arange(points)[:, None])
+    return np.maximum(0.0, 1.0 - distance)
 
 
 def causal_conv(x: torch.Tensor, kernel: torch.Tensor, state: torch.Tensor | None = None) -> torch.Tensor:
