@@ -2,8 +2,8 @@
 
 import sys
 import time
-from argparse import ArgumentParser, Namespace
-from typing import Any, NoReturn
+from argparse import Namespace
+from typing import Any
 
 import torch
 from transformers import (
@@ -15,12 +15,7 @@ from transformers import (
     set_seed,
 )
 
-from .errors import HoloError
-
-
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise HoloError(message)
+from .errors import HoloError, Parser
 
 
 def main(argv: list[str]) -> None:
@@ -86,7 +81,7 @@ def generate_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pr
 
 
 def _parse(argv: list[str]) -> Namespace:
-    parser = _Parser(prog="hf-holo generate", description="Continue a prompt, and show how fast.")
+    parser = Parser(prog="hf-holo generate", description="Continue a prompt, and show how fast.")
     parser.add_argument("path", help="folder or Hub name of a causal language model with its tokenizer")
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--max_new_tokens", type=int, default=200)

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..errors import HoloError
+from ..errors import HoloError, Parser
 
 DEFAULT_RECIPE = "quickstart"
 # Naming one of these on the command line puts the recipe's choice among them aside.
@@ -110,9 +110,8 @@ class Run:
     recipe: dict[str, Any]
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise HoloError(message)
+class _Parser(Parser, HfArgumentParser):
+    """HfArgumentParser with the errors of this package."""
 
 
 def recipe_names() -> list[str]:
