@@ -339,19 +339,26 @@ def interference_scan(
 
 def interference_scan_naive(q, k, v, log_decay, log_write, state=None, document=None):
     """Twin of [`interference_scan`]: the recurrence, token by token."""
-    batch, heads, length, features = k.shape
-    groups = q.shape[1] // heads
+
+    def write(t: int, state: torch.Tensor) -> torch.Tensor:
+        return log_write[:, :, t, None, None].exp() * k[:, :, t, :, None] * v[:, :, t, None, :]
+
+    return _recurrence(q, k, v, log_decay, write, state, document)
+
+
+def _recurrence(q, k, v, log_decay, write, state, document):
+    """The loop of the naive twins: forget at a border of documents, decay, add `write(t, state)`, read."""
     if state is None:
-        state = k.new_zeros(batch, heads, features, v.shape[-1])
-    current = torch.zeros(batch, dtype=torch.long)
+        state = k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])
+    current = torch.zeros(k.shape[0], dtype=torch.long)
     rows = []
-    for t in range(length):
+    for t in range(k.shape[2]):
         if document is not None:
             state = state * (document[:, t] == current).to(state.dtype)[:, None, None, None]
             current = document[:, t]
-        written = k[:, :, t, :, None] * v[:, :, t, None, :]
-        state = state * log_decay[:, :, t, None, None].exp() + written * log_write[:, :, t, None, None].exp()
-        rows.append(q[:, :, t, None] @ state.repeat_interleave(groups, 1))
+        state = state * log_decay[:, :, t, None, None].exp()
+        state = state + write(t, state)
+        rows.append(q[:, :, t, None] @ state.repeat_interleave(q.shape[1] // k.shape[1], 1))
     return torch.cat(rows, 2), state
 
 
@@ -520,18 +527,9 @@ def cancelling_scan(
 
 def cancelling_scan_naive(q, k, v, log_decay, strength, state=None, document=None):
     """Twin of [`cancelling_scan`]: the recurrence, token by token."""
-    batch, heads, length, features = k.shape
-    groups = q.shape[1] // heads
-    if state is None:
-        state = k.new_zeros(batch, heads, features, v.shape[-1])
-    current = torch.zeros(batch, dtype=torch.long)
-    rows = []
-    for t in range(length):
-        if document is not None:
-            state = state * (document[:, t] == current).to(state.dtype)[:, None, None, None]
-            current = document[:, t]
-        state = state * log_decay[:, :, t, None, None].exp()
-        surprise = v[:, :, t] - (k[:, :, t, None] @ state)[:, :, 0]
-        state = state + strength[:, :, t, None, None] * k[:, :, t, :, None] * surprise[:, :, None]
-        rows.append(q[:, :, t, None] @ state.repeat_interleave(groups, 1))
-    return torch.cat(rows, 2), state
+
+    def write(t: int, state: torch.Tensor) -> torch.Tensor:
+        surprise = v[:, :, t, None] - k[:, :, t, None] @ state  # [B, H, 1, V]
+        return strength[:, :, t, None, None] * k[:, :, t, :, None] * surprise
+
+    return _recurrence(q, k, v, log_decay, write, state, document)
