@@ -132,6 +132,13 @@ class SpectralGate(nn.Module):
             kernel = torch.cat([prompt, F.pad(late, (1, 0))[:, :-1]])
         return kernel
 
+    def response(self, bins: int = 65) -> torch.Tensor:
+        """True magnitude response of the cut kernel at `bins` even frequencies from 0 to π: `[D, bins]`.
+
+        It differs from scale · σ(logits), interpolated, by what the cut to K taps takes away.
+        """
+        return torch.fft.rfft(self.kernel(), n=2 * (bins - 1)).abs()
+
     def forward(
         self, x: torch.Tensor, layout: TokenLayout | None = None, cache: RecurrentLayer | None = None
     ) -> torch.Tensor:

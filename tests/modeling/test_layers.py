@@ -44,9 +44,17 @@ def test_a_smooth_gate_has_the_response_that_its_logits_say(causal):
     gate = SpectralGate(1, taps=32, causal=causal).double()
     frequency = torch.linspace(0, torch.pi, 17, dtype=torch.float64)
     gate.logits.copy_(torch.cos(frequency)[None])
-    kernel = gate.kernel()[0]
-    response = torch.fft.rfft(kernel, n=32).abs()
-    torch.testing.assert_close(response, gate.scale * torch.sigmoid(gate.logits[0]), rtol=0.02, atol=0)
+    wanted = gate.scale[:, None] * torch.sigmoid(gate.logits)
+    torch.testing.assert_close(gate.response(bins=17), wanted, rtol=0.02, atol=0)
+
+
+@torch.no_grad()
+def test_a_delay_leaves_the_response_as_it_is():
+    torch.manual_seed(0)
+    gate = SpectralGate(4, taps=32, delayed=0.5).double()
+    gate.logits.copy_(torch.linspace(1, -1, 17).expand(4, -1))  # smooth, so that the cut takes little away
+    assert gate.kernel()[2:, 0].abs().max() == 0 < gate.kernel()[:2, 0].abs().min()
+    torch.testing.assert_close(gate.response()[:2], gate.response()[2:], rtol=0.02, atol=0)
 
 
 @torch.no_grad()
