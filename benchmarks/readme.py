@@ -11,6 +11,7 @@ from pathlib import Path
 from report import RESULTS, read_report
 
 README = Path(__file__).parents[1] / "README.md"
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -22,11 +23,12 @@ def shakespeare(f: dict) -> str:
 
 
 def llama_comparison(f: dict) -> str:
-    settings = f["settings"]
+    settings, best = f["settings"], f["best"]
+    rates = sorted({run["learning_rate"] for run in f["runs"]})
+    chosen = f"each at its best of the learning rates {rates}" if len(rates) > 1 else f"learning rate {rates[0]}"
     return (
-        f"{f['best']['hsn']:.3f} nats, Llama of the same size {f['best']['llama']:.3f}, after "
-        f"{settings['steps']} steps of {settings['rows']}×{settings['length']} with Muon, each at its best of three "
-        "learning rates"
+        f"{best['hsn']:.3f} nats, Llama of the same size {best['llama']:.3f}, after {settings['steps']} steps of "
+        f"{settings['rows']}×{settings['length']} with {OPTIMIZERS[settings['optimizer']]}, {chosen}"
     )
 
 
@@ -66,6 +68,7 @@ def design_choices(f: dict) -> str:
 
 ROWS: dict[str, Callable[[dict], str]] = {
     "shakespeare": shakespeare,
+    "llama_comparison_adamw": llama_comparison,
     "llama_comparison_muon": llama_comparison,
     "stepwise_loss": stepwise_loss,
     "block_speed": block_speed,
