@@ -41,15 +41,15 @@ def test_resume_is_bitwise_exact(tiny_run, tmp_path, optimizer, checkpoint):
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "part" / name).read_text()
 
 
+@pytest.mark.timeout(900)  # it starts Python anew, which takes minutes where other work fills the machine
 def test_a_killed_run_loses_only_the_steps_since_its_last_checkpoint(tiny_run, text_file, tmp_path):
-    flags = ["--max_steps", "60", "--save_steps", "5", "--save_total_limit", "2", "--eval_steps", "30"]
+    flags = ["--max_steps", "40", "--save_steps", "4", "--eval_steps", "40"]
     command = [*TINY, "--train_file", str(text_file), "--output_dir", str(tmp_path / "killed"), *flags]
     code = f"from hf_holo.training.train import main; main({command!r})"
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL)
     try:
-        until = time.monotonic() + 120
-        while not complete_checkpoints(tmp_path / "killed") and time.monotonic() < until:
+        while not complete_checkpoints(tmp_path / "killed"):
             assert process.poll() is None, "the run ended before it could be killed"
             time.sleep(0.01)
     finally:
@@ -60,7 +60,7 @@ def test_a_killed_run_loses_only_the_steps_since_its_last_checkpoint(tiny_run, t
     assert not (tmp_path / "killed" / "model.safetensors").exists()
 
     resumed = tiny_run(*flags, "--resume_from_checkpoint", folder="killed")
-    assert resumed.state.global_step == 60
+    assert resumed.state.global_step == 40
     tiny_run(*flags, folder="whole")
     assert same_weights(tmp_path / "killed", tmp_path / "whole")
 
