@@ -1,5 +1,6 @@
 """What all benchmarks share: fair timing, a readable table, and a result file that says where its figures come from."""
 
+import ctypes
 import json
 import os
 import platform
@@ -61,6 +62,20 @@ def read_report(name: str, folder: Path = RESULTS) -> dict:
     """The report written earlier under this name, or an empty one."""
     path = folder / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"figures": {}, "seconds": 0.0}
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory for the next tensor, as torch does on a GPU.
+
+    By default it returns large blocks to the system at once, and every new tensor of more than 32 MiB pays for page
+    faults again: timings at long lengths would measure the system, not the model. Does nothing with another C library.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL("libc.so.6")
+        trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def interleaved_medians(tasks: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, float]:

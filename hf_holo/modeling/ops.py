@@ -268,7 +268,13 @@ class _PhaseFeatures(torch.autograd.Function):
     @staticmethod
     def forward(ctx, theta, drift):
         angle = (theta + drift).transpose(1, 2)
-        features = torch.cat([angle.cos(), angle.sin()], -1)
+        if exporting():
+            features = torch.cat([angle.cos(), angle.sin()], -1)
+        else:  # written in place: one pass less than joining them
+            features = angle.new_empty(*angle.shape[:-1], 2 * angle.shape[-1])
+            cos, sin = features.chunk(2, -1)
+            torch.cos(angle, out=cos)
+            torch.sin(angle, out=sin)
         ctx.save_for_backward(features)
         return features
 
