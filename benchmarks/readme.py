@@ -38,11 +38,11 @@ def stepwise_loss(f: dict) -> str:
 
 def block_speed(f: dict) -> str:
     rows = [f"{r['time_ratio']:.2f} ({r['tokens']:,} tokens, width {r['width']})" for r in f["against_llama"]]
-    growth = max(row["relative"] for row in f["time_per_token"])
+    growth = [row["relative"] for row in f["time_per_token"]]
     lengths = [row["tokens"] for row in f["time_per_token"]]
     return (
         f"time of a training step of one block, Llama's being 1: {', '.join(rows)}; time per token between "
-        f"{lengths[0]:,} and {lengths[-1]:,} tokens: at most {growth:.2f} of the first"
+        f"{lengths[0]:,} and {lengths[-1]:,} tokens: {min(growth):.2f} to {max(growth):.2f} of the first"
     )
 
 
