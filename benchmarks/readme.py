@@ -84,9 +84,7 @@ def table(folder: Path = RESULTS) -> str:
     for name, describe in ROWS.items():
         report = read_report(name, folder)
         if report["figures"]:
-            lines.append(
-                f"| `{name.removesuffix('_muon')}` | {describe(report['figures'])} | {report['seconds']:.0f} |"
-            )
+            lines.append(f"| `{name}` | {describe(report['figures'])} | {report['seconds']:.0f} |")
             machines[_machine(report)] = None
     return "\n".join([*lines, "", f"Measured on: {'; '.join(machines)}."])
 
