@@ -1,0 +1,301 @@
+"""The model under test: what it says of itself, its weights moved away from their start, and inputs that fit it."""
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ...errors import HoloError
+from ...registry import architectures
+
+CACHE_NAMES = ("past_key_values", "cache_params")  # how families of transformers call what they continue from
+EXACT, ROUNDED = 1e-8, 1e-4  # relative tolerances of equivalences, see `Subject.tolerance`
+
+# What a check may need, and why it does not apply to a model without it. The names of arguments of `forward` and the
+# capabilities are features too.
+FEATURES = {
+    "text": "its main input is not token ids",
+    "causal": "it is bidirectional",
+    "bidirectional": "it is causal",
+    "generation": "it does not generate",
+    "cache": "it continues from no cache",
+    "token outputs": "its output is not one vector per token",
+}
+CAPABILITIES = ("constant_state", "packing", "rollback")
+
+
+class Subject:
+    """One model under test.
+
+    Args:
+        source: the model to test (it is copied and never changed), or its class.
+        config: the config to build a model of that class with; only with a class.
+        name: how reports call it; default: the name of the class.
+        capabilities: flags that the model claims; default: what the model, its registration or its interface says.
+        seed: seed of weights and inputs.
+        move_weights: move the weights away from where they are, see [`perturb`].
+
+    Raises:
+        HoloError: the model is an encoder with a decoder, or no `PreTrainedModel`.
+    """
+
+    def __init__(
+        self,
+        source: PreTrainedModel | type[PreTrainedModel],
+        config: PretrainedConfig | None = None,
+        name: str | None = None,
+        capabilities: Sequence[str] | None = None,
+        seed: int = 0,
+        move_weights: bool = True,
+    ):
+        self.model_class = source if isinstance(source, type) else type(source)
+        if not issubclass(self.model_class, PreTrainedModel):
+            raise HoloError(f"model={self.model_class.__name__} must be a PreTrainedModel of transformers")
+        self.source = source
+        self.config = config if isinstance(source, type) else source.config
+        if self.config.is_encoder_decoder:
+            raise HoloError(
+                f"model={self.model_class.__name__} is an encoder with a decoder; give a decoder or encoder"
+            )
+        self.name = name or self.model_class.__name__
+        self.seed = seed
+        self._capabilities = capabilities
+        self._move_weights = move_weights
+
+    def __repr__(self) -> str:
+        return self.name
+
+    # ------------------------------------------------------------------------------------------ what it is
+    @cached_property
+    def arguments(self) -> frozenset[str]:
+        """Names of the arguments of `forward`."""
+        return frozenset(inspect.signature(self.model_class.forward).parameters) - {"self", "kwargs"}
+
+    @cached_property
+    def capabilities(self) -> frozenset[str]:
+        """What the model claims: its own flags, those of its registration, or what its interface implies."""
+        if self._capabilities is not None:
+            return frozenset(self._capabilities)
+        if hasattr(self.model_class, "capabilities_of"):
+            return self.model_class.capabilities_of(self.config)
+        if self.config.model_type in architectures():
+            return architectures()[self.config.model_type].capabilities
+        return frozenset({"rollback"} if self._generates and not self.model_class._is_stateful else ())
+
+    @property
+    def _generates(self) -> bool:
+        return self.model_class.can_generate()
+
+    @cached_property
+    def causal(self) -> bool:
+        """What the config says, else whether the class generates text."""
+        declared = getattr(self.config, "is_causal", None)
+        return self._generates if declared is None else bool(declared)
+
+    @cached_property
+    def cache_name(self) -> str | None:
+        """The argument of `forward` (and field of its output) that a causal model continues from."""
+        names = [name for name in CACHE_NAMES if name in self.arguments]
+        return names[0] if names and self.causal else None
+
+    @cached_property
+    def features(self) -> frozenset[str]:
+        """Everything that a check may ask for: see `FEATURES`."""
+        text = self.model_class.main_input_name == "input_ids"
+        features = set(self.arguments | (self.capabilities & set(CAPABILITIES)))
+        features.add("causal" if self.causal else "bidirectional")
+        if text:
+            features.add("text")
+            if self.run(self.ids(2, 3)).shape[:2] == (2, 3):
+                features.add("token outputs")
+        if self._generates and self.causal and text:
+            features.add("generation")
+        if self.cache_name:
+            features.add("cache")
+        return frozenset(features)
+
+    def require(self, *needs: str) -> None:
+        """Raise HoloError if a feature is lacking."""
+        reason = self.lacks(needs)
+        if reason is not None:
+            raise HoloError(f"model={self.name} cannot be checked: {reason}")
+
+    def lacks(self, needs: Sequence[str]) -> str | None:
+        """Why a check with these needs does not apply, or None if it does."""
+        for need in needs:
+            if need not in self.features:
+                claim = f"it does not claim {need!r}" if need in CAPABILITIES else f"forward takes no {need}"
+                return FEATURES.get(need, claim)
+        return None
+
+    @cached_property
+    def max_length(self) -> int | None:
+        """The longest sequence it takes; None for a model with a state of constant size."""
+        if "constant_state" in self.capabilities:
+            return None
+        return getattr(self.config, "max_position_embeddings", None)
+
+    def lengths(self, *wanted: int) -> list[int]:
+        """Those of the wanted lengths that the model takes."""
+        return [length for length in wanted if self.max_length is None or length <= self.max_length]
+
+    # ------------------------------------------------------------------------------------------ the model
+    @cached_property
+    def _weights(self) -> PreTrainedModel:
+        """In float32 and evaluation mode, every weight moved: a flat fresh gate would hide a leak."""
+        torch.manual_seed(self.seed)
+        model = self.source(copy.deepcopy(self.config)) if isinstance(self.source, type) else copy.deepcopy(self.source)
+        model.__dict__.pop("forward", None)  # what mixed-precision training wraps around it
+        model = model.float().eval()
+        return perturb(model, self.seed) if self._move_weights else model
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model in float64 and evaluation mode, to look at: who changes a model takes a [`copy`]."""
+        return self.copy().requires_grad_(False)
+
+    def copy(self, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+        """A model of one's own with the same weights, in evaluation mode."""
+        return copy.deepcopy(self._weights).to(dtype)
+
+    @cached_property
+    def output_width(self) -> int:
+        """Numbers per token in the output."""
+        return self.run(self.ids(1, 2)).shape[-1]
+
+    @cached_property
+    def tolerance(self) -> float:
+        """Relative tolerance of equivalences: 1e-8, or 1e-4 for a model that rounds to float32 inside.
+
+        transformers' Llama, for one, normalises in float32 even in a float64 model. It shows in the second
+        difference of the outputs for a tiny step of the embeddings, which is zero without rounding.
+        """
+        if "inputs_embeds" not in self.arguments:
+            return ROUNDED
+        x = self.embed(self.ids(2, 16))
+        step = 1e-9 * torch.randn(x.shape, generator=self.generator(1), dtype=x.dtype) * x.norm(dim=-1, keepdim=True)
+        first, second, third = (self.run(inputs_embeds=x + n * step) for n in range(3))
+        bend = (third - 2 * second + first).norm() / first.norm()
+        return EXACT if bend < 1e-12 else ROUNDED
+
+    # ------------------------------------------------------------------------------------------ its inputs
+    def generator(self, salt: int = 0) -> torch.Generator:
+        """A random generator that depends on the seed and `salt` only."""
+        return torch.Generator().manual_seed(1000 * self.seed + salt)
+
+    @cached_property
+    def vocabulary(self) -> torch.Tensor:
+        """The ids that mean nothing special to the model."""
+        config = self.config.get_text_config()
+        special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "sep", "cls", "mask")}
+        special = {i for entry in special for i in (entry if isinstance(entry, list) else [entry])}
+        return torch.tensor([i for i in range(config.vocab_size) if i not in special])
+
+    def ids(self, rows: int, length: int, salt: int = 0) -> torch.Tensor:
+        """Random token ids `[rows, length]` without special ones; another `salt` gives others."""
+        return self.vocabulary[torch.randint(len(self.vocabulary), (rows, length), generator=self.generator(salt))]
+
+    def other_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids that differ from `ids` everywhere."""
+        return self.vocabulary[(torch.searchsorted(self.vocabulary, ids) + 1) % len(self.vocabulary)]
+
+    @torch.no_grad()
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """The input embeddings of `ids`, in float64: `[B, T, D]`."""
+        return self.model.get_input_embeddings()(ids)
+
+    def masked(self, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The arguments that go with an attention mask `[B, T]`, as generate() would make them."""
+        inputs = {"attention_mask": mask}
+        if "position_ids" in self.arguments:
+            inputs["position_ids"] = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+        return inputs
+
+    def inputs(self, rows: int = 2, length: int = 16) -> dict[str, Any]:
+        """Inputs for one forward pass, whatever the modality: token ids, or the model's own `dummy_inputs`."""
+        return {"input_ids": self.ids(rows, length)} if self._takes_text else self.model.dummy_inputs
+
+    @property
+    def _takes_text(self) -> bool:
+        return self.model_class.main_input_name == "input_ids"
+
+    # ------------------------------------------------------------------------------------------ running it
+    def run(self, input_ids: torch.Tensor | None = None, **inputs: Any) -> torch.Tensor:
+        """The output of the float64 model without a cache, `[B, T, ...]` where it has one vector per token."""
+        if input_ids is not None:
+            inputs["input_ids"] = input_ids
+        if "use_cache" in self.arguments:
+            inputs.setdefault("use_cache", False)
+        return main_output(self.model(**inputs))
+
+    @torch.no_grad()
+    def feed(
+        self,
+        pieces: Sequence[torch.Tensor],
+        cache: Any = None,
+        model: PreTrainedModel | None = None,
+        **per_token: torch.Tensor,
+    ) -> tuple[torch.Tensor, Any]:
+        """Feed pieces of a sequence `[B, T_i]` one after the other through the cache.
+
+        Args:
+            pieces: token ids.
+            cache: what to continue from; default: nothing.
+            model: default: the float64 model.
+            per_token: further arguments `[B, sum of T_i]`, cut as the pieces are.
+
+        Returns:
+            The outputs of all pieces `[B, sum of T_i, ...]`, and the cache after the last.
+        """
+        outputs = []
+        for ids, extra in zip(pieces, self._cut(per_token, pieces), strict=True):
+            if "cache_position" in self.arguments and self.cache_name == "cache_params":
+                start = sum(output.shape[1] for output in outputs)
+                extra["cache_position"] = torch.arange(start, start + ids.shape[1])
+            result = (model or self.model)(input_ids=ids, use_cache=True, **{self.cache_name: cache}, **extra)
+            outputs.append(main_output(result))
+            cache = getattr(result, self.cache_name)
+        return torch.cat(outputs, 1), cache
+
+    def _cut(self, per_token: dict[str, torch.Tensor], pieces: Sequence[torch.Tensor]) -> Iterator[dict[str, Any]]:
+        sizes = [piece.shape[1] for piece in pieces]
+        columns = {name: x.split(sizes, 1) for name, x in per_token.items()}
+        return ({name: parts[i] for name, parts in columns.items()} for i in range(len(pieces)))
+
+
+def main_output(output: Any) -> torch.Tensor:
+    """The logits of a model's output, or else its first tensor."""
+    return output.logits if "logits" in output else output[0]
+
+
+@torch.no_grad()
+def perturb(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Move every weight of `model` away from its start, in place, by the kind of module that owns it.
+
+    Matrices of linear and convolutional layers get noise that keeps the scale of what flows through them, embeddings
+    noise of half their own size; all other parameters (norms, biases, gates, decays) noise of 0.15.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    seen = set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+                parameter.add_((_noise_scale(module, parameter) * noise).to(parameter))
+    return model
+
+
+def _noise_scale(module: nn.Module, parameter: nn.Parameter) -> float:
+    if isinstance(module, nn.Embedding):
+        return 0.5 * parameter.float().std().item()
+    if isinstance(module, (nn.Linear, Conv1D, nn.modules.conv._ConvNd)) and parameter.dim() > 1:
+        outputs = parameter.shape[1] if isinstance(module, Conv1D) else parameter.shape[0]
+        return (outputs / parameter.numel()) ** 0.5
+    return 0.15
