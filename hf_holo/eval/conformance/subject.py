@@ -60,9 +60,7 @@ class Subject:
         self.source = source
         self.config = config if isinstance(source, type) else source.config
         if self.config.is_encoder_decoder:
-            raise HoloError(
-                f"model={self.model_class.__name__} is an encoder with a decoder; give a decoder or encoder"
-            )
+            raise HoloError(f"model={self.model_class.__name__} is an encoder with a decoder; give one of the two")
         self.name = name or self.model_class.__name__
         self.seed = seed
         self._capabilities = capabilities
