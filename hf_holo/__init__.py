@@ -9,7 +9,7 @@ from typing import Any
 
 from .modeling.configuration_hsn import HsnConfig
 from .modeling.tokenization_holo import HoloTokenizer
-from .registry import PRESETS, architectures, load_plugins, preset_model, register_architecture
+from .registry import PRESETS, VARIANTS, architectures, load_plugins, preset_model, register_architecture
 
 __version__ = "0.1.0"
 
@@ -26,6 +26,7 @@ register_architecture(
         "AutoModelForTokenClassification": f"{_HSN}:HsnForTokenClassification",
     },
     presets=PRESETS / "hsn",
+    variants=VARIANTS / "hsn.json",
     tokenizer=HoloTokenizer,
 )
 

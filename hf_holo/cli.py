@@ -10,6 +10,7 @@ from .errors import HoloError, unknown
 VERBS = {
     "train": ("hf_holo.training.train", "train a model; without arguments the recipe `quickstart`"),
     "generate": ("hf_holo.generation", "write text with a trained model"),
+    "check": ("hf_holo.eval.conformance.command", "prove that a model does what it claims: causality, caches, saving"),
     "list": ("hf_holo.eval.catalogue", "families, presets, parameters and capabilities"),
     "info": ("hf_holo.eval.cost", "state, FLOPs and memory of a preset or a checkpoint"),
 }

@@ -29,6 +29,7 @@ from .errors import HoloError, unknown
 
 ENTRY_POINT_GROUP = "hf_holo.architectures"
 PRESETS = Path(__file__).parent / "presets"  # one folder for each family of this package
+VARIANTS = Path(__file__).parent / "variants"  # one JSON file for each family of this package
 
 
 class Classes(UserDict):
@@ -54,6 +55,7 @@ class Architecture:
         config: the config class.
         models: names of Auto classes ("AutoModel", "AutoModelForCausalLM", ...) to model classes.
         presets: names to config arguments.
+        variants: names to config arguments of small models that the conformance kit checks.
         tokenizer: the tokenizer class, if the family has one of its own.
         processor: the processor class, if it has one.
         declared_capabilities: flags given on registration; None leaves it to the model classes.
@@ -63,6 +65,7 @@ class Architecture:
     config: type[PretrainedConfig]
     models: Classes
     presets: Mapping[str, dict[str, Any]]
+    variants: Mapping[str, dict[str, Any]]
     tokenizer: type | None = None
     processor: type | None = None
     declared_capabilities: frozenset[str] | None = None
@@ -95,6 +98,7 @@ def register_architecture(
     config: type[PretrainedConfig],
     models: Mapping[str, type[PreTrainedModel] | str],
     presets: Mapping[str, dict[str, Any]] | Path | None = None,
+    variants: Mapping[str, dict[str, Any]] | Path | None = None,
     tokenizer: type[PreTrainedTokenizerBase] | None = None,
     processor: type | None = None,
     capabilities: Iterable[str] | None = None,
@@ -109,6 +113,9 @@ def register_architecture(
         models: names of Auto classes to subclasses of `PreTrainedModel`, or to strings "module:Class" that are
             imported when first needed.
         presets: names to config arguments, or a folder with one JSON file for each; default: none.
+        variants: names to config arguments of small models that together reach every part of the code, or a JSON file
+            with them: what `hf-holo check` and the tests run over. The first gives the sizes, each of the others says
+            what it changes. Default: the smallest preset.
         tokenizer: the tokenizer class of the family; default: none.
         processor: the processor class of the family; default: none.
         capabilities: flags such as "causal", "bidirectional", "constant_state", "packing", "rollback"; default: the
@@ -133,6 +140,7 @@ def register_architecture(
         config=config,
         models=Classes(models),
         presets=_read_presets(presets),
+        variants=_read_variants(variants),
         tokenizer=tokenizer,
         processor=processor,
         declared_capabilities=None if capabilities is None else frozenset(capabilities),
@@ -239,18 +247,33 @@ def _read_presets(source: Mapping[str, dict[str, Any]] | Path | None) -> dict[st
         if not source.is_dir():
             raise HoloError(f"presets={str(source)!r} is no folder; give one with a JSON file for each preset")
         source = {path.stem: _read_json(path) for path in sorted(source.glob("*.json"))}
-    source = dict(source or {})
+    return _check_mappings("presets", source or {})
+
+
+def _read_variants(source: Mapping[str, dict[str, Any]] | Path | None) -> dict[str, dict[str, Any]]:
+    if isinstance(source, Path):
+        if not source.is_file():
+            raise HoloError(f"variants={str(source)!r} is no file; give a JSON file")
+        source = _read_json(source)
+    source = _check_mappings("variants", source or {})
+    first = next(iter(source.values()), {})
+    return {name: {**first, **kwargs} for name, kwargs in source.items()}
+
+
+def _check_mappings(argument: str, source: Any) -> dict[str, dict[str, Any]]:
+    if not isinstance(source, Mapping):
+        raise HoloError(f"{argument}={source!r} must be a mapping of names to config arguments")
     for name, kwargs in source.items():
         if not isinstance(kwargs, Mapping):
-            raise HoloError(f"presets: {name!r} is {kwargs!r}, but must be a mapping of config arguments")
-    return source
+            raise HoloError(f"{argument}: {name!r} is {kwargs!r}, but must be a mapping of config arguments")
+    return dict(source)
 
 
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise HoloError(f"preset file {str(path)!r} is no valid JSON: {error}") from error
+        raise HoloError(f"{str(path)!r} is no valid JSON: {error}") from error
 
 
 def _check_clashes(new: Architecture) -> None:

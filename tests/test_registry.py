@@ -106,6 +106,32 @@ def test_presets_come_from_json_files(tmp_path):
     assert type(config) is ToyConfig and (config.vocab_size, config.hidden_size) == (5, 16)
 
 
+def test_variants_change_the_first():
+    variants = {"base": SIZES, "wide": {"hidden_size": 32}}
+    registered = register_architecture(**TOY, variants=variants)
+    assert registered.variants == {"base": SIZES, "wide": SIZES | {"hidden_size": 32}}
+
+
+def test_variants_come_from_a_json_file(tmp_path):
+    path = tmp_path / "toy.json"
+    path.write_text(json.dumps({"base": SIZES}))
+    assert register_architecture(**TOY, variants=path).variants == {"base": SIZES}
+
+
+@pytest.mark.parametrize(
+    ("variants", "message"),
+    [([SIZES], "must be a mapping of names"), ({"base": 3}, "variants: 'base' is 3, but must be a mapping")],
+)
+def test_bad_variants_are_refused(variants, message):
+    with pytest.raises(HoloError, match=message):
+        register_architecture(**TOY, variants=variants)
+
+
+def test_a_missing_variants_file_is_named(tmp_path):
+    with pytest.raises(HoloError, match=r"nowhere\.json' is no file"):
+        register_architecture(**TOY, variants=tmp_path / "nowhere.json")
+
+
 def test_presets_are_copies():
     presets()["hsn-tiny"].kwargs["hidden_size"] = 1
     assert preset_config("hsn-tiny").hidden_size == 128

@@ -61,6 +61,11 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         """Name and shape (without the batch) of every state, for every layer: what the cache holds."""
         raise NotImplementedError(f"{cls.__name__} does not declare its state")
 
+    @classmethod
+    def capabilities_of(cls, config) -> frozenset[str]:
+        """The capabilities that hold for this config; a family overrides it where an option takes one away."""
+        return cls.capabilities
+
     def count_parameters(self, trainable_only: bool = False) -> int:
         """Number of parameters, a tied matrix counted once."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)

@@ -79,6 +79,11 @@ class HsnPreTrainedModel(RecurrentPreTrainedModel):
         with torch.device("meta"):
             return [HoloSpectralBlock(config, index).state_spec() for index in range(config.num_hidden_layers)]
 
+    @classmethod
+    def capabilities_of(cls, config: HsnConfig) -> frozenset[str]:
+        attends = "attention" in config.mixer_types  # then keys and values grow with the text
+        return cls.capabilities - {"constant_state"} if attends else cls.capabilities
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -3,25 +3,14 @@
 import pytest
 import torch
 
-from hf_holo import HsnConfig, HsnForCausalLM
+from hf_holo import HsnConfig, HsnForCausalLM, get_architecture
 
-VOCAB_SIZE = 61
-
-VARIANTS = {
-    "bundle": {"write": "bundle"},
-    "cancel": {"write": "cancel"},
-    "static": {"binding": "static"},
-    "hybrid": {"mixer_types": ["holographic", "attention"]},
-    "gate-sublayer": {"gate_placement": "sublayer"},
-    "gated-mlp": {"channel_mix": "gated"},
-    "shared-keys": {"num_heads": 4, "num_key_heads": 2},
-    "shared-keys-cancel": {"num_heads": 4, "num_key_heads": 2, "write": "cancel"},
-}
+VARIANTS = get_architecture("hsn").variants
+VOCAB_SIZE = VARIANTS["bundle"]["vocab_size"]
 
 
 def tiny_config(variant: str = "bundle", **overrides) -> HsnConfig:
-    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
-    return HsnConfig(**{**sizes, **VARIANTS[variant], **overrides})
+    return HsnConfig(**{**VARIANTS[variant], **overrides})
 
 
 def tiny_model(variant: str = "bundle", model_class=HsnForCausalLM, seed=0, dtype=torch.float64, **overrides):

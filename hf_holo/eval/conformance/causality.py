@@ -15,8 +15,9 @@ from .checks import Violation, check
 from .subject import EXACT, Subject
 
 LENGTHS = (2, 17, 33, 64, 65, 129)  # on and beside the borders of the usual chunks
-FAR_LENGTHS = (257, 1000, 1025)
-CUTS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 128, 255, 256, 511, 512, 513, 999, 1023, 1024)
+FAR_LENGTHS = (257, 1025)
+CUTS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 128)
+FAR_CUTS = (128, 255, 256, 511, 512, 1023, 1024)
 JACOBIAN_LENGTHS = (17, 40, 70)
 PREFIX_LENGTH = 40
 CHANGES = {"other tokens": None, "a tiny change of": 1e-3, "a large change of": 1e3}  # of embeddings, in their norms
@@ -95,14 +96,20 @@ def check_causality(
     """
     subject = Subject(model, seed=seed, move_weights=move_weights)
     subject.require("text", "token outputs")
+    return probe_causality(subject, lengths)
+
+
+def probe_causality(subject: Subject, lengths: Sequence[int] = LENGTHS) -> CausalityReport:
+    """[`check_causality`] of a subject."""
+    readings = _readings(subject)
     probes = (
         _suffix_leaks(subject, lengths),
         _padding_leaks(subject),
-        _jacobian_leaks(subject),
-        _prefix_leaks(subject),
+        _jacobian_leaks(subject, [length for length in JACOBIAN_LENGTHS if length <= max(lengths)]),
+        _prefix_leaks(subject, *readings),
     )
     leaks = [max(found, key=lambda leak: leak.ahead) for found in map(list, probes) if found]
-    return CausalityReport(tuple(leaks), *_losses(subject))
+    return CausalityReport(tuple(leaks), *_losses(subject, *readings))
 
 
 # ---------------------------------------------------------------------------------------------- the checks
@@ -115,7 +122,7 @@ def suffix_exchange(subject: Subject) -> str:
 @check("causality", "text", "causal", "token outputs", slow=True)
 def suffix_exchange_far_out(subject: Subject) -> str:
     """The same with a thousand tokens, for models with long segments."""
-    return _verdict(_suffix_leaks(subject, FAR_LENGTHS))
+    return _verdict(_suffix_leaks(subject, FAR_LENGTHS, FAR_CUTS))
 
 
 @check("causality", "text", "causal", "token outputs", "attention_mask")
@@ -127,15 +134,16 @@ def suffix_exchange_with_padding(subject: Subject) -> str:
 @check("causality", "text", "causal", "token outputs", "inputs_embeds")
 def zero_upper_triangle(subject: Subject) -> str:
     """The derivative of an output with respect to a later input embedding is zero."""
-    return _verdict(_jacobian_leaks(subject))
+    return _verdict(_jacobian_leaks(subject, JACOBIAN_LENGTHS))
 
 
 @check("causality", "text", "causal", "token outputs")
 def stepwise_loss(subject: Subject) -> str:
     """The whole text at once gives what its prefixes give: the teacher-forced loss is the true one."""
-    together, stepwise = _losses(subject)
+    readings = _readings(subject)
+    together, stepwise = _losses(subject, *readings)
     remark = "" if together is None else f"loss {together:.4f} at once, {stepwise:.4f} by prefixes"
-    leaks = list(_prefix_leaks(subject))
+    leaks = list(_prefix_leaks(subject, *readings))
     if leaks:
         raise Violation(f"the whole text gives other outputs than its prefixes: {leaks[0]}; {remark}")
     return remark
@@ -149,19 +157,21 @@ def _verdict(leaks: Iterator["Leak"]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- the probes
-def _suffix_leaks(subject: Subject, lengths: Sequence[int]) -> Iterator[Leak]:
+def _suffix_leaks(subject: Subject, lengths: Sequence[int], cuts: Sequence[int] = CUTS) -> Iterator[Leak]:
     for length in subject.lengths(*lengths):
-        yield from _exchange(subject, subject.ids(1, length), [cut for cut in CUTS if cut < length])
+        yield from _exchange(subject, subject.ids(1, length), [cut for cut in cuts if cut < length])
 
 
 def _padding_leaks(subject: Subject, length: int = 40, padding: int = 5) -> Iterator[Leak]:
     """Leaks of a padded row; on the right, the padding itself is a suffix that may not matter."""
     if "attention_mask" not in subject.arguments:
         return
+    length = min(length, (subject.max_length or length + padding) - padding)
+    cuts = [cut for cut in (1, 16, 31, 32, 33, length - 1) if 0 < cut < length]
     for left in (padding, 0):
         mask = F.pad(torch.ones(1, length, dtype=torch.long), (left, padding - left))
         ids = subject.ids(1, length + padding)
-        yield from _exchange(subject, ids, [left + cut for cut in (1, 16, 31, 32, 33, length - 1)], mask)
+        yield from _exchange(subject, ids, [left + cut for cut in cuts], mask)
         if not left:
             yield from _exchange(subject, ids, [length], mask)
 
@@ -205,10 +215,10 @@ def _with_other_suffixes(
     return {"inputs_embeds": x + size * noise * later[..., None]}
 
 
-def _jacobian_leaks(subject: Subject) -> Iterator[Leak]:
+def _jacobian_leaks(subject: Subject, lengths: Sequence[int]) -> Iterator[Leak]:
     if "inputs_embeds" not in subject.arguments:
         return
-    for length in subject.lengths(*JACOBIAN_LENGTHS):
+    for length in subject.lengths(*lengths):
         jacobian = influence_of_inputs(subject, length)
         future = jacobian.triu(1) / jacobian.tril().max()
         for position, row in enumerate(future):
@@ -227,8 +237,7 @@ def influence_of_inputs(subject: Subject, length: int) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def _prefix_leaks(subject: Subject) -> Iterator[Leak]:
-    together, stepwise = _readings(subject)
+def _prefix_leaks(subject: Subject, together: torch.Tensor, stepwise: torch.Tensor) -> Iterator[Leak]:
     scale = together.abs().max()
     difference = (together - stepwise).abs().amax((0, 2)) / scale  # [T]
     seeing = (~(difference <= max(subject.tolerance, EXACT))).nonzero()
@@ -237,9 +246,10 @@ def _prefix_leaks(subject: Subject) -> Iterator[Leak]:
         yield Leak(position, 1, difference[position].item(), "the whole text against its prefix")
 
 
-def _losses(subject: Subject) -> tuple[float | None, float | None]:
+def _losses(
+    subject: Subject, together: torch.Tensor, stepwise: torch.Tensor
+) -> tuple[float, float] | tuple[None, None]:
     """Nats per token of a random text, read at once and by prefixes."""
-    together, stepwise = _readings(subject)
     if together.shape[-1] != subject.config.get_text_config().vocab_size:
         return None, None
     targets = subject.ids(2, _prefix_length(subject))[:, 1:].flatten()

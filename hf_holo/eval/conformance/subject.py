@@ -2,8 +2,10 @@
 
 import copy
 import inspect
+import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -26,6 +28,9 @@ FEATURES = {
     "generation": "it does not generate",
     "cache": "it continues from no cache",
     "token outputs": "its output is not one vector per token",
+    "pooled output": "its output is not one vector per text",
+    "gradient checkpointing": "it does not support gradient checkpointing",
+    "naive twins": "no operation that it uses has a naive twin",
 }
 CAPABILITIES = ("constant_state", "packing", "rollback")
 
@@ -57,9 +62,9 @@ class Subject:
         self.model_class = source if isinstance(source, type) else type(source)
         if not issubclass(self.model_class, PreTrainedModel):
             raise HoloError(f"model={self.model_class.__name__} must be a PreTrainedModel of transformers")
-        self.source = source
-        self.config = config if isinstance(source, type) else source.config
-        if self.config.is_encoder_decoder:
+        self._source = source
+        self._given_config = config if isinstance(source, type) else source.config
+        if self._given_config.is_encoder_decoder:
             raise HoloError(f"model={self.model_class.__name__} is an encoder with a decoder; give one of the two")
         self.name = name or self.model_class.__name__
         self.seed = seed
@@ -70,6 +75,11 @@ class Subject:
         return self.name
 
     # ------------------------------------------------------------------------------------------ what it is
+    @property
+    def config(self) -> PretrainedConfig:
+        """The config of the built model, which may say more than the one that was given."""
+        return self._weights.config
+
     @cached_property
     def arguments(self) -> frozenset[str]:
         """Names of the arguments of `forward`."""
@@ -110,12 +120,16 @@ class Subject:
         features.add("causal" if self.causal else "bidirectional")
         if text:
             features.add("text")
-            if self.run(self.ids(2, 3)).shape[:2] == (2, 3):
-                features.add("token outputs")
+            per_token = self.run(self.ids(1, 3)).shape[:-1] == (1, 3)
+            features.add("token outputs" if per_token else "pooled output")
         if self._generates and self.causal and text:
             features.add("generation")
         if self.cache_name:
             features.add("cache")
+        if self.model_class.supports_gradient_checkpointing:
+            features.add("gradient checkpointing")
+        if self.naive_twins:
+            features.add("naive twins")
         return frozenset(features)
 
     def require(self, *needs: str) -> None:
@@ -133,6 +147,19 @@ class Subject:
         return None
 
     @cached_property
+    def layer_modules(self) -> list[ModuleType]:
+        """The Python modules in which the classes of its layers are defined."""
+        names = {type(layer).__module__ for layer in self.model.modules()}
+        return [sys.modules[name] for name in sorted(names) if name in sys.modules]
+
+    @cached_property
+    def naive_twins(self) -> dict[FunctionType, FunctionType]:
+        """Fast operations that its layers may call to their twins: `f_naive` stands where `f` is defined."""
+        operations = (f for module in self.layer_modules for f in vars(module).values() if isinstance(f, FunctionType))
+        twins = {f: getattr(sys.modules.get(f.__module__), f"{f.__name__}_naive", None) for f in operations}
+        return {f: twin for f, twin in twins.items() if twin is not None}
+
+    @cached_property
     def max_length(self) -> int | None:
         """The longest sequence it takes; None for a model with a state of constant size."""
         if "constant_state" in self.capabilities:
@@ -147,10 +174,17 @@ class Subject:
     @cached_property
     def _weights(self) -> PreTrainedModel:
         """In float32 and evaluation mode, every weight moved: a flat fresh gate would hide a leak."""
-        torch.manual_seed(self.seed)
-        model = self.source(copy.deepcopy(self.config)) if isinstance(self.source, type) else copy.deepcopy(self.source)
+        if isinstance(self._source, type):
+            with torch.random.fork_rng(devices=[]):  # a probe during training may not touch its random numbers
+                torch.manual_seed(self.seed)
+                model = self._source(copy.deepcopy(self._given_config))
+        else:
+            model = copy.deepcopy(self._source)
         model.__dict__.pop("forward", None)  # what mixed-precision training wraps around it
-        model = model.float().eval()
+        model = model.cpu().float().eval()
+        text_config = model.config.get_text_config()
+        if self._takes_text and getattr(text_config, "pad_token_id", None) is None:
+            text_config.pad_token_id = 0  # heads that pool find the end of a text by it
         return perturb(model, self.seed) if self._move_weights else model
 
     @cached_property
@@ -224,13 +258,15 @@ class Subject:
         return self.model_class.main_input_name == "input_ids"
 
     # ------------------------------------------------------------------------------------------ running it
-    def run(self, input_ids: torch.Tensor | None = None, **inputs: Any) -> torch.Tensor:
-        """The output of the float64 model without a cache, `[B, T, ...]` where it has one vector per token."""
+    def run(
+        self, input_ids: torch.Tensor | None = None, model: PreTrainedModel | None = None, **inputs: Any
+    ) -> torch.Tensor:
+        """The output without a cache, `[B, T, ...]` where it has one vector per token; by default in float64."""
         if input_ids is not None:
             inputs["input_ids"] = input_ids
         if "use_cache" in self.arguments:
             inputs.setdefault("use_cache", False)
-        return main_output(self.model(**inputs))
+        return main_output((model or self.model)(**inputs))
 
     @torch.no_grad()
     def feed(
@@ -254,7 +290,8 @@ class Subject:
         outputs = []
         for ids, extra in zip(pieces, self._cut(per_token, pieces), strict=True):
             if "cache_position" in self.arguments and self.cache_name == "cache_params":
-                start = sum(output.shape[1] for output in outputs)
+                # generate() starts to count behind the window of the convolution
+                start = max(sum(output.shape[1] for output in outputs), getattr(self.config, "conv_kernel", 0))
                 extra["cache_position"] = torch.arange(start, start + ids.shape[1])
             result = (model or self.model)(input_ids=ids, use_cache=True, **{self.cache_name: cache}, **extra)
             outputs.append(main_output(result))

@@ -1,0 +1,120 @@
+"""`hf-holo check`: run the conformance kit and print a table, one row for each check.
+
+TARGET is a family (see `hf-holo list`), a preset, or the folder or Hub id of any causal language model. The command
+exits with status 1 if a check fails.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from tqdm.auto import tqdm
+
+from ...errors import HoloError, Parser, unknown
+from ...registry import architectures
+from . import CHECKS, GROUPS, Report, Result, Subject, run_check, select
+from .targets import subjects_of
+
+COLOURS = {"passed": "green", "failed": "red", "not applicable": "dim"}
+
+
+def main(argv: list[str]) -> None:
+    """Run `hf-holo check` with these arguments.
+
+    Raises:
+        HoloError: bad input; the message is one line that says what to do.
+        SystemExit: with status 1 if a check failed.
+    """
+    args = _parse(argv)
+    targets = list(architectures()) if args.all else args.targets
+    options = {"quick": args.quick, "seed": args.seed, "trust_remote_code": args.trust_remote_code}
+    reports = {target: run_checks(subjects_of(target, **options), args.checks, args.quick) for target in targets}
+    if args.json:
+        merged = Report([result for report in reports.values() for result in report.results])
+        print(merged.to_json())
+    else:
+        for target, report in reports.items():
+            print_report(target, report)
+    if not all(report.passed for report in reports.values()):
+        raise SystemExit(1)
+
+
+def run_checks(subjects: Sequence[Subject], names: Sequence[str] | None = None, quick: bool = False) -> Report:
+    """Run checks on models, with a progress bar.
+
+    Args:
+        subjects: the models.
+        names: names or groups of checks; default: all.
+        quick: leave the slow ones out.
+    """
+    report = Report()
+    pairs = [(subject, check) for subject in subjects for check in select(names, quick)]
+    with tqdm(pairs, desc="checking", unit="check", leave=False, disable=not sys.stderr.isatty()) as progress:
+        for subject, check in progress:
+            progress.set_postfix_str(f"{subject.name}: {check.name}")
+            report.results.append(run_check(check, subject))
+    return report
+
+
+def print_report(target: str, report: Report) -> None:
+    """Print one row for each check, and one more for each further model that failed it."""
+    models = len({result.subject for result in report.results})
+    table = Table("check", "result", "what was seen", title=f"{target}: {models} model{'s' * (models > 1)}")
+    table.add_column("seconds", justify="right")
+    for name in dict.fromkeys(result.check for result in report.results):
+        _add_rows(table, [result for result in report.results if result.check == name])
+    seconds = sum(result.seconds for result in report.results)
+    counts = {status: sum(result.status == status for result in report.results) for status in COLOURS}
+    console = Console()
+    console.print(table)
+    console.print(f"{', '.join(f'{count} {status}' for status, count in counts.items())}; {seconds:.0f} s")
+
+
+def _add_rows(table: Table, results: list[Result]) -> None:
+    """The rows of one check: every failure, or one row for all models that it applies to."""
+    failures = [result for result in results if result.status == "failed"]
+    seconds = f"{sum(result.seconds for result in results):.1f}"
+    if failures:
+        rows = [
+            ("failed", f"{result.subject}: {result.detail}" if len(results) > 1 else result.detail)
+            for result in failures
+        ]
+    else:
+        rows = [_summary(results)]
+    for number, (status, detail) in enumerate(rows):
+        first = number == 0
+        name, cost = (results[0].check, seconds) if first else ("", "")
+        table.add_row(name, Text(status, style=COLOURS[status]), Text(detail), cost)
+
+
+def _summary(results: list[Result]) -> tuple[str, str]:
+    """Status and detail of a check that no model failed."""
+    passed = [result for result in results if result.status == "passed"]
+    if not passed:
+        return "not applicable", "; ".join(dict.fromkeys(result.detail for result in results))
+    if len(results) == 1:
+        return "passed", passed[0].detail
+    return "passed", f"{len(passed)} of {len(results)} models" if len(passed) < len(results) else "all models"
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="hf-holo check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", metavar="TARGET", nargs="*", help="family, preset, folder or Hub id")
+    parser.add_argument("--all", action="store_true", help="check every registered family")
+    parser.add_argument("--quick", action="store_true", help="leave out the slow checks and the rarer models")
+    parser.add_argument(
+        "--checks", nargs="+", metavar="NAME", help=f"only these checks or groups ({', '.join(GROUPS)})"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights and inputs")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--trust_remote_code", action="store_true", help="let a checkpoint bring its own code")
+    args = parser.parse_args(argv)
+    if bool(args.targets) == args.all:
+        raise HoloError("name at least one TARGET, or give --all alone")
+    for name in args.checks or ():
+        if name not in GROUPS and name not in CHECKS:
+            raise unknown("check", name, [*GROUPS, *CHECKS])
+    return args

@@ -1,0 +1,542 @@
+"""What must not change a model's results: how a text is cut, padded, packed or batched, and how it is computed."""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from .checks import Violation, assert_same, check
+from .subject import Subject, main_output
+
+CUTTINGS = {  # pieces on and beside the borders of the usual chunks
+    "2+1+3": (2, 1, 3),
+    "10+1+1+8+13": (10, 1, 1, 8, 13),
+    "1+39": (1, 39),
+    "40 single tokens": (1,) * 40,
+    "20+20 single tokens": (20,) + (1,) * 20,
+    "65+5": (65, 5),
+    "63+1+1+64": (63, 1, 1, 64),
+}
+LENGTH = 70  # over the borders of chunks of 16, 32 and 64
+PADDING = 9
+DOCUMENTS = (5, 64, 1, 63, 1, 1, 20)
+PACKED_CUTS = ((64, 64, 27), (5, 64, 86), (70, 1, 1, 83))
+REPEATED = 1e-12
+GRADIENT_COSINE = 0.98
+HALF_TOLERANCES = {torch.bfloat16: 0.1, torch.float16: 0.02}  # relative error of all outputs, for two layers
+TWIN_TOLERANCE = 1e-9  # of operations; a twin that is an approximation states its own in the attribute `tolerance`
+POSITION = ("position",)
+FLOAT32_LOSS = 1e-5  # transformers computes losses in float32
+
+
+# ---------------------------------------------------------------------------------------------- cutting
+@check("equivalence", "text", "cache", "token outputs")
+def any_chunking(subject: Subject) -> str:
+    """Fed in pieces through the cache, a text gives what it gives at once, wherever it is cut."""
+    cuttings = {name: sizes for name, sizes in CUTTINGS.items() if subject.lengths(sum(sizes))}
+    remark, faults = "", {}
+    for name, sizes in cuttings.items():
+        try:
+            remark = _feed_in_pieces(subject, name, sizes)
+        except Violation as violation:
+            faults[name] = str(violation)
+    if faults:
+        single = all(max(sizes[1:]) == 1 for name, sizes in cuttings.items() if name not in faults)
+        several = all(max(sizes[1:]) > 1 for name, sizes in cuttings.items() if name in faults)
+        what = "a continuation with more than one token is wrong: " if single and several else ""
+        raise Violation(what + next(iter(faults.values())))
+    return remark
+
+
+def _feed_in_pieces(subject: Subject, name: str, sizes: Sequence[int]) -> str:
+    ids = subject.ids(2, sum(sizes))
+    expected, what = subject.run(ids), f"feeding in pieces {name} changes the output"
+    try:
+        got, cache = subject.feed(ids.split(sizes, 1))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise Violation(f"feeding in pieces {name} raises {type(error).__name__}: {error}") from error
+    if subject.cache_name == "past_key_values" and cache.get_seq_length() != sum(sizes):
+        raise Violation(f"after pieces {name} the cache counts {cache.get_seq_length()} tokens, not {sum(sizes)}")
+    return assert_same(got, expected, what, subject.tolerance)
+
+
+# ---------------------------------------------------------------------------------------------- padding
+@check("equivalence", "text", "attention_mask", "token outputs")
+def left_padding(subject: Subject) -> str:
+    """Padding on the left changes nothing for real tokens."""
+    return _pad(subject, [0] * PADDING + [1] * _length(subject, PADDING), "padding on the left")
+
+
+@check("equivalence", "text", "attention_mask", "token outputs")
+def right_padding(subject: Subject) -> str:
+    """Padding on the right changes nothing for real tokens."""
+    return _pad(subject, [1] * _length(subject, PADDING) + [0] * PADDING, "padding on the right")
+
+
+@check("equivalence", "text", "attention_mask", "pooled output")
+def padding_of_whole_texts(subject: Subject) -> str:
+    """Padding on the right changes nothing for the one output of a text."""  # some heads read the first position
+    return _pad(subject, [1] * _length(subject, PADDING) + [0] * PADDING, "padding on the right")
+
+
+@check("equivalence", "text", "attention_mask", "packing")
+def padding_anywhere(subject: Subject) -> str:
+    """Padding on both sides and in holes changes nothing for real tokens, whatever positions the pads have."""
+    rest = [1] * (_length(subject, PADDING) - 4)
+    remark = _pad(subject, [0] * 4 + [1] * 4 + rest + [0] * 5, "padding on both sides")
+    for at_pads in (0, 1):  # releases of transformers differ in the position that they give to pads
+        holes = [1] * 3 + [0] * 2 + [1] + [0] * 7 + rest
+        remark = _pad(subject, holes, f"padding in holes, with position {at_pads} at pads,", at_pads)
+    return remark
+
+
+@check("equivalence", "text", "attention_mask", "token outputs")
+def rows_with_different_padding(subject: Subject) -> str:
+    """Rows of one batch with different padding give what each gives alone."""
+    length = _length(subject)
+    ids, lefts = subject.ids(3, length), (0, 5, length - 4)
+    mask = (torch.arange(length) >= torch.tensor(lefts)[:, None]).long()
+    outputs = subject.run(ids, **subject.masked(mask))
+    for row, left in enumerate(lefts):
+        what = f"{left} pads on the left, in a batch with other padding, change the output of a row"
+        remark = assert_same(
+            outputs[row, left:], subject.run(ids[row, None, left:])[0], what, subject.tolerance, POSITION
+        )
+    return remark
+
+
+@check("equivalence", "text", "attention_mask", "past_key_values", "cache", "token outputs")
+def continuation_after_padding(subject: Subject) -> str:
+    """A padded prompt leaves the cache of the bare one: what follows is the same."""
+    ids, following = subject.ids(1, 20), subject.ids(1, 6, 1)
+    masks = {"on the left": [0] * 5 + [1] * 20}
+    if "packing" in subject.features:
+        masks |= {"on the right": [1] * 20 + [0] * 5, "in a hole": [1] * 8 + [0] * 5 + [1] * 12}
+    expected = subject.run(torch.cat([ids, following], 1))[:, 20:]
+    for where, mask in masks.items():
+        mask = torch.tensor([mask])
+        got = _turns(subject, [_spread(subject, ids, mask), following], [mask, torch.ones_like(following)])
+        what = f"padding the prompt {where} changes what follows through the cache"
+        remark = assert_same(got, expected, what, subject.tolerance)
+    return remark
+
+
+@check("equivalence", "text", "attention_mask", "cache", "token outputs", "packing")
+def second_turns_of_different_length(subject: Subject) -> str:
+    """Two conversations in a batch, each turn padded on the left to the longer one, continue as each does alone."""
+    lengths = ((12, 9), (5, 8))  # of both rows, in the first and in the second turn
+    ids = [subject.ids(2, max(pair), turn) for turn, pair in enumerate(lengths)]
+    masks = [(torch.arange(max(pair)) >= max(pair) - torch.tensor(pair)[:, None]).long() for pair in lengths]
+    got = _turns(subject, ids, masks)
+    for row in range(2):
+        real = torch.cat([turn[row, mask[row].bool()] for turn, mask in zip(ids, masks, strict=True)])
+        count = lengths[1][row]
+        what = f"padding the second turn changes conversation {row}"
+        remark = assert_same(got[row, -count:], subject.run(real[None])[0, -count:], what, subject.tolerance, POSITION)
+    return remark
+
+
+def _turns(subject: Subject, turns: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Output of the last of several turns `[B, T_i]`, fed through the cache with the mask of all turns so far."""
+    inputs, cache, start = subject.masked(torch.cat(masks, 1)), None, 0
+    for turn in turns:
+        end = start + turn.shape[1]
+        part = {name: x[:, (0 if name == "attention_mask" else start) : end] for name, x in inputs.items()}
+        result = subject.model(input_ids=turn, past_key_values=cache, use_cache=True, **part)
+        cache, start = result.past_key_values, end
+    return main_output(result)
+
+
+def _pad(subject: Subject, mask: list[int], what: str, at_pads: int = 1) -> str:
+    """Compare the real tokens of padded rows with those of the bare text."""
+    mask = torch.tensor([mask] * 2)
+    ids = subject.ids(len(mask), int(mask[0].sum()))
+    padded, inputs = _spread(subject, ids, mask), subject.masked(mask)
+    if "position_ids" in inputs:
+        inputs["position_ids"] = inputs["position_ids"].masked_fill(mask == 0, at_pads)
+
+    def of_real_tokens(**inputs: torch.Tensor) -> torch.Tensor:
+        output = subject.run(padded, **inputs)
+        if "pooled output" in subject.features:
+            return output
+        return output[mask.bool()].unflatten(0, ids.shape)
+
+    got = of_real_tokens(**inputs)
+    try:
+        return assert_same(got, subject.run(ids), f"{what} changes the output", subject.tolerance)
+    except Violation as violation:
+        if torch.equal(got, of_real_tokens(**inputs | {"attention_mask": torch.ones_like(mask)})):
+            raise Violation(f"the attention_mask is ignored: {violation}") from violation
+        raise
+
+
+def _spread(subject: Subject, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`ids` `[B, T]` at the places `[B, L]` where `mask` is 1, and elsewhere what padding must keep unseen.
+
+    A head that pools may find the end of the text by its pad token, so it gets that one.
+    """
+    pooled = "pooled output" in subject.features
+    junk = subject.config.get_text_config().pad_token_id if pooled else int(subject.vocabulary[0])
+    return torch.full(mask.shape, junk).masked_scatter(mask.bool(), ids)
+
+
+def _length(subject: Subject, spare: int = 0) -> int:
+    """`LENGTH`, or less for a model that takes no `LENGTH + spare` tokens."""
+    return LENGTH if subject.max_length is None else min(LENGTH, subject.max_length - spare)
+
+
+# ---------------------------------------------------------------------------------------------- packing and batches
+@check("equivalence", "text", "packing", "token outputs")
+def packed_documents(subject: Subject) -> str:
+    """Documents in one row give what each gives alone, cut anywhere through the cache too."""
+    documents = [subject.ids(1, length, salt) for salt, length in enumerate(DOCUMENTS)]
+    ids = torch.cat(documents, 1)
+    expected = torch.cat([subject.run(document) for document in documents], 1)
+    starts = {
+        "position_ids": torch.cat([torch.arange(length) for length in DOCUMENTS])[None],
+        "seq_idx": torch.arange(len(DOCUMENTS)).repeat_interleave(torch.tensor(DOCUMENTS))[None],
+    }
+    starts = {name: borders for name, borders in starts.items() if name in subject.arguments}
+    if not starts:
+        raise Violation("it claims 'packing', but forward takes neither position_ids nor seq_idx to tell documents")
+    for name, borders in starts.items():
+        got = subject.run(ids, **{name: borders})
+        if torch.equal(got, subject.run(ids)):
+            raise Violation(f"{name} is ignored: packed documents see each other")
+        remark = assert_same(got, expected, f"packing documents by {name} changes the output", subject.tolerance)
+        for sizes in PACKED_CUTS if "cache" in subject.features else ():
+            got, _ = subject.feed(ids.split(sizes, 1), **{name: borders})
+            what = f"packing documents by {name}, fed in pieces {'+'.join(map(str, sizes))}, changes the output"
+            assert_same(got, expected, what, subject.tolerance)
+    return remark
+
+
+@check("equivalence", "text", "packing", "token outputs", "position_ids")
+def rows_packed_independently(subject: Subject) -> str:
+    """Documents may begin at other places in every row of a batch."""
+    ids, borders = subject.ids(2, 12), (5, 9)
+    positions = torch.stack([torch.cat([torch.arange(border), torch.arange(12 - border)]) for border in borders])
+    outputs = subject.run(ids, position_ids=positions)
+    for row, border in enumerate(borders):
+        expected = torch.cat([subject.run(part) for part in ids[row, None].split((border, 12 - border), 1)], 1)
+        what = f"packing changes row {row} of a batch with other borders in every row"
+        remark = assert_same(outputs[row], expected[0], what, subject.tolerance, POSITION)
+    return remark
+
+
+@check("equivalence", "text")
+def rows_of_a_batch(subject: Subject) -> str:
+    """Rows do not touch each other: a batch gives what its rows give alone."""
+    ids = subject.ids(3, _length(subject))
+    expected = torch.cat([subject.run(row[None]) for row in ids])
+    return assert_same(subject.run(ids), expected, "the other rows of the batch change a row", subject.tolerance)
+
+
+# ---------------------------------------------------------------------------------------------- arguments
+@check("equivalence", "text", "inputs_embeds")
+def inputs_embeds(subject: Subject) -> str:
+    """Input embeddings in place of their ids give the same."""
+    ids = subject.ids(2, _length(subject))
+    got = subject.run(inputs_embeds=subject.embed(ids))
+    return assert_same(got, subject.run(ids), "inputs_embeds give other outputs than their ids", subject.tolerance)
+
+
+@check("equivalence", "generation", "labels")
+def loss(subject: Subject) -> str:
+    """The loss is the cross entropy of every logit with the next label, and -100 is not counted."""
+    ids = subject.ids(2, 40)
+    labels = ids.clone()
+    labels[:, 10:20] = -100
+    logits = subject.run(ids)
+    for name, wanted in {"": ids, " with labels of -100": labels}.items():
+        got = subject.model(input_ids=ids, labels=wanted).loss
+        expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), wanted[:, 1:].flatten())
+        unshifted = F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+        what = f"the loss{name} is not the cross entropy of logits with the next labels"
+        if abs(got - unshifted) < abs(got - expected):
+            what += ": the labels are not shifted"
+        remark = assert_same(got, expected, what, FLOAT32_LOSS)
+    return remark
+
+
+@check("equivalence", "text", "logits_to_keep", "token outputs")
+def logits_to_keep(subject: Subject) -> str:
+    """Logits for some positions only are those of all positions, there."""
+    ids, places = subject.ids(2, 20), torch.tensor([3, 11, 12])
+    logits = subject.run(ids)
+    for keep, expected in {1: logits[:, -1:], 5: logits[:, -5:], places: logits[:, places]}.items():
+        name = keep if isinstance(keep, int) else keep.tolist()
+        got = subject.run(ids, logits_to_keep=keep)
+        remark = assert_same(got, expected, f"logits_to_keep={name} gives other logits", subject.tolerance)
+    return remark
+
+
+@check("equivalence", "text")
+def resized_embeddings(subject: Subject) -> str:
+    """More embeddings leave the old logits as they are, tied weights tied, and a finite loss for new ids."""
+    model, ids = subject.copy(), subject.ids(2, 20)
+    expected, size = subject.run(ids), model.get_input_embeddings().weight.shape[0]
+    tied = _tied(model)
+    model.resize_token_embeddings(size + 3, mean_resizing=False)
+    got_size, config_size = model.get_input_embeddings().weight.shape[0], model.config.get_text_config().vocab_size
+    if (got_size, config_size) != (size + 3, size + 3):
+        raise Violation(
+            f"resized to {size + 3}, the embeddings have {got_size} rows, and the config says {config_size}"
+        )
+    if _tied(model) != tied:
+        raise Violation(f"resizing the embeddings {'unties' if tied else 'ties'} input and output")
+    got = subject.run(ids, model=model)
+    if model.get_output_embeddings() is not None:
+        if got.shape[-1] != size + 3:
+            raise Violation(f"after resizing to {size + 3} there are {got.shape[-1]} logits")
+        got = got[..., :size]
+    remark = assert_same(got, expected, "resizing the embeddings changes the output for old ids", subject.tolerance)
+    new = subject.run(torch.full_like(ids, size + 2), model=model)
+    if not torch.isfinite(new).all():
+        raise Violation("the output for a new id is not finite")
+    return remark
+
+
+def _tied(model: PreTrainedModel) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+# ---------------------------------------------------------------------------------------------- the same again
+@check("equivalence")
+def same_weights_from_the_same_seed(subject: Subject) -> str:
+    """A new model of one config and seed has the same weights every time."""
+    weights = []
+    for _ in range(2):
+        torch.manual_seed(subject.seed)
+        weights.append(subject.model_class(copy.deepcopy(subject.config)).state_dict())
+    for name, first in weights[0].items():
+        if not torch.equal(first, weights[1][name]):
+            raise Violation(f"two models of one config and seed differ in {name}")
+    return f"{len(weights[0])} tensors"
+
+
+@check("equivalence")
+def same_results_again(subject: Subject) -> str:
+    """The same outputs twice, and in training the same gradients with the same seed."""
+    inputs = _inputs(subject)
+    remark = assert_same(subject.run(**inputs), subject.run(**inputs), "a second run gives other outputs", REPEATED)
+    model = subject.copy().train()
+    first, second = (gradients(subject, model, inputs) for _ in range(2))
+    assert_same_gradients(first, second, "a second training step with the same seed gives other gradients", REPEATED)
+    return remark
+
+
+@check("equivalence")
+def gradient_of_every_parameter(subject: Subject) -> str:
+    """Every trainable parameter gets a finite gradient."""
+    found = gradients(subject, subject.copy(), _inputs(subject))
+    without = [name for name, gradient in found.items() if gradient is None or not gradient.any()]
+    if without:
+        raise Violation(f"{len(without)} of {len(found)} parameters get no gradient: {', '.join(without[:5])}")
+    wrong = [name for name, gradient in found.items() if not torch.isfinite(gradient).all()]
+    if wrong:
+        raise Violation(f"{len(wrong)} of {len(found)} gradients are not finite: {', '.join(wrong[:5])}")
+    return f"{len(found)} parameters"
+
+
+@check("equivalence", "gradient checkpointing")
+def gradient_checkpointing(subject: Subject) -> str:
+    """Computing activations again in the backward pass changes no gradient."""
+    model, inputs = subject.copy().train(), _inputs(subject)
+    expected = gradients(subject, model, inputs)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    got = gradients(subject, model, inputs)
+    return assert_same_gradients(got, expected, "gradient checkpointing changes gradients", subject.tolerance)
+
+
+def gradients(subject: Subject, model: nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Tensor | None]:
+    """Gradients of a random reading of all outputs with respect to the trainable parameters; None where it needs none."""
+    torch.manual_seed(subject.seed)  # for dropout
+    use_cache = {"use_cache": False} if "use_cache" in subject.arguments else {}
+    outputs = [x for x in tree_leaves(model(**inputs, **use_cache)) if isinstance(x, torch.Tensor) and x.requires_grad]
+    reading = sum((x * _noise_like(subject, x)).sum() for x in outputs)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(reading, list(parameters.values()), allow_unused=True)
+    return dict(zip(parameters, found, strict=True))
+
+
+def assert_same_gradients(
+    got: dict[str, torch.Tensor | None], expected: dict[str, torch.Tensor | None], what: str, tolerance: float
+) -> str:
+    """As `assert_same`, for every parameter; relative to its largest gradient, if that is no mere rounding."""
+    sizes = {name: 0.0 if x is None else x.abs().max().item() for name, x in expected.items()}
+    floor, largest = 1e-4 * max(sizes.values()), 0.0
+    for (name, wanted), found in zip(expected.items(), got.values(), strict=True):
+        if (wanted is None) != (found is None):
+            raise Violation(f"{what}: {name} has {'no' if found is None else 'a'} gradient")
+        if wanted is not None:
+            difference = (found - wanted).abs().max().item() / max(sizes[name], floor)
+            if not difference <= tolerance:  # NaN is wrong too
+                raise Violation(f"{what}: that of {name} by {difference:.1e} relative, allowed {tolerance:.0e}")
+            largest = max(largest, difference)
+    return f"largest difference {largest:.0e}"
+
+
+def _inputs(subject: Subject, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """Inputs for one pass over `LENGTH` tokens, or whatever the modality is."""
+    inputs = subject.inputs(2, _length(subject)) if "text" in subject.features else subject.inputs()
+    return {k: x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for k, x in inputs.items()}
+
+
+def _noise_like(subject: Subject, x: torch.Tensor) -> torch.Tensor:
+    return torch.randn(x.shape, generator=subject.generator(4), dtype=torch.float64).to(x)
+
+
+# ---------------------------------------------------------------------------------------------- fast operations
+@check("equivalence", "naive twins")
+def fast_operations(subject: Subject) -> str:
+    """On the arguments that the model gives them, fast operations equal their naive twins: values and gradients."""
+    calls = []
+    with recording(subject, calls):
+        _exercise(subject, subject.copy())
+    for operation, arguments in calls:
+        _compare_with_twin(subject, operation, subject.naive_twins[operation], arguments)
+    if not calls:
+        raise Violation("operations with naive twins stand beside the layers, but none was called")
+    names = sorted({operation.__name__ for operation, _ in calls})
+    return f"{', '.join(names)} ({len(calls)} calls)"
+
+
+def _exercise(subject: Subject, model: PreTrainedModel) -> None:
+    """Run the model with gradients over whole, padded, packed and continued texts."""
+    inputs = _inputs(subject)
+    subject.run(model=model, **inputs)
+    if "text" not in subject.features:
+        return
+    ids = inputs["input_ids"]
+    if "attention_mask" in subject.arguments:
+        mask = (torch.arange(ids.shape[1]) >= torch.tensor([[5], [0]])).long()
+        subject.run(ids, model=model, **subject.masked(mask))
+    if "packing" in subject.features and "position_ids" in subject.arguments:
+        subject.run(ids, model=model, position_ids=torch.arange(ids.shape[1])[None].expand_as(ids) % 33)
+    if "cache" in subject.features:
+        first = model(input_ids=ids, use_cache=True)
+        model(input_ids=ids[:, :34], use_cache=True, **{subject.cache_name: first[subject.cache_name]})
+
+
+@contextmanager
+def recording(subject: Subject, calls: list[tuple[Callable, dict[str, Any]]]) -> Iterator[None]:
+    """Inside, every operation with a twin that a layer calls is noted, with its arguments by name."""
+
+    def recorder(operation: Callable) -> Callable:
+        signature = inspect.signature(operation)
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            arguments = signature.bind(*args, **kwargs).arguments
+            calls.append((operation, {name: _leaf(value) for name, value in arguments.items()}))
+            return operation(*args, **kwargs)
+
+        return record
+
+    places = [
+        (module, name, value)
+        for module in subject.layer_modules
+        for name, value in vars(module).items()
+        if isinstance(value, Callable) and value in subject.naive_twins
+    ]
+    try:
+        for module, name, operation in places:
+            setattr(module, name, recorder(operation))
+        yield
+    finally:
+        for module, name, operation in places:
+            setattr(module, name, operation)
+
+
+def _leaf(value: Any) -> Any:
+    """A tensor as a leaf of its own, that asks for a gradient if the value does."""
+    return value.detach().clone().requires_grad_(value.requires_grad) if torch.is_tensor(value) else value
+
+
+def _compare_with_twin(subject: Subject, operation: Callable, twin: Callable, arguments: dict[str, Any]) -> None:
+    tolerance = getattr(twin, "tolerance", TWIN_TOLERANCE)
+    known = {name: x for name, x in arguments.items() if name in inspect.signature(twin).parameters}
+    got, expected = (tree_leaves(f(**given)) for f, given in ((operation, arguments), (twin, known)))
+    for number, (fast, naive) in enumerate(zip(got, expected, strict=True)):
+        what = f"{operation.__name__} differs from its naive twin in output {number}"
+        assert_same(fast, naive, what, tolerance, ("index",))
+    leaves = {name: x for name, x in known.items() if torch.is_tensor(x) and x.requires_grad}
+    if leaves:
+        fast, naive = (
+            torch.autograd.grad(
+                sum((y * _noise_like(subject, y)).sum() for y in ys), leaves.values(), allow_unused=True
+            )
+            for ys in (got, expected)
+        )
+        what = f"{operation.__name__} and its naive twin differ in gradients"
+        assert_same_gradients(dict(zip(leaves, fast)), dict(zip(leaves, naive)), what, tolerance)
+
+
+# ---------------------------------------------------------------------------------------------- precision
+@check("equivalence")
+def half_precision(subject: Subject) -> str:
+    """Cast to bfloat16 or float16, the model gives what it gives in float32, up to rounding."""
+    expected = subject.run(model=subject.copy(torch.float32), **_inputs(subject, torch.float32))
+    remarks = []
+    for dtype in HALF_TOLERANCES:
+        got = subject.run(model=subject.copy(dtype), **_inputs(subject, dtype))
+        remarks.append(_rounding_error(got, expected, dtype, "a model in"))
+    return ", ".join(remarks)
+
+
+@check("equivalence")
+def autocast(subject: Subject) -> str:
+    """Mixed precision gives the outputs and gradients of float32, up to rounding."""
+    model, inputs = subject.copy(torch.float32), _inputs(subject, torch.float32)
+    expected, expected_gradients = subject.run(model=model, **inputs), gradients(subject, model, inputs)
+    remarks = []
+    for dtype in HALF_TOLERANCES:
+        with torch.autocast("cpu", dtype=dtype):
+            got, got_gradients = subject.run(model=model, **inputs), gradients(subject, model, inputs)
+        remarks.append(_rounding_error(got, expected, dtype, "autocast to"))
+        pairs = [(got_gradients[name], x) for name, x in expected_gradients.items() if x is not None]
+        found, wanted = (torch.cat([x.flatten() for x in side]).double() for side in zip(*pairs, strict=True))
+        similarity = F.cosine_similarity(found, wanted, dim=0).item()
+        if not similarity > GRADIENT_COSINE:
+            raise Violation(f"gradients under autocast to {_name(dtype)} point elsewhere: cosine {similarity:.3f}")
+    return ", ".join(remarks)
+
+
+def _rounding_error(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, how: str) -> str:
+    finite = torch.isfinite(got)
+    if not finite.all():
+        raise Violation(f"{how} {_name(dtype)} gives no finite output: first at {(~finite).nonzero()[0].tolist()}")
+    error = ((got.double() - expected).norm() / expected.double().norm()).item()
+    if error > HALF_TOLERANCES[dtype]:
+        allowed = HALF_TOLERANCES[dtype]
+        raise Violation(f"{how} {_name(dtype)} changes the output by {error:.1e} relative, allowed {allowed}")
+    return f"{_name(dtype)} {error:.0e}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@check("equivalence", slow=True)
+def compiled(subject: Subject) -> str:
+    """torch.compile changes neither outputs nor gradients."""
+    torch.compiler.reset()  # after too many models in one process it would silently run eagerly
+    model, inputs = subject.copy(), _inputs(subject)
+    expected = gradients(subject, model, inputs)
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    breaks.clear()
+    fast = torch.compile(model)
+    remark = assert_same(
+        subject.run(model=fast, **inputs), subject.run(**inputs), "torch.compile changes the output", subject.tolerance
+    )
+    got = {name.removeprefix("_orig_mod."): x for name, x in gradients(subject, fast, inputs).items()}
+    assert_same_gradients(got, expected, "torch.compile changes gradients", subject.tolerance)
+    return f"{remark}; {sum(breaks.values())} graph breaks"
