@@ -7,39 +7,48 @@ import functools
 import importlib
 from typing import Any
 
+from .conversion import surgery  # noqa: F401  (it registers the quantizer "holo" with transformers)
+from .modeling.configuration_holo import HoloConfig
 from .modeling.configuration_hsn import HsnConfig
 from .modeling.tokenization_holo import HoloTokenizer
 from .registry import PRESETS, VARIANTS, architectures, load_plugins, preset_model, register_architecture
 
 __version__ = "0.1.0"
 
-_HSN = f"{__name__}.modeling.modeling_hsn"
+HEADS = ("Model", "ForCausalLM", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
 
-register_architecture(
-    name="hsn",
-    config=HsnConfig,
-    models={
-        "AutoModel": f"{_HSN}:HsnModel",
-        "AutoModelForCausalLM": f"{_HSN}:HsnForCausalLM",
-        "AutoModelForMaskedLM": f"{_HSN}:HsnForMaskedLM",
-        "AutoModelForSequenceClassification": f"{_HSN}:HsnForSequenceClassification",
-        "AutoModelForTokenClassification": f"{_HSN}:HsnForTokenClassification",
-    },
-    presets=PRESETS / "hsn",
-    variants=VARIANTS / "hsn.json",
-    tokenizer=HoloTokenizer,
-)
+
+def _register_text_family(name: str, config: type) -> None:
+    """Register a family that has all heads for text, each in the module and under the name that one expects."""
+    prefix = f"{__name__}.modeling.modeling_{name}:{name.capitalize()}"
+    register_architecture(
+        name=name,
+        config=config,
+        models={f"AutoModel{head.removeprefix('Model')}": f"{prefix}{head}" for head in HEADS},
+        presets=PRESETS / name,
+        variants=VARIANTS / f"{name}.json",
+        tokenizer=HoloTokenizer,
+    )
+
+
+_register_text_family("hsn", HsnConfig)
+_register_text_family("holo", HoloConfig)
 
 # Public names that are imported when first asked for, by module. The registry adds the model classes and, for each
 # preset, a function that makes its model: `hsn_tiny(vocab_size=...)`.
 _LAZY = {
+    "conversion.surgery": ["HoloSurgeryConfig", "apply_surgery", "restore_linears"],
     "errors": ["HoloError"],
+    "eval.conformance": ["check_causality"],
     "modeling.cache": ["RecurrentCache"],
+    "modeling.harmonics": ["HoloLinear", "SineActivation", "harmonic_basis"],
     "modeling.layers": ["GatedChannelMix", "LiteChannelMix", "RotaryEmbedding", "SpectralGate"],
     "modeling.mixers": ["HolographicMixer"],
+    "modeling.modeling_holo": ["HoloAttention", "HoloTransformerBlock"],
     "modeling.modeling_hsn": ["HoloSpectralBlock", "fft_circular_conv", "fft_circular_corr"],
     "modeling.ops": ["bind", "unbind"],
     "registry": ["Architecture", "Preset", "get_architecture", "preset_config", "presets"],
+    "training.callbacks": ["CausalityCallback"],
     "training.optim": ["MuonAdamW"],
 }
 _ORIGIN = {name: f"{__name__}.{module}" for module, names in _LAZY.items() for name in names}

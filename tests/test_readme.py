@@ -12,13 +12,17 @@ README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding=
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_table_of_presets_is_true():
-    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in README.splitlines() if "| `hsn-" in line]
-    assert [row[0] for row in rows] == [record["preset"] for record in catalogue()]
-    for (preset, *figures, _), counted in zip(rows, catalogue(vocab_size=65), strict=True):
-        config, total = preset_config(preset), counted["parameters"]
-        sizes = config.hidden_size, config.num_hidden_layers, config.rank
-        assert figures == [f"{n:,}" for n in (*sizes, total, total - counted["embedding_parameters"])]
+SIZES = {"hsn": "rank", "holo": "harmonics"}  # what the table shows beside width and layers
+
+
+def test_the_tables_of_presets_are_true():
+    cells = (line.split("|")[1:-1] for line in README.splitlines() if line.startswith("| `"))
+    rows = {row[0].strip(" `"): [cell.strip() for cell in row[1:6]] for row in cells}
+    for counted in catalogue(vocab_size=65):
+        config, total = preset_config(counted["preset"]), counted["parameters"]
+        sizes = config.hidden_size, config.num_hidden_layers, getattr(config, SIZES[counted["family"]])
+        expected = [f"{n:,}" for n in (*sizes, total, total - counted["embedding_parameters"])]
+        assert rows[counted["preset"]] == expected
     assert f"hsn-tiny has {catalogue(vocab_size=32000)[0]['parameters']:,}" in README
 
 

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import (
 )
 
 from .cache import RecurrentCache
-from .layers import TokenLayout
+from .layers import TokenLayout, make_norm
 from .ops import exporting
 
 
@@ -29,7 +29,9 @@ class ScaledEmbedding(nn.Embedding):
 class RecurrentPreTrainedModel(PreTrainedModel):
     """What all models share: initialisation, the facts that others derive from, and transformers' flags.
 
-    A family sets `config_class`, `block_class` and `capabilities` on its subclass, and defines `state_spec`.
+    A family sets `config_class`, `block_class` and `capabilities` on its subclass. One that keeps a state of constant
+    size defines the classmethod `state_spec(config)` as well: for every layer, the name and the shape (without the
+    batch) of every state. Allocation, export and the checks are derived from it.
     """
 
     base_model_prefix = "model"
@@ -57,11 +59,6 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         return issubclass(cls, GenerationMixin)
 
     @classmethod
-    def state_spec(cls, config) -> list[dict[str, tuple[int, ...]]]:
-        """Name and shape (without the batch) of every state, for every layer: what the cache holds."""
-        raise NotImplementedError(f"{cls.__name__} does not declare its state")
-
-    @classmethod
     def capabilities_of(cls, config) -> frozenset[str]:
         """The capabilities that hold for this config; a family overrides it where an option takes one away."""
         return cls.capabilities
@@ -78,21 +75,21 @@ class RecurrentPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=0.7 * module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             nn.init.ones_(module.weight)
         elif hasattr(module, "reset_parameters"):
             module.reset_parameters()
 
 
-class RecurrentBackbone(RecurrentPreTrainedModel):
-    """Embeddings, blocks and a last norm. Blocks are called as `block(x, layout=..., past_key_values=...)`."""
+class Backbone(RecurrentPreTrainedModel):
+    """Embeddings, blocks and a last norm; a subclass says in `forward` how they are run."""
 
     def __init__(self, config):
         super().__init__(config)
         config = self.config
         self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([self.block_class(config, index) for index in range(config.num_hidden_layers)])
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
+        self.norm = make_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -101,6 +98,25 @@ class RecurrentBackbone(RecurrentPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embed_tokens = value
+
+    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is not None:
+            return inputs_embeds
+        if input_ids.device.type == "cpu" and not exporting() and input_ids.numel():
+            low, high = input_ids.min().item(), input_ids.max().item()
+            size = self.embed_tokens.num_embeddings
+            if low < 0 or high >= size:
+                bad = low if low < 0 else high
+                raise ValueError(
+                    f"input_ids holds {bad}, outside the vocabulary of {size}: ids must be 0 to {size - 1}"
+                )
+        return self.embed_tokens(input_ids)
+
+
+class RecurrentBackbone(Backbone):
+    """A backbone whose blocks keep a state. They are called as `block(x, layout=..., past_key_values=...)`."""
 
     def forward(
         self,
@@ -151,22 +167,7 @@ class RecurrentBackbone(RecurrentPreTrainedModel):
             past_key_values=past_key_values,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
         )
-        return output if _wants_dict(config, return_dict) else output.to_tuple()
-
-    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is not None:
-            return inputs_embeds
-        if input_ids.device.type == "cpu" and not exporting() and input_ids.numel():
-            low, high = input_ids.min().item(), input_ids.max().item()
-            size = self.embed_tokens.num_embeddings
-            if low < 0 or high >= size:
-                bad = low if low < 0 else high
-                raise ValueError(
-                    f"input_ids holds {bad}, outside the vocabulary of {size}: ids must be 0 to {size - 1}"
-                )
-        return self.embed_tokens(input_ids)
+        return output if wants_dict(config, return_dict) else output.to_tuple()
 
     def _cache(self, past_key_values, use_cache: bool | None) -> RecurrentCache | None:
         if use_cache is None:
@@ -269,19 +270,10 @@ class _LMHead(_Head):
         self.lm_head = value
 
 
-class RecurrentForCausalLM(_LMHead, GenerationMixin):
-    """Backbone with a language-modelling head; generates from a state of constant size."""
+class CausalLMHead(_LMHead, GenerationMixin):
+    """Backbone with a language-modelling head that generates."""
 
     direction = True
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
-        if model_kwargs.get("past_key_values") is None:
-            if generation_config.use_cache is False:
-                return
-            model_kwargs["past_key_values"] = RecurrentCache(self.config)
-        rejects = generation_mode == GenerationMode.ASSISTED_GENERATION
-        if rejects or getattr(generation_config, "is_assistant", False):
-            model_kwargs["past_key_values"].activate_past_recording()
 
     def forward(
         self,
@@ -324,7 +316,20 @@ class RecurrentForCausalLM(_LMHead, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         result = CausalLMOutputWithPast(loss, logits, output.past_key_values, output.hidden_states)
-        return result if _wants_dict(self.config, return_dict) else result.to_tuple()
+        return result if wants_dict(self.config, return_dict) else result.to_tuple()
+
+
+class RecurrentForCausalLM(CausalLMHead):
+    """The head of a model that generates from a state of constant size."""
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+        if model_kwargs.get("past_key_values") is None:
+            if generation_config.use_cache is False:
+                return
+            model_kwargs["past_key_values"] = RecurrentCache(self.config)
+        rejects = generation_mode == GenerationMode.ASSISTED_GENERATION
+        if rejects or getattr(generation_config, "is_assistant", False):
+            model_kwargs["past_key_values"].activate_past_recording()
 
 
 class RecurrentForMaskedLM(_LMHead):
@@ -359,7 +364,7 @@ class RecurrentForMaskedLM(_LMHead):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         result = MaskedLMOutput(loss, logits, output.hidden_states)
-        return result if _wants_dict(self.config, return_dict) else result.to_tuple()
+        return result if wants_dict(self.config, return_dict) else result.to_tuple()
 
 
 class _ClassificationHead(_Head):
@@ -411,7 +416,7 @@ class RecurrentForSequenceClassification(_ClassificationHead):
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
         result = SequenceClassifierOutputWithPast(loss, logits, output.past_key_values, output.hidden_states)
-        return result if _wants_dict(self.config, return_dict) else result.to_tuple()
+        return result if wants_dict(self.config, return_dict) else result.to_tuple()
 
     def _pool(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """[B, T, D] to [B, D]."""
@@ -453,8 +458,8 @@ class RecurrentForTokenClassification(_ClassificationHead):
         logits = self.score(self.dropout(output.last_hidden_state))
         loss = self.loss_function(logits, labels, self.config) if labels is not None else None
         result = TokenClassifierOutput(loss, logits, output.hidden_states)
-        return result if _wants_dict(self.config, return_dict) else result.to_tuple()
+        return result if wants_dict(self.config, return_dict) else result.to_tuple()
 
 
-def _wants_dict(config, return_dict: bool | None) -> bool:
+def wants_dict(config, return_dict: bool | None) -> bool:
     return config.return_dict if return_dict is None else return_dict

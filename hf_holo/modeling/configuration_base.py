@@ -18,6 +18,7 @@ class RecurrentConfig(PretrainedConfig):
     """
 
     keys_to_ignore_at_inference = ["past_key_values"]
+    norm_type = "layer"  # what a family normalises with, unless its config says otherwise
 
     def __init__(self, format_version: int = FORMAT, **kwargs):
         if format_version > FORMAT:

@@ -30,7 +30,9 @@ class HsnConfig(RecurrentConfig):
         classifier_dropout: dropout ahead of a classification head.
         max_position_embeddings: length that the model was trained for; information only, there is no limit.
         initializer_range: standard deviation of the embeddings at the start; projections start at 0.7/√fan_in.
+        norm_type: `"layer"` (LayerNorm without bias) or `"rms"` (RMSNorm, as the models that weights come from have it).
         norm_eps: epsilon of the normalisations.
+        rotary_base: base of the rotary positions of attention layers, which are as in Llama; None: they have none.
         use_cache: whether to return the recurrent state.
         tie_word_embeddings: whether the head shares the embedding matrix.
         kwargs: arguments of [`~transformers.PretrainedConfig`] and of the common base (`format_version`).
@@ -69,7 +71,9 @@ class HsnConfig(RecurrentConfig):
         classifier_dropout: float = 0.0,
         max_position_embeddings: int = 2048,
         initializer_range: float = 0.02,
+        norm_type: str = "layer",
         norm_eps: float = 1e-5,
+        rotary_base: float | None = None,
         use_cache: bool = True,
         tie_word_embeddings: bool = True,
         pad_token_id: int | None = None,
@@ -105,7 +109,9 @@ class HsnConfig(RecurrentConfig):
         self.classifier_dropout = classifier_dropout
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
+        self.norm_type = norm_type
         self.norm_eps = norm_eps
+        self.rotary_base = rotary_base
         self.use_cache = use_cache
         self._check()
         super().__init__(
@@ -128,6 +134,7 @@ class HsnConfig(RecurrentConfig):
         check_choice("causal", self.causal, (None, True, False))
         check_choice("channel_mix", self.channel_mix, ("factorized", "gated"))
         check_choice("gate_placement", self.gate_placement, ("mixer", "sublayer"))
+        check_choice("norm_type", self.norm_type, ("layer", "rms"))
         for name in self.mixer_types:
             check_choice("mixer_types", name, ("holographic", "attention"))
         if len(self.mixer_types) != self.num_hidden_layers:
@@ -139,6 +146,10 @@ class HsnConfig(RecurrentConfig):
             raise ValueError("write='cancel' needs binding='dynamic'; static binding accepts write='bundle'")
         if self.drift_base < 1:
             raise ValueError(f"drift_base={self.drift_base} must be at least 1")
+        if self.rotary_base is not None and (self.rotary_base <= 1 or self.head_dim % 2):
+            raise ValueError(
+                f"rotary_base={self.rotary_base} must be above 1, and the width of a head ({self.head_dim}) even"
+            )
         for name in ("hidden_dropout_prob", "classifier_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")

@@ -165,9 +165,16 @@ class SpectralGate(nn.Module):
 
     def _both_sides(self, x: torch.Tensor, kernel: torch.Tensor, document: torch.Tensor | None) -> torch.Tensor:
         ahead = (self.taps - 1) // 2  # the future tokens that the kernel reaches
-        document = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device) if document is None else document
-        labels = torch.cat([document, document[:, -1:].expand(-1, ahead)], 1)
-        return short_causal_conv(F.pad(x, (0, 0, 0, ahead)), kernel, None, labels)[:, ahead:]
+        if document is None:
+            return short_causal_conv(F.pad(x, (0, 0, 0, ahead)), kernel)[:, ahead:]
+        length, behind = x.shape[1], self.taps // 2
+        padded, labels = F.pad(x, (0, 0, behind, ahead)), F.pad(document, (behind, ahead), value=-1)
+        out = torch.zeros_like(x)
+        for j in range(self.taps):
+            window = slice(self.taps - 1 - j, self.taps - 1 - j + length)
+            same = labels[:, window] == document  # a token sees no token of another document
+            out = out + padded[:, window] * kernel[:, j] * same[..., None]
+        return out
 
 
 class LiteChannelMix(nn.Module):
@@ -209,6 +216,13 @@ class GatedChannelMix(nn.Module):
         """`[B, T, D]` to `[B, T, D]`."""
         gate, up = self.gate_up_proj(x).chunk(2, -1)
         return self.down_proj(F.silu(gate) * up)
+
+
+def make_norm(config) -> nn.Module:
+    """The normalisation that `config.norm_type` names, without bias: `[..., D]` to `[..., D]`."""
+    if config.norm_type == "rms":
+        return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -8,7 +8,7 @@ from torch import nn
 
 from .cache import RecurrentLayer
 from .layers import RotaryEmbedding, SpectralGate, TokenLayout, at_least_float32, init_copy_
-from .ops import bind, cancelling_scan, interference_scan, phase_features, rotate_state, unbind
+from .ops import bind, cancelling_scan, interference_scan, phase_features, rotate_pairs, rotate_state, unbind
 
 MIN_RELEASE = 1e-6  # below it the gradient of sqrt(1 - decay) overflows
 
@@ -149,8 +149,9 @@ class HolographicMixer(nn.Module):
 
 
 class AttentionMixer(nn.Module):
-    """Softmax attention for hybrids, without positions: the holographic layers around it know the order.
+    """Softmax attention for hybrids. Without `rotary_base` it has no positions: the layers around it know the order.
 
+    With it, queries and keys are turned as in Llama, by the number of real tokens before them; padding has no position.
     Keys and values live in the same cache as the states of the other layers, and grow with the text.
 
     Args:
@@ -165,6 +166,8 @@ class AttentionMixer(nn.Module):
         self.k_proj = nn.Linear(dim, self.key_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(dim, self.key_heads * self.head_dim, bias=False)
         self.out_proj = nn.Linear(dim, dim, bias=False)
+        turned = config.rotary_base is not None
+        self.rotary = RotaryEmbedding(1, self.head_dim // 2, config.rotary_base) if turned else None
 
     def forward(
         self, x: torch.Tensor, layout: TokenLayout | None = None, cache: RecurrentLayer | None = None
@@ -174,6 +177,9 @@ class AttentionMixer(nn.Module):
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, T, V]
         k = self.k_proj(x).unflatten(-1, (self.key_heads, -1)).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, (self.key_heads, -1)).transpose(1, 2)
+        if self.rotary is not None:
+            angles = self.rotary.angles(self._positions(layout, cache, x.device)).transpose(-3, -2)  # [B, 1, T, V/2]
+            q, k = rotate_pairs(q, angles), rotate_pairs(k, angles)
         labels = self._labels(x, layout, cache)
         query_labels = labels
         if cache is not None:
@@ -193,6 +199,12 @@ class AttentionMixer(nn.Module):
         if past is not None:
             labels = labels + past.amax(1, keepdim=True).clamp_min(0)
         return labels if layout.valid is None else labels.masked_fill(~layout.valid, -1)
+
+    def _positions(self, layout: TokenLayout, cache: RecurrentLayer | None, device: torch.device) -> torch.Tensor:
+        """How many real tokens stand before every token, `[B, T]` (`[1, T]` without a past)."""
+        tokens = torch.arange(layout.length, device=device)[None]
+        past = cache.get("labels") if cache is not None else None
+        return tokens if past is None else tokens + (past >= 0).sum(1, keepdim=True)
 
     def _append(self, name: str, new: torch.Tensor, dim: int, cache: RecurrentLayer) -> torch.Tensor:
         past, tokens = cache.get(name), new.shape[dim]

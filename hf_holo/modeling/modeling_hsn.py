@@ -16,7 +16,7 @@ from .base import (
 )
 from .cache import RecurrentCache
 from .configuration_hsn import HsnConfig
-from .layers import GatedChannelMix, LiteChannelMix, RotaryEmbedding, SpectralGate, TokenLayout
+from .layers import GatedChannelMix, LiteChannelMix, RotaryEmbedding, SpectralGate, TokenLayout, make_norm
 from .mixers import AttentionMixer, HolographicMixer
 from .ops import bind as fft_circular_conv
 from .ops import unbind as fft_circular_corr
@@ -36,14 +36,14 @@ class HoloSpectralBlock(GradientCheckpointingLayer):
         super().__init__()
         dim = config.hidden_size
         self.layer_idx = layer_idx
-        self.mixer_norm = nn.LayerNorm(dim, eps=config.norm_eps, bias=False)
+        self.mixer_norm = make_norm(config)
         self.mixer = MIXERS[config.mixer_types[layer_idx]](config)
         if config.gate_placement == "sublayer":
-            self.gate_norm = nn.LayerNorm(dim, eps=config.norm_eps, bias=False)
+            self.gate_norm = make_norm(config)
             self.gate = SpectralGate(dim, config.gate_taps, config.is_causal)
         else:
             self.gate = None
-        self.channel_norm = nn.LayerNorm(dim, eps=config.norm_eps, bias=False)
+        self.channel_norm = make_norm(config)
         gated = config.channel_mix == "gated"
         self.channel_mix = GatedChannelMix(dim, config.intermediate_size) if gated else LiteChannelMix(dim, config.rank)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)

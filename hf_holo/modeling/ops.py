@@ -93,24 +93,19 @@ def minimum_phase_kernel(gate_logits: torch.Tensor, taps: int) -> torch.Tensor:
 
 
 def minimum_phase_kernel_naive(gate_logits: torch.Tensor, taps: int) -> torch.Tensor:
-    """Twin of [`minimum_phase_kernel`]: explicit cosine sums, and the power series of exp(C(z)) instead of an FFT.
-
-    The series h_0 = e^{c_0}, n h_n = Σ_{m=1..n} m c_m h_{n-m} has no wrap-around, so the twins differ by the aliased
-    tail of the kernel, which falls with the number of frequencies.
-    """
+    """Twin of [`minimum_phase_kernel`]: explicit sums for the cepstrum, its phase, and the way back to the taps."""
     log_magnitude = F.logsigmoid(gate_logits)
-    bins = log_magnitude.shape[-1]
-    n = 2 * (bins - 1)
-    weight = torch.full((bins,), 2.0, dtype=log_magnitude.dtype)
+    intervals = log_magnitude.shape[-1] - 1
+    frequency = math.pi / intervals * torch.arange(intervals + 1, dtype=log_magnitude.dtype)
+    weight = torch.full_like(frequency, 2.0)  # every frequency between 0 and π stands for two
     weight[0] = weight[-1] = 1.0
-    angle = 2 * math.pi * torch.arange(bins, dtype=log_magnitude.dtype) / n
-    cepstrum = [(log_magnitude * weight * torch.cos(angle * m)).sum(-1) / n for m in range(n // 2 + 1)]
-    folded = [cepstrum[0], *(2 * c for c in cepstrum[1:-1]), cepstrum[-1]]
-    kernel = [torch.exp(folded[0])]
-    for m in range(1, taps):
-        terms = [j * folded[j] * kernel[m - j] for j in range(1, min(m, n // 2) + 1)]
-        kernel.append(sum(terms) / m)
-    return torch.stack(kernel, -1)
+    phase = torch.zeros_like(log_magnitude)
+    for m in range(1, intervals):
+        cepstrum = (log_magnitude * weight * torch.cos(frequency * m)).sum(-1, keepdim=True) / (2 * intervals)
+        phase = phase - 2 * cepstrum * torch.sin(frequency * m)  # folded onto positive quefrencies
+    spectrum = torch.polar(log_magnitude.exp(), phase)
+    turns = (torch.polar(weight, frequency * t) for t in range(taps))
+    return torch.stack([(spectrum * turn).real.sum(-1) for turn in turns], -1) / (2 * intervals)
 
 
 def zero_phase_kernel(gate_logits: torch.Tensor, taps: int) -> torch.Tensor:
@@ -296,6 +291,18 @@ def rotate_state(state: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     cos, sin = angle.cos()[..., None].to(state.dtype), angle.sin()[..., None].to(state.dtype)
     real, imaginary = state.chunk(2, -2)
     return torch.cat([real * cos + imaginary * sin, imaginary * cos - real * sin], -2)
+
+
+def rotate_pairs(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (i, i + V/2) of queries or keys by an angle, as Llama does.
+
+    Args:
+        x: `[..., V]`.
+        angle: `[..., V/2]` or broadcastable.
+    """
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
 # ---------------------------------------------------------------------------------------------- interference scan

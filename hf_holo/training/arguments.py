@@ -70,6 +70,7 @@ class HoloTrainingArguments(TrainingArguments):
     optimizer: Literal["muon", "adamw"] = described("MuonAdamW, or the optimizer that --optim names.", "muon")
     muon_lr_ratio: float = described("Learning rate of Muon as a multiple of learning_rate.", 5.0)
     ema_decay: float = described("Decay of the average of the weights that is evaluated and saved; 0: none.", 0.0)
+    causality_check: bool = described("Stop the run if the model sees tokens that it should predict.", True)
     learning_rate: float = described("Peak learning rate of AdamW.", 4e-3)
     weight_decay: float = described("Weight decay of matrices.", 0.1)
     adam_beta2: float = described("AdamW's second decay rate.", 0.95)

@@ -19,6 +19,7 @@ from ..errors import HoloError
 from ..generation import generate_text
 from ..registry import preset_config
 from .arguments import DataArguments, Run, parse
+from .callbacks import CausalityCallback
 from .data import (
     Collator,
     Responses,
@@ -190,7 +191,7 @@ def make_trainer(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         eval_dataset=data.validation,
         processing_class=tokenizer,
         optimizers=(optimizer, None),
-        callbacks=[RunReport()],
+        callbacks=[RunReport(), *([CausalityCallback()] if args.causality_check else [])],
         characters=data.characters,
         ema_decay=args.ema_decay,
     )

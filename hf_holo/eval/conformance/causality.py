@@ -93,6 +93,7 @@ def check_causality(
     Raises:
         HoloError: `model` is no `PreTrainedModel`, is an encoder with a decoder, takes no token ids, or does not give
             one output per token.
+        Violation: its outputs are not finite, so that nothing can be said.
     """
     subject = Subject(model, seed=seed, move_weights=move_weights)
     subject.require("text", "token outputs")
@@ -190,6 +191,7 @@ def _exchange(
             if mask is not None:
                 inputs |= subject.masked(mask.expand(1 + len(some), -1))
             outputs = subject.run(**inputs)  # [1 + cuts, T, D]
+            _assert_finite(outputs[0] if mask is None else outputs[0].where(mask[0, :, None] > 0, 0.0))
             moved = (outputs[1:] - outputs[:1]).abs().amax(-1)  # [cuts, T]
             for cut, row in zip(some, moved, strict=True):
                 allowed = row[cut:].max().clamp_min(1e-6 * outputs[0].abs().max() * (size or 1.0))
@@ -232,6 +234,7 @@ def influence_of_inputs(subject: Subject, length: int) -> torch.Tensor:
     """The largest |∂ (a random reading of output t) / ∂ embedding s|, as a table `[t, s]`."""
     x = subject.embed(subject.ids(1, length)).requires_grad_()
     outputs = subject.run(inputs_embeds=x)[0]  # [T, D]
+    _assert_finite(outputs)
     reading = torch.randn(outputs.shape[-1], generator=subject.generator(3), dtype=outputs.dtype)
     rows = [torch.autograd.grad(y, x, retain_graph=True)[0][0].abs().amax(-1) for y in outputs @ reading]
     return torch.stack(rows)
@@ -260,7 +263,16 @@ def _readings(subject: Subject) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs `[B, T, D]` of a text read at once, and of its prefixes, each read alone without a cache."""
     ids = subject.ids(2, _prefix_length(subject))
     ends = range(1, ids.shape[1] + 1)
-    return subject.run(ids), torch.cat([subject.run(ids[:, :end])[:, -1:] for end in ends], 1)
+    together, stepwise = subject.run(ids), torch.cat([subject.run(ids[:, :end])[:, -1:] for end in ends], 1)
+    _assert_finite(together)
+    return together, stepwise
+
+
+def _assert_finite(outputs: torch.Tensor) -> None:
+    """Raise [`Violation`] if an output `[..., T, D]` is NaN or infinite: it must not be taken for a leak."""
+    wrong = (~outputs.isfinite()).any(-1).nonzero()
+    if len(wrong):
+        raise Violation(f"the output is NaN or infinite: first at position {wrong[:, -1].min()}")
 
 
 def _prefix_length(subject: Subject) -> int:

@@ -4,6 +4,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,9 +30,9 @@ PADDING = 9
 DOCUMENTS = (5, 64, 1, 63, 1, 1, 20)
 PACKED_CUTS = ((64, 64, 27), (5, 64, 86), (70, 1, 1, 83))
 REPEATED = 1e-12
-GRADIENT_COSINE = 0.98
+GRADIENT_COSINE = 0.9  # measured on honest models: 0.97 and more
 HALF_TOLERANCES = {torch.bfloat16: 0.1, torch.float16: 0.02}  # relative error of all outputs, for two layers
-TWIN_TOLERANCE = 1e-9  # of operations; a twin that is an approximation states its own in the attribute `tolerance`
+TWIN_TOLERANCE = 1e-9
 POSITION = ("position",)
 FLOAT32_LOSS = 1e-5  # transformers computes losses in float32
 
@@ -71,7 +72,10 @@ def _feed_in_pieces(subject: Subject, name: str, sizes: Sequence[int]) -> str:
 @check("equivalence", "text", "attention_mask", "token outputs")
 def left_padding(subject: Subject) -> str:
     """Padding on the left changes nothing for real tokens."""
-    return _pad(subject, [0] * PADDING + [1] * _length(subject, PADDING), "padding on the left")
+    mask = [0] * PADDING + [1] * _length(subject, PADDING)
+    if "packing" in subject.features:  # positions would begin a new document behind the pads, and so hide them
+        _pad(subject, mask, "padding on the left, without position_ids,", None)
+    return _pad(subject, mask, "padding on the left")
 
 
 @check("equivalence", "text", "attention_mask", "token outputs")
@@ -106,9 +110,8 @@ def rows_with_different_padding(subject: Subject) -> str:
     outputs = subject.run(ids, **subject.masked(mask))
     for row, left in enumerate(lefts):
         what = f"{left} pads on the left, in a batch with other padding, change the output of a row"
-        remark = assert_same(
-            outputs[row, left:], subject.run(ids[row, None, left:])[0], what, subject.tolerance, POSITION
-        )
+        expected = subject.run(ids[row, None, left:])[0]
+        remark = assert_same(outputs[row, left:], expected, what, subject.tolerance, POSITION)
     return remark
 
 
@@ -122,9 +125,10 @@ def continuation_after_padding(subject: Subject) -> str:
     expected = subject.run(torch.cat([ids, following], 1))[:, 20:]
     for where, mask in masks.items():
         mask = torch.tensor([mask])
-        got = _turns(subject, [_spread(subject, ids, mask), following], [mask, torch.ones_like(following)])
+        turns = [_spread(subject, ids, mask), following]
+        inputs = subject.masked(torch.cat([mask, torch.ones_like(following)], 1))
         what = f"padding the prompt {where} changes what follows through the cache"
-        remark = assert_same(got, expected, what, subject.tolerance)
+        remark = _assert_same_with_mask(subject, partial(_last_turn, subject, turns), inputs, expected, what)
     return remark
 
 
@@ -134,7 +138,7 @@ def second_turns_of_different_length(subject: Subject) -> str:
     lengths = ((12, 9), (5, 8))  # of both rows, in the first and in the second turn
     ids = [subject.ids(2, max(pair), turn) for turn, pair in enumerate(lengths)]
     masks = [(torch.arange(max(pair)) >= max(pair) - torch.tensor(pair)[:, None]).long() for pair in lengths]
-    got = _turns(subject, ids, masks)
+    got = _last_turn(subject, ids, **subject.masked(torch.cat(masks, 1)))
     for row in range(2):
         real = torch.cat([turn[row, mask[row].bool()] for turn, mask in zip(ids, masks, strict=True)])
         count = lengths[1][row]
@@ -143,9 +147,9 @@ def second_turns_of_different_length(subject: Subject) -> str:
     return remark
 
 
-def _turns(subject: Subject, turns: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Output of the last of several turns `[B, T_i]`, fed through the cache with the mask of all turns so far."""
-    inputs, cache, start = subject.masked(torch.cat(masks, 1)), None, 0
+def _last_turn(subject: Subject, turns: Sequence[torch.Tensor], **inputs: torch.Tensor) -> torch.Tensor:
+    """Output of the last of several turns `[B, T_i]` fed through the cache, as generate() would feed them."""
+    cache, start = None, 0
     for turn in turns:
         end = start + turn.shape[1]
         part = {name: x[:, (0 if name == "attention_mask" else start) : end] for name, x in inputs.items()}
@@ -154,25 +158,37 @@ def _turns(subject: Subject, turns: Sequence[torch.Tensor], masks: Sequence[torc
     return main_output(result)
 
 
-def _pad(subject: Subject, mask: list[int], what: str, at_pads: int = 1) -> str:
-    """Compare the real tokens of padded rows with those of the bare text."""
+def _pad(subject: Subject, mask: list[int], what: str, at_pads: int | None = 1) -> str:
+    """Compare real tokens of padded rows with those of the bare text; `at_pads`: position of pads (None: no ids)."""
     mask = torch.tensor([mask] * 2)
-    ids = subject.ids(len(mask), int(mask[0].sum()))
+    ids = subject.ids(2, int(mask[0].sum()))
     padded, inputs = _spread(subject, ids, mask), subject.masked(mask)
-    if "position_ids" in inputs:
+    if at_pads is None:
+        inputs = {"attention_mask": mask}
+    elif "position_ids" in inputs:
         inputs["position_ids"] = inputs["position_ids"].masked_fill(mask == 0, at_pads)
 
     def of_real_tokens(**inputs: torch.Tensor) -> torch.Tensor:
         output = subject.run(padded, **inputs)
-        if "pooled output" in subject.features:
-            return output
-        return output[mask.bool()].unflatten(0, ids.shape)
+        return output if "pooled output" in subject.features else output[mask.bool()].unflatten(0, ids.shape)
 
-    got = of_real_tokens(**inputs)
+    return _assert_same_with_mask(subject, of_real_tokens, inputs, subject.run(ids), f"{what} changes the output")
+
+
+def _assert_same_with_mask(
+    subject: Subject,
+    compute: Callable[..., torch.Tensor],
+    inputs: dict[str, torch.Tensor],
+    expected: torch.Tensor,
+    what: str,
+) -> str:
+    """`assert_same` for `compute(**inputs)`, that says so if the mask among the inputs makes no difference."""
+    got = compute(**inputs)
     try:
-        return assert_same(got, subject.run(ids), f"{what} changes the output", subject.tolerance)
+        return assert_same(got, expected, what, subject.tolerance)
     except Violation as violation:
-        if torch.equal(got, of_real_tokens(**inputs | {"attention_mask": torch.ones_like(mask)})):
+        unmasked = inputs | {"attention_mask": torch.ones_like(inputs["attention_mask"])}
+        if torch.equal(got, compute(**unmasked)):
             raise Violation(f"the attention_mask is ignored: {violation}") from violation
         raise
 
@@ -204,8 +220,7 @@ def packed_documents(subject: Subject) -> str:
         "seq_idx": torch.arange(len(DOCUMENTS)).repeat_interleave(torch.tensor(DOCUMENTS))[None],
     }
     starts = {name: borders for name, borders in starts.items() if name in subject.arguments}
-    if not starts:
-        raise Violation("it claims 'packing', but forward takes neither position_ids nor seq_idx to tell documents")
+    remark = "forward names neither position_ids nor seq_idx"
     for name, borders in starts.items():
         got = subject.run(ids, **{name: borders})
         if torch.equal(got, subject.run(ids)):
@@ -287,9 +302,7 @@ def resized_embeddings(subject: Subject) -> str:
     model.resize_token_embeddings(size + 3, mean_resizing=False)
     got_size, config_size = model.get_input_embeddings().weight.shape[0], model.config.get_text_config().vocab_size
     if (got_size, config_size) != (size + 3, size + 3):
-        raise Violation(
-            f"resized to {size + 3}, the embeddings have {got_size} rows, and the config says {config_size}"
-        )
+        raise Violation(f"resized to {size + 3}, there are {got_size} embeddings, and the config says {config_size}")
     if _tied(model) != tied:
         raise Violation(f"resizing the embeddings {'unties' if tied else 'ties'} input and output")
     got = subject.run(ids, model=model)
@@ -358,14 +371,18 @@ def gradient_checkpointing(subject: Subject) -> str:
 
 
 def gradients(subject: Subject, model: nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Tensor | None]:
-    """Gradients of a random reading of all outputs with respect to the trainable parameters; None where it needs none."""
+    """Gradients of a random reading of all outputs, for every trainable parameter; None where it needs none."""
     torch.manual_seed(subject.seed)  # for dropout
     use_cache = {"use_cache": False} if "use_cache" in subject.arguments else {}
     outputs = [x for x in tree_leaves(model(**inputs, **use_cache)) if isinstance(x, torch.Tensor) and x.requires_grad]
+    return _gradients_of(subject, outputs, {name: p for name, p in model.named_parameters() if p.requires_grad})
+
+
+def _gradients_of(
+    subject: Subject, outputs: Sequence[torch.Tensor], leaves: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor | None]:
     reading = sum((x * _noise_like(subject, x)).sum() for x in outputs)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(reading, list(parameters.values()), allow_unused=True)
-    return dict(zip(parameters, found, strict=True))
+    return dict(zip(leaves, torch.autograd.grad(reading, list(leaves.values()), allow_unused=True), strict=True))
 
 
 def assert_same_gradients(
@@ -405,7 +422,7 @@ def fast_operations(subject: Subject) -> str:
     for operation, arguments in calls:
         _compare_with_twin(subject, operation, subject.naive_twins[operation], arguments)
     if not calls:
-        raise Violation("operations with naive twins stand beside the layers, but none was called")
+        return "it calls none of the operations with naive twins that stand beside its layers"
     names = sorted({operation.__name__ for operation, _ in calls})
     return f"{', '.join(names)} ({len(calls)} calls)"
 
@@ -462,22 +479,15 @@ def _leaf(value: Any) -> Any:
 
 
 def _compare_with_twin(subject: Subject, operation: Callable, twin: Callable, arguments: dict[str, Any]) -> None:
-    tolerance = getattr(twin, "tolerance", TWIN_TOLERANCE)
     known = {name: x for name, x in arguments.items() if name in inspect.signature(twin).parameters}
     got, expected = (tree_leaves(f(**given)) for f, given in ((operation, arguments), (twin, known)))
+    what = f"{operation.__name__} differs from its naive twin"
     for number, (fast, naive) in enumerate(zip(got, expected, strict=True)):
-        what = f"{operation.__name__} differs from its naive twin in output {number}"
-        assert_same(fast, naive, what, tolerance, ("index",))
+        assert_same(fast, naive, f"{what} in output {number}", TWIN_TOLERANCE, ("index",))
     leaves = {name: x for name, x in known.items() if torch.is_tensor(x) and x.requires_grad}
     if leaves:
-        fast, naive = (
-            torch.autograd.grad(
-                sum((y * _noise_like(subject, y)).sum() for y in ys), leaves.values(), allow_unused=True
-            )
-            for ys in (got, expected)
-        )
-        what = f"{operation.__name__} and its naive twin differ in gradients"
-        assert_same_gradients(dict(zip(leaves, fast)), dict(zip(leaves, naive)), what, tolerance)
+        fast, naive = (_gradients_of(subject, outputs, leaves) for outputs in (got, expected))
+        assert_same_gradients(fast, naive, f"{what} in the gradient", TWIN_TOLERANCE)
 
 
 # ---------------------------------------------------------------------------------------------- precision
@@ -525,18 +535,17 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-@check("equivalence", slow=True)
+@check("equivalence", "generation", slow=True)
 def compiled(subject: Subject) -> str:
-    """torch.compile changes neither outputs nor gradients."""
+    """torch.compile changes neither outputs nor gradients: the graphs that it captures are the model."""
     torch.compiler.reset()  # after too many models in one process it would silently run eagerly
     model, inputs = subject.copy(), _inputs(subject)
-    expected = gradients(subject, model, inputs)
     breaks = torch._dynamo.utils.counters["graph_break"]
     breaks.clear()
-    fast = torch.compile(model)
-    remark = assert_same(
-        subject.run(model=fast, **inputs), subject.run(**inputs), "torch.compile changes the output", subject.tolerance
-    )
+    fast = torch.compile(model, backend="aot_eager")  # turning graphs into code is slow, and not the model's doing
+    got, expected = subject.run(model=fast, **inputs), subject.run(**inputs)
+    remark = assert_same(got, expected, "torch.compile changes the output", subject.tolerance)
     got = {name.removeprefix("_orig_mod."): x for name, x in gradients(subject, fast, inputs).items()}
+    expected = gradients(subject, model, inputs)
     assert_same_gradients(got, expected, "torch.compile changes gradients", subject.tolerance)
     return f"{remark}; {sum(breaks.values())} graph breaks"

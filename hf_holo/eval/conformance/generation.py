@@ -73,12 +73,14 @@ def left_padded_batch(subject: Subject) -> str:
     rows = [subject.ids(1, length, salt=length) for length in (longest, longest * 3 // 5, max(1, longest // 4))]
     pads = [longest - row.shape[1] for row in rows]
     ids = torch.cat([F.pad(row, (pad, 0), value=_pad_id(subject)) for row, pad in zip(rows, pads, strict=True)])
-    mask = torch.arange(longest) >= torch.tensor(pads)[:, None]
+    mask = (torch.arange(longest) >= torch.tensor(pads)[:, None]).long()
+    cause = "the attention_mask is ignored: " if _ignores(subject, ids, mask) else ""
     for mode, options in (("greedy decoding", GREEDY), ("beam search", BEAMS)):
-        together = speaker.generate(ids, attention_mask=mask.long(), **options)[:, longest:]
+        together = speaker.generate(ids, attention_mask=mask, **options)[:, longest:]
         for row, pad, tokens in zip(rows, pads, together, strict=True):
             alone = speaker.generate(row, **options)[:, row.shape[1] :]
-            _assert_tokens(tokens[None], alone, f"{mode} after {pad} tokens of left padding differs from the row alone")
+            what = f"{cause}{mode} after {pad} tokens of left padding differs from the row alone"
+            _assert_tokens(tokens[None], alone, what)
     return _variety(together)
 
 
@@ -146,7 +148,7 @@ def taking_tokens_back(subject: Subject) -> str:
     remark = "crop refuses"
     for drop in sorted({1, (draft.shape[1] + 1) // 2, draft.shape[1]}):
         left = draft.shape[1] - drop
-        expected = subject.run(torch.cat([kept, draft[:, :left], token], 1))[:, -1:]
+        expected = subject.feed([kept, draft[:, :left], token] if left else [kept, token])[0][:, -1:]
         # transformers 4.57 names the length to keep, transformers 5 the tokens to drop
         for argument, record in ((kept.shape[1] + left, True), (-drop, True), (-drop, False)):
             _, cache = subject.feed([kept])
@@ -219,14 +221,23 @@ def _same_without_cache(subject: Subject, modes: dict[str, dict[str, Any]]) -> s
 
 
 def _assert_tokens(got: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    """Raise [`Violation`] at the first token `[B, T]` that differs."""
-    if got.shape != expected.shape:
-        raise Violation(f"{what}: the shape is {tuple(got.shape)} instead of {tuple(expected.shape)}")
-    wrong = (got != expected).nonzero().tolist()
+    """Raise [`Violation`] at the first token `[B, T]` that differs, or if there are more or fewer."""
+    common = min(got.shape[1], expected.shape[1])
+    wrong = (got[:, :common] != expected[:, :common]).nonzero().tolist()
     if wrong:
         row, position = min(wrong, key=lambda place: place[1])
         tokens = f"token {got[row, position]} instead of {expected[row, position]}"
         raise Violation(f"{what}: first at row {row}, position {position} ({tokens}); {len(wrong)} tokens differ")
+    if got.shape != expected.shape:
+        raise Violation(f"{what}: there are {got.shape[1]} tokens instead of {expected.shape[1]}")
+
+
+@torch.no_grad()
+def _ignores(subject: Subject, ids: torch.Tensor, mask: torch.Tensor) -> bool:
+    """Whether the mask `[B, T]` makes no difference: the next token is the same without it."""
+    inputs = subject.masked(mask)
+    masked = subject.run(ids, **inputs)[:, -1]
+    return torch.equal(masked, subject.run(ids, **(inputs | {"attention_mask": torch.ones_like(mask)}))[:, -1])
 
 
 def _variety(said: torch.Tensor) -> str:
@@ -240,8 +251,8 @@ def _reordering_fault(subject: Subject) -> str | None:
     """What goes wrong when the rows of a cache move, or None: every row must go on from its own past."""
     ids, token = subject.ids(len(ORDER), unit(subject), salt=3), subject.ids(len(ORDER), 1, salt=4)
     _, cache = subject.feed([ids])
-    unmoved = subject.run(torch.cat([ids, token], 1))[:, -1]  # [B, V]
-    expected = subject.run(torch.cat([ids[ORDER], token], 1))[:, -1]
+    # against another cache: that pieces give what the whole text gives is not the question here
+    unmoved, expected = (subject.feed([rows, token])[0][:, -1] for rows in (ids, ids[ORDER]))  # [B, V]
     if hasattr(subject.model, "_reorder_cache"):
         cache = subject.model._reorder_cache(cache, torch.tensor(ORDER))
     elif hasattr(cache, "reorder_cache"):

@@ -30,6 +30,8 @@ FEATURES = {
     "token outputs": "its output is not one vector per token",
     "pooled output": "its output is not one vector per text",
     "gradient checkpointing": "it does not support gradient checkpointing",
+    "tying": "it has no output embeddings that could be tied",
+    "linear layers": "it has no linear layer",
     "naive twins": "no operation that it uses has a naive twin",
 }
 CAPABILITIES = ("constant_state", "packing", "rollback")
@@ -112,6 +114,18 @@ class Subject:
         names = [name for name in CACHE_NAMES if name in self.arguments]
         return names[0] if names and self.causal else None
 
+    @property
+    def _can_tie(self) -> bool:
+        declared = bool(self.model_class._tied_weights_keys) and hasattr(self.config, "tie_word_embeddings")
+        return declared and self._weights.get_output_embeddings() is not None
+
+    @cached_property
+    def linear_layers(self) -> list[str]:
+        """Names of the linear layers, but for the output embeddings: what an adapter could reach."""
+        head = self._weights.get_output_embeddings()
+        layers = ((n, m) for n, m in self._weights.named_modules() if isinstance(m, (nn.Linear, Conv1D)))
+        return [name for name, layer in layers if layer is not head]
+
     @cached_property
     def features(self) -> frozenset[str]:
         """Everything that a check may ask for: see `FEATURES`."""
@@ -128,6 +142,10 @@ class Subject:
             features.add("cache")
         if self.model_class.supports_gradient_checkpointing:
             features.add("gradient checkpointing")
+        if self._can_tie:
+            features.add("tying")
+        if self.linear_layers:
+            features.add("linear layers")
         if self.naive_twins:
             features.add("naive twins")
         return frozenset(features)
@@ -266,7 +284,7 @@ class Subject:
             inputs["input_ids"] = input_ids
         if "use_cache" in self.arguments:
             inputs.setdefault("use_cache", False)
-        return main_output((model or self.model)(**inputs))
+        return main_output((self.model if model is None else model)(**inputs))
 
     @torch.no_grad()
     def feed(
@@ -293,7 +311,9 @@ class Subject:
                 # generate() starts to count behind the window of the convolution
                 start = max(sum(output.shape[1] for output in outputs), getattr(self.config, "conv_kernel", 0))
                 extra["cache_position"] = torch.arange(start, start + ids.shape[1])
-            result = (model or self.model)(input_ids=ids, use_cache=True, **{self.cache_name: cache}, **extra)
+            result = (self.model if model is None else model)(
+                input_ids=ids, use_cache=True, **{self.cache_name: cache}, **extra
+            )
             outputs.append(main_output(result))
             cache = getattr(result, self.cache_name)
         return torch.cat(outputs, 1), cache

@@ -1,0 +1,5 @@
+"""One form of a model into another: layer surgery, distillation, transfer."""
+
+from .surgery import HoloQuantizer, HoloSurgeryConfig, SurgeryReport, apply_surgery, restore_linears
+
+__all__ = ["HoloQuantizer", "HoloSurgeryConfig", "SurgeryReport", "apply_surgery", "restore_linears"]

@@ -1,0 +1,396 @@
+"""Layer surgery: linear layers of any transformers model become HoloLinear, as a quantizer (`quant_method` "holo").
+
+A converted model stays what it was (a `Phi3ForCausalLM`, say): its config carries the plan of the surgery, and plain
+`from_pretrained` swaps the layers before it reads their weights. `import hf_holo` registers the quantizer.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..errors import HoloError
+from ..modeling.harmonics import BASES, HarmonicBasis, HoloLinear, named_seed
+
+HARMONICS = 64  # of every layer, when neither harmonics nor a ratio is given: the original's figure
+
+
+@register_quantization_config("holo")
+class HoloSurgeryConfig(QuantizationConfigMixin):
+    """Which layers become holographic, and how. The defaults are the original's: every linear layer in the blocks, a
+    random basis that is made anew on loading, amplitudes and phases as parameters.
+
+    Args:
+        modules: regular expressions; a layer is converted if one is found in its name. Default: every linear layer
+            inside the blocks.
+        exclude: regular expressions of layers that stay.
+        keep_first, keep_last: number of blocks at the start and at the end that stay.
+        harmonics: harmonics R of every layer; default 64, unless `ratio` is given.
+        ratio: share of each layer's numbers that is kept, stored bases included; in (0, 1].
+        basis: "random", "dct", "golden", or "data" (fitted to activations, by `hf-holo convert`).
+        shared: layers that read the same input share one basis.
+        folded: keep A · cos Φ as one parameter.
+        pivoted: store a "data" basis pivoted.
+        seed: of random bases.
+        layers: the resolved plan, by module name; filled in by the surgery. Given, it replaces all of the above.
+
+    Raises:
+        HoloError: a value is out of range.
+    """
+
+    def __init__(
+        self,
+        modules: str | list[str] | None = None,
+        exclude: str | list[str] | None = None,
+        keep_first: int = 0,
+        keep_last: int = 0,
+        harmonics: int | None = None,
+        ratio: float | None = None,
+        basis: str = "random",
+        shared: bool = False,
+        folded: bool = False,
+        pivoted: bool = False,
+        seed: int = 0,
+        layers: dict[str, dict[str, Any]] | None = None,
+        **kwargs,
+    ):
+        self.quant_method = "holo"
+        self.modules, self.exclude = _patterns("modules", modules), _patterns("exclude", exclude)
+        self.keep_first, self.keep_last = keep_first, keep_last
+        self.harmonics, self.ratio = harmonics, ratio
+        self.basis, self.shared, self.folded, self.pivoted, self.seed = basis, shared, folded, pivoted, seed
+        self.layers = layers
+        self._check()
+
+    def _check(self) -> None:
+        if self.harmonics is not None and self.ratio is not None:
+            raise HoloError(f"harmonics={self.harmonics} and ratio={self.ratio} exclude each other; give one of them")
+        if self.harmonics is not None and self.harmonics < 1:
+            raise HoloError(f"harmonics={self.harmonics} must be at least 1")
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise HoloError(f"ratio={self.ratio} must lie in (0, 1]")
+        if self.basis not in BASES:
+            raise HoloError(f"basis={self.basis!r} is unknown; choose one of {', '.join(BASES)}")
+        for name in ("keep_first", "keep_last"):
+            if getattr(self, name) < 0:
+                raise HoloError(f"{name}={getattr(self, name)} must not be negative")
+
+
+def _patterns(argument: str, given: str | list[str] | None) -> list[str] | None:
+    patterns = [given] if isinstance(given, str) else given
+    for pattern in patterns or ():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise HoloError(f"{argument}: {pattern!r} is no regular expression: {error}") from None
+    return patterns
+
+
+@dataclass(frozen=True)
+class SurgeryReport:
+    """What the surgery did, module by module.
+
+    Attributes:
+        rows: for every module that has numbers of its own: `module`, its kind `before` and `after`, `numbers_before`,
+            `stored` (numbers in a checkpoint) and `trained` (parameters); a tied matrix counts once.
+    """
+
+    rows: list[dict[str, Any]]
+
+    @property
+    def converted(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["before"] != row["after"]]
+
+    def total(self, column: str) -> int:
+        return sum(row[column] for row in self.rows)
+
+    @property
+    def kept(self) -> float:
+        """Share of the numbers of the converted layers that a checkpoint still keeps."""
+        return sum(row["stored"] for row in self.converted) / sum(row["numbers_before"] for row in self.converted)
+
+
+def apply_surgery(model: PreTrainedModel, config: HoloSurgeryConfig | None = None) -> SurgeryReport:
+    """Replace linear layers by [`HoloLinear`], in place; on the meta device too.
+
+    The new layers start as the least-squares fit of the old weights in their basis.
+
+    Args:
+        model: any model of transformers.
+        config: default: the original's, see [`HoloSurgeryConfig`]. The resolved plan is kept in `model.config`.
+
+    Returns:
+        A report with every module.
+
+    Raises:
+        HoloError: a pattern matches nothing, a ratio cannot be reached, there are more harmonics than inputs, an output
+            layer is tied to the embeddings, or a "data" basis is asked for (it needs `hf-holo convert`). The model is
+            then as it was.
+    """
+    config = config or HoloSurgeryConfig()
+    if config.basis == "data" and config.layers is None:
+        raise HoloError("basis='data' has to be fitted to activations: use `hf-holo convert --method calibrated`")
+    if config.layers is None:
+        config.layers = plan(model, config)
+    before = _census(model)
+    for name, new in swap(model, config).items():
+        old = before.modules[name]
+        if not next(old.parameters()).is_meta:
+            _fit(new, old)
+    model.config.quantization_config = config
+    return _compare(before, _census(model))
+
+
+def plan(model: nn.Module, config: HoloSurgeryConfig) -> dict[str, dict[str, Any]]:
+    """How each chosen layer is converted, by name: `harmonics`, `basis`, `folded`, `pivoted`, and `lender`, the layer
+    whose basis it uses (or None)."""
+    layers = {}
+    for name in choose(model, config):
+        layer = model.get_submodule(name)
+        lender = next((other for other in layers if config.shared and same_input(model, name, other)), None)
+        rank = layers[lender]["harmonics"] if lender else _harmonics(name, layer, config)
+        layers[name] = {
+            "harmonics": rank,
+            "basis": config.basis,
+            "folded": config.folded,
+            "pivoted": config.pivoted,
+            "lender": lender,
+        }
+    return layers
+
+
+def choose(model: nn.Module, config: HoloSurgeryConfig) -> list[str]:
+    """Names of the layers to convert.
+
+    Raises:
+        HoloError: a pattern matches no linear layer, none is left, or one is tied to the embeddings.
+    """
+    linears = [name for name, module in model.named_modules() if is_linear(module)]
+    blocks = block_list(model)
+    inside = [name for name in linears if name.startswith(f"{blocks}.")]
+    for argument in ("modules", "exclude"):
+        for pattern in getattr(config, argument) or ():
+            if not any(re.search(pattern, name) for name in linears):
+                raise HoloError(f"{argument}: {pattern!r} matches none of the linear layers, such as {linears[0]!r}")
+    chosen = inside if config.modules is None else [n for n in linears if _matches(n, config.modules)]
+    chosen = [n for n in chosen if not _matches(n, config.exclude or ())]
+    depth = len(model.get_submodule(blocks))
+    kept = {*range(config.keep_first), *range(depth - config.keep_last, depth)}
+    chosen = [n for n in chosen if not (n in inside and int(n[len(blocks) + 1 :].partition(".")[0]) in kept)]
+    if not chosen:
+        raise HoloError("modules, exclude, keep_first and keep_last leave no linear layer to convert")
+    embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    for name in chosen:
+        if embeddings is not None and model.get_submodule(name).weight is getattr(embeddings, "weight", None):
+            raise HoloError(f"modules: {name!r} is tied to the input embeddings and cannot be converted; leave it out")
+    return chosen
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a dense linear layer that can be converted."""
+    return isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, HoloLinear)
+
+
+def block_list(model: nn.Module) -> str:
+    """Name of the list of blocks: the `ModuleList` with the most parameters.
+
+    Raises:
+        HoloError: there is none.
+    """
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    if not lists:
+        raise HoloError(f"model={type(model).__name__} has no list of blocks; name the layers with modules=")
+    return max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
+
+
+def same_input(model: nn.Module, a: str, b: str) -> bool:
+    """Whether two layers read the same input, by the table of the architectures (shared_inputs.json)."""
+    for group in _shared_inputs().get(model.config.model_type, ()):
+        ends = [next((end for end in group if name.endswith(f".{end}")), None) for name in (a, b)]
+        if None not in ends and a.removesuffix(ends[0]) == b.removesuffix(ends[1]):
+            return True
+    return False
+
+
+@functools.cache
+def _shared_inputs() -> dict[str, list[list[str]]]:
+    return json.loads(files(__package__).joinpath("shared_inputs.json").read_text(encoding="utf-8"))
+
+
+def dense_shape(layer: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a linear layer."""
+    return tuple(layer.weight.shape[::-1] if isinstance(layer, Conv1D) else layer.weight.shape)
+
+
+def _harmonics(name: str, layer: nn.Module, config: HoloSurgeryConfig) -> int:
+    outputs, inputs = dense_shape(layer)
+    if config.ratio is None:
+        harmonics = config.harmonics or HARMONICS
+        if harmonics > inputs:
+            raise HoloError(f"harmonics={harmonics} is more than the {inputs} inputs of {name!r}; use at most {inputs}")
+        return harmonics
+    per_harmonic = outputs * (1 if config.folded else 2)
+    harmonics = min(int(config.ratio * outputs * inputs / per_harmonic), inputs)
+    if harmonics < 1:
+        raise HoloError(
+            f"ratio={config.ratio} leaves {name!r} ({outputs}×{inputs}) not one harmonic; "
+            f"give at least {per_harmonic / (outputs * inputs):.3g}"
+        )
+    return harmonics
+
+
+def swap(model: nn.Module, config: HoloSurgeryConfig) -> dict[str, HoloLinear]:
+    """Put new layers in the places that the plan names, and return them by name."""
+    new = {}
+    for name, entry in config.layers.items():
+        old = model.get_submodule(name)
+        outputs, inputs = dense_shape(old)
+        basis: str | HarmonicBasis = new[entry["lender"]].basis if entry["lender"] else entry["basis"]
+        new[name] = HoloLinear(
+            inputs,
+            outputs,
+            entry["harmonics"],
+            basis,
+            bias=old.bias is not None,
+            seed=named_seed(config.seed, name),
+            folded=entry["folded"],
+            pivoted=entry["pivoted"] and not entry["lender"],
+            device=old.weight.device,
+            dtype=old.weight.dtype,
+        )
+    for name, layer in new.items():  # only now, when none was refused
+        for module in layer.modules():
+            module._is_hf_initialized = True  # the model's own initialisation must not take it for its nn.Linear
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer.train(model.training))
+    return new
+
+
+@torch.no_grad()
+def _fit(new: HoloLinear, old: nn.Module) -> None:
+    """The coefficients whose product with the basis is nearest to the old weight."""
+    weight = (old.weight.T if isinstance(old, Conv1D) else old.weight).double()  # [O, I]
+    basis = new.basis.matrix().double()  # [R, I]
+    coefficients = torch.linalg.solve(basis @ basis.T, basis @ weight.T).T  # [O, R]
+    new.load_factors(coefficients.to(old.weight.dtype))
+    if old.bias is not None:
+        new.bias.copy_(old.bias)
+
+
+@torch.no_grad()
+def restore_linears(model: nn.Module) -> nn.Module:
+    """Replace every [`HoloLinear`] by the `nn.Linear` that it stands for, in place: to merge adapters, or to export."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, HoloLinear):
+            dense = nn.Linear(
+                layer.in_features,
+                layer.out_features,
+                layer.bias is not None,
+                device=layer.basis.matrix().device,
+                dtype=layer.effective_coefficients().dtype,
+            )
+            dense.weight.copy_(layer.effective_coefficients() @ layer.basis.matrix())
+            if layer.bias is not None:
+                dense.bias.copy_(layer.bias)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, dense.train(layer.training))
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        del model.config.quantization_config
+    return model
+
+
+# ---------------------------------------------------------------------------------------------- counting
+@dataclass(frozen=True)
+class _Census:
+    modules: dict[str, nn.Module]
+    kinds: dict[str, str]
+    numbers: dict[str, tuple[int, int]]  # stored in a checkpoint, trained
+
+
+def _census(model: nn.Module) -> _Census:
+    """Every module with numbers of its own; a HoloLinear counts with its basis, a shared tensor once."""
+    seen, modules, kinds, numbers = set(), {}, {}, {}
+    for name, module in model.named_modules():
+        if isinstance(module, HarmonicBasis):
+            continue
+        trained = sum(p.numel() for p in _new(module.parameters(isinstance(module, HoloLinear)), seen))
+        stored = module.count_numbers()["stored"] if isinstance(module, HoloLinear) else trained
+        if trained:
+            modules[name], kinds[name], numbers[name] = module, type(module).__name__, (stored, trained)
+    return _Census(modules, kinds, numbers)
+
+
+def _new(parameters: Iterator[nn.Parameter], seen: set[int]) -> Iterator[nn.Parameter]:
+    for parameter in parameters:
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            yield parameter
+
+
+def _compare(before: _Census, after: _Census) -> SurgeryReport:
+    rows = []
+    for name, (stored, trained) in after.numbers.items():
+        rows.append(
+            {
+                "module": name,
+                "before": before.kinds[name],
+                "after": after.kinds[name],
+                "numbers_before": before.numbers[name][0],
+                "stored": stored,
+                "trained": trained,
+            }
+        )
+    return SurgeryReport(rows)
+
+
+# ---------------------------------------------------------------------------------------------- in transformers
+@register_quantizer("holo")
+class HoloQuantizer(HfQuantizer):
+    """Swaps layers while `from_pretrained` builds a model, and makes the bases when the weights are there."""
+
+    requires_parameters_quantization = False
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        config = self.quantization_config
+        if not self.pre_quantized and config.basis == "data" and config.layers is None:
+            raise HoloError("basis='data' has to be fitted to activations: use `hf-holo convert --method calibrated`")
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        config = self.quantization_config
+        if config.layers is None:
+            config.layers = plan(model, config)
+        swap(model, config)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for module in model.modules():
+            if isinstance(module, HoloLinear):
+                module.basis.regenerate(next(module.parameters()).device)  # 4.57 leaves it on meta
+                if not self.pre_quantized:
+                    module.reset_parameters()
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True  # without it Trainer refuses the model

@@ -1,0 +1,408 @@
+"""HOLO: transformers whose projections are harmonic, with attention, rotary positions and transformers' own cache."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .base import (
+    Backbone,
+    CausalLMHead,
+    RecurrentForMaskedLM,
+    RecurrentForSequenceClassification,
+    RecurrentForTokenClassification,
+    RecurrentPreTrainedModel,
+    wants_dict,
+)
+from .configuration_base import check_choice, check_divides
+from .configuration_holo import HoloConfig
+from .harmonics import BASES, HarmonicBasis, HoloLinear, SineActivation, harmonic_basis, named_seed
+from .layers import RotaryEmbedding, init_copy_
+from .ops import exporting
+
+
+class HoloAttention(nn.Module):
+    """Softmax attention with holographic projections, rotary positions and grouped queries.
+
+    Args:
+        dim: channels D.
+        heads: query heads.
+        key_heads: key heads, a divisor of `heads`; default: `heads`.
+        harmonics: R of the projections; None: dense projections.
+        basis, seed: of the projections, see [`HoloLinear`].
+        causal: a token sees no later one.
+        rotary_base: see [`RotaryEmbedding`]; None: no positions.
+        bias: biases in the projections.
+        layer_idx: index of its keys and values in the cache.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        key_heads: int | None = None,
+        harmonics: int | None = None,
+        basis: str = "random",
+        seed: int = 0,
+        causal: bool = True,
+        rotary_base: float | None = 10000.0,
+        bias: bool = False,
+        layer_idx: int = 0,
+    ):
+        super().__init__()
+        self.heads, self.key_heads, self.head_dim = heads, key_heads or heads, dim // heads
+        self.causal, self.layer_idx = causal, layer_idx
+        self.rotary = None if rotary_base is None else RotaryEmbedding(1, self.head_dim // 2, rotary_base)
+        project = partial(_projection, harmonics=harmonics, basis=basis, seed=seed, bias=bias)
+        self.q_proj = project(dim, dim, name="q_proj")
+        self.k_proj = project(dim, self.key_heads * self.head_dim, name="k_proj")
+        self.v_proj = project(dim, self.key_heads * self.head_dim, name="v_proj")
+        self.o_proj = project(dim, dim, name="o_proj")
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        """`[B, T, D]` to `[B, T, D]`.
+
+        Args:
+            x: the input.
+            mask: `[B, 1, T, S]`, True where a token sees a key, or numbers to add to the scores; default: everything,
+                or the past if causal.
+            positions: `[B, T]` or `[1, T]`; default: from 0 on.
+            past_key_values: keys and values of earlier tokens, updated in place.
+        """
+        q, k, v = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        if self.rotary is not None:
+            if positions is None:
+                positions = torch.arange(x.shape[1], device=x.device)[None]
+            angle = self.rotary.angles(positions).transpose(1, 2)  # [B, 1, T, V / 2]
+            cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        grouped = self.key_heads != self.heads
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=self.causal and mask is None and x.shape[1] > 1, enable_gqa=grouped
+        )
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, H·V] to [B, H, T, V]."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class HoloMLP(nn.Module):
+    """Channel mix with holographic projections: gated with SiLU (SwiGLU), or plain with a sine.
+
+    Args:
+        dim: channels D.
+        intermediate: inner width.
+        harmonics: R of the projections; None: dense projections.
+        basis, seed: of the projections, see [`HoloLinear`].
+        activation: "silu" or "sine".
+        frequency: of the sine.
+        bias: biases in the projections.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        intermediate: int,
+        harmonics: int | None = None,
+        basis: str = "random",
+        seed: int = 0,
+        activation: str = "silu",
+        frequency: float = 30.0,
+        bias: bool = False,
+    ):
+        super().__init__()
+        project = partial(_projection, harmonics=harmonics, basis=basis, seed=seed, bias=bias)
+        self.gate_proj = project(dim, intermediate, name="gate_proj") if activation == "silu" else None
+        self.up_proj = project(dim, intermediate, name="up_proj")
+        self.down_proj = project(intermediate, dim, name="down_proj")
+        self.sine = SineActivation(frequency) if activation == "sine" else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, T, D]` to `[B, T, D]`."""
+        up = self.up_proj(x)
+        return self.down_proj(F.silu(self.gate_proj(x)) * up if self.sine is None else self.sine(up))
+
+
+class HoloTransformerBlock(nn.Module):
+    """A drop-in for `nn.TransformerEncoderLayer` with holographic projections, also inside `nn.TransformerEncoder`.
+
+    As in the original HOLO the norms come first and the activation is a sine. Positions are the caller's business, as
+    with torch's layer. The copies that `nn.TransformerEncoder` makes have their own parameters and equal bases.
+
+    Args:
+        dim: channels D.
+        heads: attention heads.
+        harmonics: R of every projection, at most `dim`.
+        intermediate: inner width of the channel mix; default: 4 D.
+        dropout: on the output of each sublayer.
+        basis, seed: of the projections, see [`HoloLinear`].
+        frequency: of the sine.
+        bias: biases in the projections and norms.
+        norm_eps: epsilon of the norms.
+        batch_first: inputs are `[B, T, D]` instead of `[T, B, D]`.
+
+    Raises:
+        ValueError: `heads` does not divide `dim`, `basis` is "data" (it needs data), or as [`HoloLinear`].
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        harmonics: int,
+        intermediate: int | None = None,
+        dropout: float = 0.1,
+        basis: str = "random",
+        seed: int = 0,
+        frequency: float = 1.0,
+        bias: bool = True,
+        norm_eps: float = 1e-5,
+        batch_first: bool = False,
+    ):
+        super().__init__()
+        check_divides("heads", heads, "dim", dim)
+        check_choice("basis", basis, tuple(kind for kind in BASES if kind != "data"))
+        options = {"harmonics": harmonics, "basis": basis, "seed": seed, "bias": bias}
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps, bias=bias)
+        self.self_attn = HoloAttention(dim, heads, causal=False, rotary_base=None, **options)
+        self.self_attn.batch_first = batch_first  # nn.TransformerEncoder looks for it there
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps, bias=bias)
+        self.mlp = HoloMLP(dim, intermediate or 4 * dim, activation="sine", frequency=frequency, **options)
+        self.mlp.sine.init_linear_(self.mlp.up_proj)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        src: torch.Tensor,
+        src_mask: torch.Tensor | None = None,
+        src_key_padding_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        """`[T, B, D]`, `[B, T, D]` if `batch_first`, or `[T, D]`, to the same shape.
+
+        Args:
+            src: the input.
+            src_mask: `[T, T]` or `[B·H, T, T]`, True where a key is hidden, or numbers to add to the scores.
+            src_key_padding_mask: `[B, T]` (`[T]` without a batch), likewise.
+            is_causal: hide later tokens; with a `src_mask` it says that this is what the mask does, and is not needed.
+        """
+        batched, batch_dim = src.dim() == 3, 0 if self.self_attn.batch_first else 1
+        x = src.movedim(batch_dim, 0) if batched else src[None]  # [B, T, D]
+        if is_causal and src_mask is None:
+            src_mask = x.new_ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        mask = _added(x, self.self_attn.heads, src_mask, src_key_padding_mask)
+        x = x + self.dropout(self.self_attn(self.norm1(x), mask))
+        x = x + self.dropout(self.mlp(self.norm2(x)))
+        return x.movedim(0, batch_dim) if batched else x[0]
+
+
+def _added(
+    x: torch.Tensor, heads: int, src_mask: torch.Tensor | None, key_padding_mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """torch's two masks as numbers to add to the scores `[B, H, T, T]`, or None."""
+    rows, length = x.shape[:2]
+    masks = []
+    if src_mask is not None:
+        masks.append(src_mask if src_mask.dim() == 2 else src_mask.view(rows, heads, length, length))
+    if key_padding_mask is not None:
+        masks.append(key_padding_mask.view(rows, 1, 1, length))
+    zero = x.new_zeros(())
+    added = [zero.masked_fill(m, float("-inf")) if m.dtype == torch.bool else m.to(x.dtype) for m in masks]
+    return sum(added) if masks else None
+
+
+class HoloBlock(GradientCheckpointingLayer):
+    """Attention and channel mix, each with norm and residual.
+
+    Args:
+        config: a [`HoloConfig`].
+        layer_idx: index of the block.
+    """
+
+    def __init__(self, config: HoloConfig, layer_idx: int = 0):
+        super().__init__()
+        dim = config.hidden_size
+        of_layer = {"basis": config.basis, "seed": named_seed(config.basis_seed, f"layers.{layer_idx}")}
+        self.attention_norm = nn.LayerNorm(dim, eps=config.norm_eps, bias=False)
+        self.attention = HoloAttention(
+            dim,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.harmonics if config.attention_projections == "holographic" else None,
+            causal=config.is_causal,
+            rotary_base=config.rotary_base,
+            layer_idx=layer_idx,
+            **of_layer,
+        )
+        self.mlp_norm = nn.LayerNorm(dim, eps=config.norm_eps, bias=False)
+        self.mlp = HoloMLP(
+            dim,
+            config.intermediate_size,
+            config.harmonics if config.mlp_projections == "holographic" else None,
+            activation=config.activation,
+            frequency=config.sine_frequency,
+            **of_layer,
+        )
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        """`[B, T, D]` to `[B, T, D]`; arguments as in [`HoloAttention.forward`]."""
+        x = hidden_states
+        x = x + self.dropout(self.attention(self.attention_norm(x), mask, positions, past_key_values))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class HoloPreTrainedModel(RecurrentPreTrainedModel):
+    config_class = HoloConfig
+    block_class = HoloBlock
+    _no_split_modules = ["HoloBlock"]
+    capabilities = frozenset({"causal", "bidirectional", "rollback"})
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, HoloLinear):  # ahead of nn.Linear, which it is too
+            module.reset_parameters()
+        elif isinstance(module, HarmonicBasis):
+            module.regenerate()
+            if module.kind == "data" and not module.pivoted:  # until it is fitted
+                start = harmonic_basis("random", module.harmonics, module.in_features, module.seed)
+                init_copy_(module.table, torch.from_numpy(start))
+        else:
+            super()._init_weights(module)
+        if isinstance(module, HoloMLP) and module.sine is not None:
+            module.sine.init_linear_(module.up_proj)
+
+
+class HoloModel(HoloPreTrainedModel, Backbone):
+    """HOLO without a head: `[B, T]` token ids to hidden states `[B, T, hidden_size]`."""
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        seq_idx: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast | tuple:
+        """
+        Args:
+            input_ids: `[B, T]`; or `inputs_embeds` `[B, T, D]`.
+            attention_mask: `[B, S]` for the S tokens seen so far, these T included; 0 at padding, anywhere.
+            position_ids: `[B, T]`; only their differences matter. Default: counted on from the cache.
+            seq_idx: `[B, T]` document index; tokens see their own document only. Not together with a cache.
+            past_key_values: keys and values to continue from, updated in place.
+
+        Raises:
+            ValueError: neither or both of `input_ids` and `inputs_embeds`; ids outside the vocabulary; `seq_idx`
+                together with a filled cache.
+        """
+        config = self.config
+        x = self._embed(input_ids, inputs_embeds)
+        if use_cache is None:
+            use_cache = config.use_cache and not self.training
+        if not use_cache or not config.is_causal or (self.training and self.gradient_checkpointing):
+            past_key_values = None
+        elif past_key_values is None:
+            past_key_values = DynamicCache()
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if position_ids is None:
+            position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
+        if seq_idx is not None and past:
+            raise ValueError("seq_idx cannot be combined with a cache that holds tokens; feed packed documents at once")
+        mask = visible(x, attention_mask, seq_idx, past, config.is_causal)
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        hidden_states = []
+        for block in self.layers:
+            hidden_states.append(x)
+            x = block(x, mask=mask, positions=position_ids, past_key_values=past_key_values)
+        x = self.norm(x)
+        hidden_states.append(x)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+        )
+        return output if wants_dict(config, return_dict) else output.to_tuple()
+
+
+def visible(
+    x: torch.Tensor, attention_mask: torch.Tensor | None, seq_idx: torch.Tensor | None, past: int, causal: bool
+) -> torch.Tensor | None:
+    """Which token sees which key: `[B, 1, T, S]` with S = past + T, or None where nothing but causality hides keys."""
+    length = x.shape[1]
+    if attention_mask is not None and not exporting() and bool(attention_mask.all()):
+        attention_mask = None
+    if attention_mask is None and seq_idx is None and (not past or length == 1):
+        return None
+    keys = torch.arange(past + length, device=x.device)
+    queries = keys[past:, None]
+    seen = (keys <= queries if causal else keys >= 0)[None]  # [1, T, S]
+    if attention_mask is not None:
+        seen = seen & F.pad(attention_mask.bool(), (past + length - attention_mask.shape[1], 0), value=True)[:, None]
+    if seq_idx is not None:
+        seen = seen & (seq_idx[:, :, None] == seq_idx[:, None])
+    return (seen | (keys == queries))[:, None]  # padding sees itself: a row that sees nothing would turn into NaN
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions: channel i and i + V/2 of `[B, H, T, V]` turn together."""
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def _projection(
+    in_features: int, out_features: int, name: str, harmonics: int | None, basis: str, seed: int, bias: bool
+) -> nn.Linear:
+    """A dense projection without harmonics, else a holographic one with a basis of its own."""
+    if harmonics is None:
+        return nn.Linear(in_features, out_features, bias=bias)
+    return HoloLinear(in_features, out_features, harmonics, basis, bias, named_seed(seed % 2**32, name))
+
+
+class HoloForCausalLM(HoloPreTrainedModel, CausalLMHead):
+    """HOLO that predicts the next token; generates with transformers' own cache of keys and values."""
+
+    backbone_class = HoloModel
+
+
+class HoloForMaskedLM(HoloPreTrainedModel, RecurrentForMaskedLM):
+    """Bidirectional HOLO that fills masked tokens."""
+
+    backbone_class = HoloModel
+
+
+class HoloForSequenceClassification(HoloPreTrainedModel, RecurrentForSequenceClassification):
+    """HOLO that classifies whole texts."""
+
+    backbone_class = HoloModel
+
+
+class HoloForTokenClassification(HoloPreTrainedModel, RecurrentForTokenClassification):
+    """HOLO that classifies every token."""
+
+    backbone_class = HoloModel
