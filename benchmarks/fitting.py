@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,10 +42,13 @@ def make_optimizer(name: str, model: torch.nn.Module, learning_rate: float) -> t
     raise ValueError(f"optimizer must be 'muon' or 'adamw', got {name!r}")
 
 
-def fit(model: torch.nn.Module, text: CharacterText, how: Fit) -> int:
+def fit(
+    model: torch.nn.Module, text: CharacterText, how: Fit, on_step: Callable[[int], None] = lambda step: None
+) -> int:
     """Trains `model` in place on random windows (the same for every model of a seed) and returns the steps taken.
 
-    The learning rate rises over the first tenth of the run and then falls along a cosine to a tenth of its peak.
+    The learning rate rises over the first tenth of the run and then falls along a cosine to a tenth of its peak. After
+    each step, `on_step` gets the number of steps so far.
     """
     optimizer = make_optimizer(how.optimizer, model, how.learning_rate)
     peaks = [group["lr"] for group in optimizer.param_groups]
@@ -62,6 +66,7 @@ def fit(model: torch.nn.Module, text: CharacterText, how: Fit) -> int:
             group["lr"] = peak * _scale(progress)
         optimizer.step()
         step += 1
+        on_step(step)
         if step % 50 == 0:
             print(f"  step {step}: loss {loss.item():.3f}, {time.perf_counter() - start:.0f} s", flush=True)
     return step

@@ -1,18 +1,20 @@
-"""Write the figures of results/*.json into the section "Measured" of the README.
+"""Write the figures of results/*.json, and other tables, between their marks in the README and in the pages of docs.
 
     python benchmarks/readme.py
 
-Every row names the command that it comes from, and the seconds that the command took.
+Every row of the README names the command that it comes from, and the seconds that the command took.
 """
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
 from report import RESULTS, read_report
 
-README = Path(__file__).parents[1] / "README.md"
+from hf_holo.eval.conformance import select
+
+ROOT = Path(__file__).parents[1]
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
 def shakespeare(f: dict) -> str:
@@ -66,6 +68,26 @@ def design_choices(f: dict) -> str:
     return f"validation loss after {f['settings']['seconds']:.0f} seconds of training: {', '.join(rows)}"
 
 
+def conformance(f: dict) -> str:
+    wrong, right = {row["wrong model"] for row in f["wrong"]}, f["right"]
+    missed = {row["wrong model"] for row in f["wrong"] if row["caught"] < row["seeds"]}
+    return (
+        f"{len(wrong - missed)} of {len(wrong)} models that are wrong on purpose caught with every one of {f['seeds']} "
+        f"seeds; {sum(row['accused'] for row in right)} of {sum(row['checks run'] for row in right):,} checks failed "
+        f"on {len(right)} right ones"
+    )
+
+
+def leaking_gate(f: dict) -> str:
+    rows = [
+        f"{row['gate']} gate {row['teacher_forced']:.2f} with the whole window in view, "
+        f"{row['prefix_only']:.2f} with only the past"
+        for row in f["models"]
+    ]
+    steps, guessing = f["settings"]["steps"], f["guessing"]
+    return f"nats per character after {steps:,} steps: {'; '.join(rows)}; guessing {guessing:.2f}"
+
+
 ROWS: dict[str, Callable[[dict], str]] = {
     "shakespeare": shakespeare,
     "llama_comparison_adamw": llama_comparison,
@@ -75,6 +97,8 @@ ROWS: dict[str, Callable[[dict], str]] = {
     "decode_speed": decode_speed,
     "static_speed": static_speed,
     "design_choices": design_choices,
+    "conformance": conformance,
+    "leaking_gate": leaking_gate,
 }
 
 
@@ -97,12 +121,78 @@ def _machine(report: dict) -> str:
     )
 
 
+def leak_table(folder: Path = RESULTS) -> str:
+    """Both losses of both gates as a Markdown table."""
+    report = read_report("leaking_gate", folder)
+    f = report["figures"]
+    lines = [
+        "| gate | whole window in view | only the past in view | `check_causality(model).lookahead` |",
+        "|---|--:|--:|--:|",
+    ]
+    for row in f["models"]:
+        losses = f"{row['teacher_forced']:.2f} | {row['prefix_only']:.2f}"
+        lines.append(f"| {row['gate']} | {losses} | {row['lookahead']} tokens |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Nats per character after {f['settings']['steps']:,} steps, over {f['settings']['predictions']} "
+            f"predictions; guessing has {f['guessing']:.2f}.",
+            f"It took {report['seconds']:.0f} seconds for both models on: {_machine(report)}.",
+        ]
+    )
+
+
+def kit_table(folder: Path = RESULTS) -> str:
+    """What the conformance kit finds on wrong models, on right ones and on Mamba, as Markdown tables."""
+    report = read_report("conformance", folder)
+    f = report["figures"]
+    lines = ["| wrong on purpose | caught by | seeds | caught |", "|---|---|--:|--:|"]
+    lines += [f"| {r['wrong model']} | {r['check']} | {r['seeds']} | {r['caught']} |" for r in f["wrong"]]
+    lines += ["", "| right | seeds | checks run | failed |", "|---|--:|--:|--:|"]
+    lines += [f"| {r['right model']} | {r['seeds']} | {r['checks run']:,} | {r['accused']} |" for r in f["right"]]
+    lines += ["", "What transformers' own recurrent models show, checks that they fail only:"]
+    lines += ["", "| model | check | what was seen |", "|---|---|---|"]
+    failed = [row for row in f["measured"] if row["status"] == "failed"]
+    lines += [f"| {r['model']} | {r['check']} | {r['detail'].replace('|', '/')} |" for r in failed]
+    passed = [row["model"] for row in f["measured"] if row["status"] == "passed"]
+    counts = ", ".join(f"{model} {passed.count(model)}" for model in dict.fromkeys(passed))
+    lines += [
+        "",
+        f"Checks that they pass: {counts}. `python benchmarks/conformance.py` took {report['seconds']:.0f} seconds",
+    ]
+    return "\n".join(lines) + f" on: {_machine(report)}."
+
+
+def check_table() -> str:
+    """The checks of the conformance kit, from their own descriptions."""
+    lines = ["| group | check | what holds | needs |", "|---|---|---|---|"]
+    for check in select(None, quick=False):
+        name = f"{check.name} (slow)" if check.slow else check.name
+        lines.append(f"| {check.group} | {name} | {inspect.getdoc(check.function)} | {', '.join(check.needs)} |")
+    return "\n".join(lines)
+
+
+DOCS = ROOT / "docs"
+TABLES: dict[tuple[Path, str], Callable[[], str]] = {
+    (ROOT / "README.md", "measured"): table,
+    (DOCS / "how-a-causal-model-cheats.md", "measured"): leak_table,
+    (DOCS / "conformance.md", "measured"): kit_table,
+    (DOCS / "conformance.md", "checks"): check_table,
+}
+
+
+def filled(text: str, mark: str, content: str) -> str:
+    """A page with `content` between the two marks of that name."""
+    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+
+
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    README.write_text(f"{head}{BEGIN}\n{table()}\n{END}{tail}", encoding="utf-8")
-    print(table())
+    for (page, mark), make in TABLES.items():
+        page.write_text(filled(page.read_text(encoding="utf-8"), mark, make()), encoding="utf-8")
+        print(f"{page.name}: {mark}\n{make()}\n")
 
 
 if __name__ == "__main__":

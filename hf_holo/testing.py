@@ -10,7 +10,7 @@ runs every check that applies on every variant and head of the family "mine". Ne
 
 import pytest
 
-from .eval.conformance import Subject, select
+from .eval.conformance import Check, Subject, select
 from .eval.conformance.targets import family_subjects
 from .registry import architectures, get_architecture
 
@@ -18,7 +18,7 @@ from .registry import architectures, get_architecture
 class ConformanceTests:
     """Base of a test class: one test for each model and each check that applies to it.
 
-    Slow checks carry the marker `slow`.
+    Slow checks, and the rarer models that `hf-holo check --quick` leaves out, carry the marker `slow`.
 
     Attributes:
         architecture: name of a registered family; None: all registered families.
@@ -28,21 +28,23 @@ class ConformanceTests:
     architecture: str | None = None
     seed: int = 0
 
-    def subjects(self) -> list[Subject]:
-        """The models to check; override it to check others."""
+    def subjects(self, quick: bool) -> list[Subject]:
+        """The models to check, without the rarer ones if quick; override it to check others."""
         chosen = architectures().values() if self.architecture is None else [get_architecture(self.architecture)]
-        return [subject for architecture in chosen for subject in family_subjects(architecture, seed=self.seed)]
+        return [subject for architecture in chosen for subject in family_subjects(architecture, quick, self.seed)]
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Make the cases; which checks apply is known only from the models."""
         metafunc.config.addinivalue_line("markers", "slow: takes more than a few seconds")
-        cases = [
-            pytest.param(subject, check, id=f"{subject}: {check.name}", marks=[pytest.mark.slow] * check.slow)
-            for subject in self.subjects()
-            for check in select(None, quick=False)
-            if check.reason_not(subject) is None
-        ]
+        common = {subject.name for subject in self.subjects(quick=True)}
+        cases = []
+        for subject in self.subjects(quick=False):
+            for check in select(None, quick=False):
+                if check.reason_not(subject) is None:
+                    slow = check.slow or subject.name not in common
+                    name = f"{subject.name}: {check.name}"
+                    cases.append(pytest.param(subject, check, id=name, marks=[pytest.mark.slow] * slow))
         metafunc.parametrize(("subject", "check"), cases)
 
-    def test_conformance(self, subject, check):
+    def test_conformance(self, subject: Subject, check: Check) -> None:
         check(subject)

@@ -1,5 +1,6 @@
 """The benchmark scripts run, at their smallest, and write reports that say where the figures come from."""
 
+import csv
 import importlib
 import json
 from pathlib import Path
@@ -104,6 +105,22 @@ def test_every_design_choice_is_a_model(monkeypatch):
         HsnConfig(vocab_size=11, hidden_size=32, num_hidden_layers=1, **options)
 
 
+def test_leaking_gate(run, text, tmp_path):
+    image = tmp_path / "leak.png"
+    report, _ = run(
+        "leaking_gate", text, "--steps", 60, "--every", 25, "--learning_rate", 0.01, "--image", image, *TINY_FIT
+    )
+    circular, honest = report["figures"]["models"]
+    assert circular["lookahead"] > 0 and honest["lookahead"] == 0
+    assert circular["teacher_forced"] < circular["prefix_only"]
+    assert honest["teacher_forced"] == pytest.approx(honest["prefix_only"], rel=1e-4)
+    assert circular["parameters"] == honest["parameters"]
+    points = list(csv.DictReader((tmp_path / "leaking_gate.csv").open()))
+    assert [int(point["step"]) for point in points] == 2 * [0, 25, 50, 60]
+    assert float(points[-1]["prefix_only"]) == honest["prefix_only"]
+    assert image.read_bytes().startswith(b"\x89PNG")
+
+
 def test_block_speed(run):
     report, _ = run("block_speed", "--shapes", "2x64x64", "--lengths", 64, 128, "--length_width", 32, "--repeats", 1)
     (row,) = report["figures"]["against_llama"]
@@ -163,3 +180,23 @@ def test_the_readme_shows_what_the_reports_say(run, tmp_path, monkeypatch):
     assert "`static_speed`" in table and "2 times the tokens (128)" in table
     assert "`block_speed`" not in table  # it has not been run
     assert torch.__version__ in table
+
+
+def test_every_page_shows_the_figures_of_the_latest_reports(monkeypatch):
+    """After a benchmark has run, `python benchmarks/readme.py` brings README and docs up to date."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    readme = importlib.import_module("readme")
+    for (page, mark), make in readme.TABLES.items():
+        text = page.read_text(encoding="utf-8")
+        assert readme.filled(text, mark, make()) == text, (page.name, mark)
+
+
+def test_conformance(run, tmp_path):
+    models = ("circular gate", "toy")
+    report, printed = run("conformance", "--seeds", 2, "--slow_seeds", 0, "--models", *models)
+    wrong, (right,) = report["figures"]["wrong"], report["figures"]["right"]
+    assert [row["check"] for row in wrong] == ["suffix exchange", "zero upper triangle", "stepwise loss"]
+    assert all(row["caught"] == 2 for row in wrong) and right["accused"] == 0 and right["checks run"] > 40
+    assert "circular gate" in printed
+    table = importlib.import_module("readme").table(tmp_path)
+    assert "1 of 1 models that are wrong on purpose caught with every one of 2 seeds" in table

@@ -15,7 +15,7 @@ WORDS = shlex.split("the of and wave phase memory binds a key to value then reca
 TINY = shlex.split(
     "--preset hsn-tiny --model hidden_size=16 num_hidden_layers=2 hidden_dropout_prob=0.1 --block_size 32 --stride 16 "
     "--max_steps 6 --eval_steps 3 --save_steps 3 --logging_steps 1 --per_device_train_batch_size 4 --warmup_steps 2 "
-    "--ema_decay 0.9 --sample_tokens 8 --use_cpu --disable_tqdm true"
+    "--ema_decay 0.9 --sample_tokens 8 --use_cpu --disable_tqdm true --causality_check false"
 )
 
 

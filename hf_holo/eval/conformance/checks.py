@@ -76,6 +76,8 @@ def assert_same(
     if got.shape != expected.shape:
         raise Violation(f"{what}: the shape is {tuple(got.shape)} instead of {tuple(expected.shape)}")
     got, expected = got.detach().double(), expected.detach().double()
+    if not torch.isfinite(expected).all():
+        raise Violation(f"{what}: nothing to compare with, the expected values are NaN or infinite")
     scale = max(expected.abs().max().item(), 1e-30)
     difference = (got - expected).abs() / scale
     wrong = ~(difference <= tolerance)  # NaN is wrong too

@@ -199,7 +199,7 @@ class Subject:
         else:
             model = copy.deepcopy(self._source)
         model.__dict__.pop("forward", None)  # what mixed-precision training wraps around it
-        model = model.cpu().float().eval()
+        model = model.to("cpu", torch.float32).eval()  # .float() refuses a model that a quantizer has made
         text_config = model.config.get_text_config()
         if self._takes_text and getattr(text_config, "pad_token_id", None) is None:
             text_config.pad_token_id = 0  # heads that pool find the end of a text by it

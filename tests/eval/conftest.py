@@ -1,0 +1,63 @@
+"""The models that the kit is tested on: wrong ones, and right ones that it must not accuse."""
+
+import importlib
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from hf_holo.eval.conformance import CHECKS
+
+sys.path.append(str(Path(__file__).parent))  # the benchmarks import it too
+WRONG_MODELS = importlib.import_module("wrong_models")
+
+SEEDS = range(20)
+
+
+def some_first(values: Iterable, quick: int) -> list:
+    """All values as parameters of a fixture; those after the first `quick` are slow."""
+    return [pytest.param(value, marks=[pytest.mark.slow] * (i >= quick)) for i, value in enumerate(values)]
+
+
+@pytest.fixture(name="wrong_models", scope="session")
+def wrong_models_fixture():
+    return WRONG_MODELS
+
+
+@pytest.fixture(params=some_first(SEEDS, quick=3))
+def wrong_seed(request) -> int:
+    return request.param
+
+
+@pytest.fixture(params=some_first(SEEDS, quick=2))
+def right_seed(request) -> int:
+    return request.param
+
+
+def is_slow(fault) -> bool:
+    return any(CHECKS[name].slow for name in fault.caught_by)
+
+
+@pytest.fixture(params=[pytest.param(n, marks=[pytest.mark.slow] * is_slow(f)) for n, f in WRONG_MODELS.FAULTS.items()])
+def fault(request):
+    """Every wrong model, and who must notice it."""
+    return WRONG_MODELS.FAULTS[request.param]
+
+
+@pytest.fixture(params=some_first(WRONG_MODELS.FAULTS, quick=8))
+def important_fault(request):
+    """The wrong models again, the most important ones first."""
+    return WRONG_MODELS.FAULTS[request.param]
+
+
+@pytest.fixture(params=[name for name, fault in WRONG_MODELS.FAULTS.items() if fault.lookahead > 0])
+def leak(request):
+    """The wrong models that look ahead."""
+    return WRONG_MODELS.FAULTS[request.param]
+
+
+@pytest.fixture(params=WRONG_MODELS.RIGHT)
+def right(request):
+    """Every right model."""
+    return WRONG_MODELS.RIGHT[request.param]
