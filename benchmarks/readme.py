@@ -6,6 +6,7 @@ Every row of the README names the command that it comes from, and the seconds th
 """
 
 import inspect
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -154,7 +155,9 @@ def kit_table(folder: Path = RESULTS) -> str:
     lines += ["", "What transformers' own recurrent models show, checks that they fail only:"]
     lines += ["", "| model | check | what was seen |", "|---|---|---|"]
     failed = [row for row in f["measured"] if row["status"] == "failed"]
-    lines += [f"| {r['model']} | {r['check']} | {r['detail'].replace('|', '/')} |" for r in failed]
+    lines += [
+        f"| {r['model']} | {r['check']} | {textwrap.shorten(r['detail'].replace('|', '/'), 160)} |" for r in failed
+    ]
     passed = [row["model"] for row in f["measured"] if row["status"] == "passed"]
     counts = ", ".join(f"{model} {passed.count(model)}" for model in dict.fromkeys(passed))
     lines += [

@@ -197,6 +197,22 @@ def short_causal_conv(
     return out
 
 
+def short_causal_conv_naive(
+    x: torch.Tensor, kernel: torch.Tensor, state: torch.Tensor | None = None, document: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Twin of [`short_causal_conv`]: one tap of one token at a time, if its input belongs to the token's document."""
+    if document is None:
+        return causal_conv_naive(x, kernel, state)
+    before = kernel.shape[-1] - 1
+    history = x.new_zeros(x.shape[0], before, x.shape[2]) if state is None else state.to(x.dtype)
+    padded, labels = torch.cat([history, x], 1), F.pad(document, (before, 0))
+    rows = []
+    for t in range(x.shape[1]):
+        taps = ((kernel[:, j], before + t - j) for j in range(before + 1))
+        rows.append(sum(tap * padded[:, at] * (labels[:, at] == document[:, t])[:, None] for tap, at in taps))
+    return torch.stack(rows, 1)
+
+
 class _ShortConv(torch.autograd.Function):
     """[B, K - 1 + T, D] and [D, K] to [B, T, D]. Written out because autograd would keep and sum K copies."""
 

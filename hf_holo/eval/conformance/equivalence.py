@@ -416,15 +416,15 @@ def _noise_like(subject: Subject, x: torch.Tensor) -> torch.Tensor:
 @check("equivalence", "naive twins")
 def fast_operations(subject: Subject) -> str:
     """On the arguments that the model gives them, fast operations equal their naive twins: values and gradients."""
-    calls = []
+    calls = {}
     with recording(subject, calls):
         _exercise(subject, subject.copy())
-    for operation, arguments in calls:
+    for operation, arguments in calls.values():
         _compare_with_twin(subject, operation, subject.naive_twins[operation], arguments)
     if not calls:
         return "it calls none of the operations with naive twins that stand beside its layers"
-    names = sorted({operation.__name__ for operation, _ in calls})
-    return f"{', '.join(names)} ({len(calls)} calls)"
+    names = sorted({operation.__name__ for operation, _ in calls.values()})
+    return f"{', '.join(names)} ({len(calls)} kinds of calls)"
 
 
 def _exercise(subject: Subject, model: PreTrainedModel) -> None:
@@ -445,15 +445,20 @@ def _exercise(subject: Subject, model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def recording(subject: Subject, calls: list[tuple[Callable, dict[str, Any]]]) -> Iterator[None]:
-    """Inside, every operation with a twin that a layer calls is noted, with its arguments by name."""
+def recording(subject: Subject, calls: dict[Any, tuple[Callable, dict[str, Any]]]) -> Iterator[None]:
+    """Inside, every operation with a twin that a layer calls is noted, with its arguments by name.
+
+    Of calls that differ in the values of tensors only, such as those of equal layers, the first is kept.
+    """
 
     def recorder(operation: Callable) -> Callable:
         signature = inspect.signature(operation)
 
         def record(*args: Any, **kwargs: Any) -> Any:
             arguments = signature.bind(*args, **kwargs).arguments
-            calls.append((operation, {name: _leaf(value) for name, value in arguments.items()}))
+            kind = operation, *((name, getattr(value, "shape", str(value))) for name, value in arguments.items())
+            if kind not in calls:
+                calls[kind] = operation, {name: _leaf(value) for name, value in arguments.items()}
             return operation(*args, **kwargs)
 
         return record
