@@ -12,6 +12,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -32,9 +33,9 @@ from hf_holo.conversion.calibration import (
     stacked_weight,
     surgery_plan,
 )
-from hf_holo.conversion.convert import Source, Text, load_texts, load_tokenizer, mixed
 from hf_holo.conversion.convert_arguments import ConvertArguments
 from hf_holo.conversion.evaluation import numbers_on_disk, perplexity
+from hf_holo.conversion.sources import Source, Text, load_texts, load_tokenizer, mixed
 from hf_holo.conversion.surgery import choose
 
 Method = Callable[[PreTrainedModel, float], None]  # converts in place, to this ratio
@@ -45,10 +46,9 @@ def factors_of(model: PreTrainedModel, sites: Sequence[Site], statistics: Sequen
     return [factorise(site, stacked_weight(model, site), numbers) for site, numbers in pairs]
 
 
-def calibrated(model: PreTrainedModel, windows: torch.Tensor, fisher_windows: torch.Tensor, seed: int) -> Method:
+def calibrated(model: PreTrainedModel, sites: Sequence[Site], statistics: Sequence[Statistics]) -> Method:
     """`hf-holo convert`: shared and pivoted bases, Fisher weights, ranks chosen together."""
-    sites = find_sites(model, HoloSurgeryConfig(shared=True))
-    factors = factors_of(model, sites, collect(model, sites, windows, fisher_windows, seed))
+    factors = factors_of(model, sites, statistics)
 
     def convert(student: PreTrainedModel, ratio: float) -> None:
         ranks = allocate(sites, [f.loss for f in factors], ratio)
@@ -57,9 +57,9 @@ def calibrated(model: PreTrainedModel, windows: torch.Tensor, fisher_windows: to
     return convert
 
 
-def per_matrix(model: PreTrainedModel, sites: Sequence[Site], statistics: Sequence[Statistics]) -> Method:
+def per_matrix(model: PreTrainedModel, sites: Sequence[Site], grams: Sequence[torch.Tensor]) -> Method:
     """Two thin factors for each matrix on its own, the same share everywhere."""
-    factors = factors_of(model, sites, statistics)
+    factors = factors_of(model, sites, [Statistics(gram) for gram in grams])
 
     def convert(student: PreTrainedModel, ratio: float) -> None:
         ranks = [site.largest_rank(ratio, pivoted=False) for site in sites]
@@ -68,10 +68,29 @@ def per_matrix(model: PreTrainedModel, sites: Sequence[Site], statistics: Sequen
     return convert
 
 
-def without_activations(model: PreTrainedModel, site: Site) -> Statistics:
-    """Statistics that make the factors those of the plain SVD: all inputs alike."""
+def grams_per_matrix(
+    model: PreTrainedModel, sites: Sequence[Site], statistics: Sequence[Statistics]
+) -> list[torch.Tensor]:
+    """The second moments of every layer alone, in the order of its sites, from those of the shared sites."""
+    single = {site.layers[0]: site for site in find_sites(model, HoloSurgeryConfig())}
+    grams = {}
+    for site, numbers in zip(sites, statistics, strict=True):
+        borders = [0, *accumulate(site.widths)]
+        for name, begin, end in zip(site.layers, borders, borders[1:], strict=False):
+            if site.projects_outputs:
+                grams[name] = numbers.gram[begin:end, begin:end]
+            elif single[name].projects_outputs:
+                weight = stacked_weight(model, single[name])
+                grams[name] = weight @ numbers.gram @ weight.T
+            else:
+                grams[name] = numbers.gram
+    return [grams[name] for name in single]
+
+
+def gram_without_activations(model: PreTrainedModel, site: Site) -> torch.Tensor:
+    """With it the factors are those of the plain SVD: all inputs alike."""
     weight = stacked_weight(model, site)
-    return Statistics(weight @ weight.T if site.projects_outputs else torch.eye(site.inputs))
+    return weight @ weight.T if site.projects_outputs else torch.eye(site.inputs)
 
 
 def random_basis(student: PreTrainedModel, ratio: float) -> None:
@@ -110,11 +129,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--text", nargs="+", required=True)
     parser.add_argument("--held_out", nargs="+", type=float, default=[0.1], help="share at the end of each text")
-    parser.add_argument("--ratios", nargs="+", type=float, default=[0.9, 0.8])
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.8, 0.9])
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--fisher_tokens", type=int, default=4096)
-    parser.add_argument("--eval_windows", type=int, default=20, help="of each text; 0: all")
+    parser.add_argument("--eval_windows", type=int, default=12, help="of each text; 0: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args(argv)
@@ -127,18 +146,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = source.load()
     windows = mixed(texts)
     fisher_windows = windows[: args.fisher_tokens // args.window]
-
-    single = find_sites(model, HoloSurgeryConfig())
+    sites, single = find_sites(model, HoloSurgeryConfig(shared=True)), find_sites(model, HoloSurgeryConfig())
+    statistics = collect(model, sites, windows, fisher_windows, args.seed)
     methods = {
-        "calibrated": calibrated(model, windows, fisher_windows, args.seed),
-        "activation-aware SVD per matrix": per_matrix(model, single, collect(model, single, windows)),
-        "plain SVD per matrix": per_matrix(model, single, [without_activations(model, site) for site in single]),
-        "random basis": random_basis,
+        "calibrated": lambda: calibrated(model, sites, statistics),
+        "activation-aware SVD per matrix": lambda: per_matrix(
+            model, single, grams_per_matrix(model, sites, statistics)
+        ),
+        "plain SVD per matrix": lambda: per_matrix(model, single, [gram_without_activations(model, s) for s in single]),
+        "random basis": lambda: random_basis,
     }
     teacher = measured(model, texts)
     rows = [{"method": "teacher", "kept": 1.0, **teacher, **{f"{name}, ratio": 1.0 for name in teacher}}]
-    for ratio in args.ratios:
-        for name, convert in methods.items():
+    for name, make in methods.items():
+        convert = make()
+        for ratio in args.ratios:
             student = copy.deepcopy(model)
             convert(student, ratio)
             scores = measured(student, texts)
@@ -146,9 +168,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows.append({"method": name, "kept": kept_on_disk(model, student), **scores, **ratios})
             print_table(rows[-1:])
             seconds = time.perf_counter() - start
-            path = write_report(
-                "surgery", figures(model, texts, options, rows), seed=args.seed, seconds=seconds, folder=args.results
-            )
+            report = figures(model, texts, options, rows)  # after every row: the whole takes long
+            path = write_report("surgery", report, seed=args.seed, seconds=seconds, folder=args.results)
     print_table(rows)
     print_footer(path, seconds)
 

@@ -2,16 +2,21 @@
 
     python benchmarks/transfer.py tinyshakespeare.txt
 
-What lies in `--folder` is used again: a teacher that was trained before is not trained anew.
+All losses are over the whole validation split, in windows of 128. What lies in `--folder` is used again: a teacher
+that was trained before is not trained anew. The seconds are those of distillation, scoring and samples included.
 """
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from report import RESULTS, print_footer, print_table, write_report
 from transformers import Phi3Config, Phi3ForCausalLM
 
+from hf_holo.conversion.distill import main as distill
+from hf_holo.conversion.transfer import transfer_to_hsn
 from hf_holo.training.data import read_documents, split_documents
 from hf_holo.training.tokenizers import make_tokenizer
 from hf_holo.training.train import main as train
@@ -58,16 +63,64 @@ def train_teacher(text: Path, folder: Path, steps: int, seed: int) -> None:
     train([part for name, value in arguments.items() for part in (f"--{name}", str(value))])
 
 
+def distill_student(text: Path, folder: Path, stage_steps: int | None, seed: int) -> None:
+    """Transfer the weights of the teacher, and distil with the recipe `distill-hsn`."""
+    teacher = Phi3ForCausalLM.from_pretrained(folder / "teacher")
+    torch.manual_seed(seed)
+    transfer_to_hsn(teacher).save_pretrained(folder / "student")
+    arguments = {
+        "teacher": folder / "teacher",
+        "student": folder / "student",
+        "train_files": text,
+        "block_size": WINDOW,
+        "output_dir": folder / "distilled",
+        "overwrite": "true",
+        "seed": seed,
+    }
+    if stage_steps:
+        arguments |= {"max_steps": stage_steps, "warmup_steps": 1}
+    distill(["distill-hsn", *(part for name, value in arguments.items() for part in (f"--{name}", str(value)))])
+
+
+def figures(report: dict, text: str) -> dict:
+    """What the report of the distillation says about losses on the held-out text, and the time it took."""
+    rows = [{"stage": "before", "steps": 0, "seconds": 0.0, "loss": report["student"]["scores"][text]["loss"]}]
+    for stage in report["stages"]:
+        rows.append({"stage": stage["name"], **{key: stage[key] for key in ("steps", "seconds")}})
+        rows[-1]["loss"] = stage["scores"][text]["loss"]
+    teacher, student = report["teacher"]["scores"][text]["loss"], rows[-1]["loss"]
+    return {
+        "teacher_parameters": report["teacher"]["parameters"],
+        "student_parameters": report["student"]["parameters"],
+        "teacher_loss": teacher,
+        "loss": student,
+        "excess": student / teacher - 1,
+        "steps": sum(row["steps"] for row in rows),
+        "seconds": round(sum(row["seconds"] for row in rows), 1),
+        "stages": rows,
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, help="text file; the last tenth validates")
     parser.add_argument("--folder", type=Path, default=Path("runs/transfer"), help="folder of the models")
-    parser.add_argument("--teacher_steps", type=int, default=500)
+    parser.add_argument("--teacher_steps", type=int, default=1000)
+    parser.add_argument("--stage_steps", type=int, help="steps of every stage; default: those of the recipe")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args(argv)
 
     if not (args.folder / "teacher" / "sample.txt").exists():  # the last file that a run writes
         train_teacher(args.text, args.folder, args.teacher_steps, args.seed)
+    if not (args.folder / "distilled" / "model.safetensors").exists():
+        distill_student(args.text, args.folder, args.stage_steps, args.seed)
+    report = json.loads((args.folder / "distilled" / "report.json").read_text(encoding="utf-8"))
+    found = figures(report, args.text.stem) | {"window": WINDOW, "teacher_steps": args.teacher_steps}
+    print_table(found["stages"])
+    print(f"teacher {found['teacher_loss']:.4f}, student {found['loss']:.4f}: {found['excess']:+.2%}")
+    path = write_report("transfer", found, seed=args.seed, seconds=found["seconds"], folder=args.results)
+    print_footer(path, found["seconds"])
 
 
 if __name__ == "__main__":

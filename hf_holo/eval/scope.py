@@ -1,7 +1,8 @@
 """`hf-holo scope`: a ReLU network and a holographic one of as many parameters learn two spirals; see what they see.
 
-Both get the same points, steps and optimizer (Adam), each at the better of two learning rates. The accuracy is that on
-points that neither has seen. Writes scope.png and scope.json into the output folder and replaces older ones there.
+A third network, dense with sines, shows what the sine alone does. All get the same points, steps and optimizer (Adam),
+each at the better of two learning rates; the accuracy is that on points that none of them has seen. Writes scope.png
+and scope.json into the output folder and replaces older ones there.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,12 +82,13 @@ def compare(seed: int = 0, steps: int = 1000) -> list[View]:
         steps: of training, each over all points.
 
     Returns:
-        The ReLU network, then the holographic one.
+        The ReLU network, the holographic one, and the dense one with sines.
     """
-    holographic = holographic_network()
+    parameters = count(holographic_network())
     networks = {
-        "ReLU": lambda: relu_network(count(holographic)),
-        "holographic (sine)": holographic_network,
+        "ReLU": lambda: dense_network(parameters, nn.ReLU()),
+        "holographic, sine": holographic_network,
+        "dense, sine": lambda: dense_network(parameters, SineActivation(FREQUENCY)),
     }
     views = []
     with tqdm(total=steps * len(networks) * len(LEARNING_RATES), desc="training", unit="step", leave=False) as progress:
@@ -106,15 +109,14 @@ def spirals(points: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return arms + NOISE * torch.randn(points, 2, generator=generator), labels
 
 
-def relu_network(parameters: int) -> nn.Sequential:
-    """The narrowest ReLU network of two hidden layers with at least so many parameters."""
-    for width in range(1, parameters):
-        network = nn.Sequential(
-            nn.Linear(2, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2)
-        )
-        if count(network) >= parameters:
-            return network
-    raise HoloError(f"parameters={parameters} must be at least 2")
+def dense_network(parameters: int, activation: nn.Module) -> nn.Sequential:
+    """The narrowest network of two hidden layers with at least so many parameters; its sines SIREN-initialised."""
+    width = next(w for w in range(1, parameters) if w * w + 6 * w + 2 >= parameters)
+    first, second = nn.Linear(2, width), nn.Linear(width, width)
+    if isinstance(activation, SineActivation):
+        activation.init_linear_(first, first=True)
+        activation.init_linear_(second)
+    return nn.Sequential(first, activation, second, activation, nn.Linear(width, 2))
 
 
 def holographic_network() -> nn.Sequential:
@@ -130,7 +132,7 @@ def count(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def _train(name: str, make: Any, rate: float, seed: int, steps: int, progress: tqdm) -> View:
+def _train(name: str, make: Callable[[], nn.Module], rate: float, seed: int, steps: int, progress: tqdm) -> View:
     torch.manual_seed(seed)
     network = make()
     points, labels = spirals(POINTS, seed)
@@ -166,13 +168,13 @@ def plot(views: list[View], test: tuple[torch.Tensor, torch.Tensor], path: Path)
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure  # slow to import
 
-    figure = Figure(figsize=(5 * len(views), 5.8), layout="constrained")
+    figure = Figure(figsize=(4.5 * len(views), 5.2), layout="constrained")
     for axes, view in zip(figure.subplots(1, len(views), squeeze=False)[0], views, strict=True):
         extent = (-EDGE, EDGE, -EDGE, EDGE)
-        axes.imshow(view.picture, cmap="RdYlBu", vmin=0, vmax=1, origin="lower", extent=extent, alpha=0.45)
-        axes.contour(view.picture, levels=[0.5], colors="black", linewidths=1, extent=extent)
+        axes.imshow(view.picture.numpy(), cmap="RdYlBu", vmin=0, vmax=1, origin="lower", extent=extent, alpha=0.45)
+        axes.contour(view.picture.numpy(), levels=[0.5], colors="black", linewidths=1, extent=extent)
         points, labels = test
-        axes.scatter(*points.T, c=labels, cmap=ListedColormap(COLOURS), s=7, linewidths=0)
+        axes.scatter(*points.T.numpy(), c=labels.numpy(), cmap=ListedColormap(COLOURS), s=7, linewidths=0)
         axes.set_title(f"{view.network}: {view.parameters:,} parameters\n{100 * view.accuracy:.1f} % of unseen points")
         axes.set(xticks=[], yticks=[])
     temporary = path.with_suffix(".tmp")

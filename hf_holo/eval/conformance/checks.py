@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .quiet import quiet
 from .subject import Subject
 
 GROUPS = ("causality", "equivalence", "generation", "state", "persistence", "adapters")
@@ -128,10 +129,11 @@ def run_check(check: Check, subject: Subject) -> Result:
     """The result of one check; what the model raises is a failure."""
     start = time.perf_counter()
     try:
-        detail = check.reason_not(subject)
-        status = "passed" if detail is None else "not applicable"
-        if detail is None:
-            detail = check(subject)
+        with quiet():
+            detail = check.reason_not(subject)
+            status = "passed" if detail is None else "not applicable"
+            if detail is None:
+                detail = check(subject)
     except Violation as violation:
         status, detail = "failed", str(violation)
     except Exception as error:  # a model that cannot even run the check has failed it

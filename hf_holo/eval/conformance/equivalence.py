@@ -448,7 +448,7 @@ def _exercise(subject: Subject, model: PreTrainedModel) -> None:
 def recording(subject: Subject, calls: dict[Any, tuple[Callable, dict[str, Any]]]) -> Iterator[None]:
     """Inside, every operation with a twin that a layer calls is noted, with its arguments by name.
 
-    Of calls that differ in the values of tensors only, such as those of equal layers, the first is kept.
+    Of calls that differ in the values of tensors only, such as those of equal layers, the last is kept.
     """
 
     def recorder(operation: Callable) -> Callable:
@@ -457,8 +457,7 @@ def recording(subject: Subject, calls: dict[Any, tuple[Callable, dict[str, Any]]
         def record(*args: Any, **kwargs: Any) -> Any:
             arguments = signature.bind(*args, **kwargs).arguments
             kind = operation, *((name, getattr(value, "shape", str(value))) for name, value in arguments.items())
-            if kind not in calls:
-                calls[kind] = operation, {name: _leaf(value) for name, value in arguments.items()}
+            calls[kind] = operation, {name: _leaf(value) for name, value in arguments.items()}
             return operation(*args, **kwargs)
 
         return record

@@ -1,0 +1,222 @@
+"""HOLO from scratch on a text: the validation loss over the number of harmonics, beside its dense twin.
+
+    python benchmarks/holo_curve.py tinyshakespeare.txt
+
+All models have the same width, depth, embeddings at the start, windows, steps, AdamW and learning rate; they differ in
+their projections alone. The basis "random" is made from a seed. The basis "data" is fixed too: for each projection the
+R directions in which the input of the same projection of the trained dense twin has the most energy (the first
+eigenvectors of E[x xᵀ] on training windows); it is stored, and the coefficients start at random as ever. So "data" has
+seen a trained model, and "random" has not.
+
+Writes JSON, a CSV beside it and a figure. A finished run is kept and not repeated; the dense twin is trained again only
+if runs with its basis are missing.
+"""
+
+import argparse
+import csv
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from characters import CharacterText, windowed_loss
+from fitting import Fit, fit
+from matplotlib.figure import Figure
+from report import RESULTS, print_footer, print_table, read_report, write_report
+from torch import nn
+
+from hf_holo.modeling.configuration_holo import HoloConfig
+from hf_holo.modeling.harmonics import HoloLinear
+from hf_holo.modeling.modeling_holo import HoloForCausalLM
+
+NAME = "holo_curve"
+IMAGE = Path(__file__).parents[1] / "docs" / "images" / f"{NAME}.png"
+BASES = ("random", "data")
+HARMONICS = (8, 16, 32, 64, 128)
+BATCHES = 8  # training batches on which the bases are fitted
+
+
+def build(vocab_size: int, args: argparse.Namespace, basis: str = "dense", harmonics: int | None = None):
+    """The dense twin, or the model with `harmonics` in every projection of its blocks."""
+    kind = "dense" if basis == "dense" else "holographic"
+    torch.manual_seed(args.seed)
+    return HoloForCausalLM(
+        HoloConfig(
+            vocab_size=vocab_size,
+            hidden_size=args.width,
+            num_hidden_layers=args.depth,
+            attention_projections=kind,
+            mlp_projections=kind,
+            harmonics=harmonics,
+            basis="random" if basis == "dense" else basis,
+        )
+    )
+
+
+def share_embeddings(model: HoloForCausalLM, twin: HoloForCausalLM) -> None:
+    """Start from the embeddings that the twin started from."""
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(twin.get_input_embeddings().weight)
+
+
+def projections(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of the blocks."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in f".{n}"}
+
+
+@torch.no_grad()
+def principal_directions(twin: nn.Module, text: CharacterText, args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """For each projection the eigenvectors of E[x xᵀ] of its inputs as rows `[I, I]`, the strongest first."""
+    moments = {
+        name: torch.zeros(p.in_features, p.in_features, dtype=torch.float64) for name, p in projections(twin).items()
+    }
+    hooks = []
+    for name, projection in projections(twin).items():
+
+        def add(_, inputs, moment=moments[name]):
+            x = inputs[0].flatten(0, -2).double()
+            moment.add_(x.T @ x)
+
+        hooks.append(projection.register_forward_pre_hook(add))
+    generator = torch.Generator().manual_seed(args.seed)
+    twin.eval()
+    for _ in range(BATCHES):
+        twin(input_ids=text.batch(args.rows, args.length, generator)[0], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.linalg.eigh(moment).eigenvectors.flip(1).T.float() for name, moment in moments.items()}
+
+
+def set_bases(model: nn.Module, directions: dict[str, torch.Tensor]) -> None:
+    """Fix every "data" basis to the first directions, as many as it has harmonics."""
+    for name, layer in projections(model).items():
+        layer.basis.store(directions[name][: layer.harmonics])
+
+
+def counts(model: nn.Module) -> dict[str, int]:
+    """Numbers in the blocks: trained, and stored in a checkpoint (with the bases, if they are)."""
+    trained = sum(p.numel() for p in model.base_model.layers.parameters())
+    bases = sum(p.basis.stored_numbers() for p in projections(model).values() if isinstance(p, HoloLinear))
+    return {"block_parameters": trained, "stored": trained + bases}
+
+
+def train(model: nn.Module, text: CharacterText, args: argparse.Namespace) -> dict[str, float]:
+    start = time.perf_counter()
+    how = Fit(args.learning_rate, "adamw", steps=args.steps, rows=args.rows, length=args.length, seed=args.seed)
+    fit(model, text, how)
+    loss = windowed_loss(model, text.validation, args.length)
+    return {**counts(model), "loss": loss, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def write_csv(rows: list[dict], path: Path) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
+
+
+def plot(runs: list[dict], path: Path) -> None:
+    """The loss over the harmonics for each basis, and the dense twin as a line."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    dense = next(run for run in runs if run["basis"] == "dense")
+    size = dense["block_parameters"]
+    axes.axhline(dense["loss"], color="black", linestyle="--", label=f"dense twin: {dense['loss']:.3f}")
+    for basis, colour in zip(BASES, ("tab:blue", "tab:orange"), strict=True):
+        chosen = sorted((run for run in runs if run["basis"] == basis), key=lambda run: run["harmonics"])
+        if chosen:
+            x, y = [run["harmonics"] for run in chosen], [run["loss"] for run in chosen]
+            axes.plot(x, y, "o-", color=colour, label=f"basis {basis!r}")
+            for run in chosen if basis == BASES[0] else ():
+                share = f"{run['block_parameters'] / size:.2f}"
+                axes.annotate(share, (run["harmonics"], run["loss"]), xytext=(0, 8), textcoords="offset points")
+    axes.set_xscale("log", base=2)
+    ticks = sorted({run["harmonics"] for run in runs if run["harmonics"]})
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.set(
+        xlabel="harmonics (numbers at the points: trained parameters in the blocks, those of the dense twin being 1)",
+        ylabel="validation loss (nats per character)",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    figure.savefig(temporary, format="png", dpi=120)
+    os.replace(temporary, path)
+
+
+def at_a_quarter(runs: list[dict]) -> dict[str, float]:
+    """For each basis the loss above the dense twin's of the run that is nearest to a quarter of its parameters."""
+    dense = next(run for run in runs if run["basis"] == "dense")
+    quarter = dense["block_parameters"] / 4
+    gaps = {}
+    for basis in BASES:
+        chosen = [run for run in runs if run["basis"] == basis]
+        if chosen:
+            nearest = min(chosen, key=lambda run: abs(run["block_parameters"] - quarter))
+            gaps[basis] = nearest["loss"] - dense["loss"]
+    return gaps
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", type=Path, help="text file; the last tenth validates")
+    parser.add_argument("--harmonics", nargs="+", type=int, default=HARMONICS, help="at most --width")
+    parser.add_argument("--bases", nargs="+", choices=BASES, default=BASES)
+    parser.add_argument("--learning_rate", type=float, default=0.004, help="of AdamW, for all models")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--image", type=Path, default=IMAGE, help="the figure, as PNG")
+    args = parser.parse_args(argv)
+    if not 1 <= min(args.harmonics) <= max(args.harmonics) <= args.width:
+        parser.error(f"--harmonics must lie between 1 and --width {args.width}")
+
+    text = CharacterText(args.text)
+    names = ("learning_rate", "steps", "rows", "length", "width", "depth", "seed")
+    settings = {name: getattr(args, name) for name in names} | {"characters": len(text.train) + len(text.validation)}
+    earlier = read_report(NAME, args.results)
+    runs = earlier["figures"]["runs"] if earlier["figures"].get("settings") == settings else []
+    done = {(run["basis"], run["harmonics"]) for run in runs}
+    missing = [pair for pair in ((b, r) for b in args.bases for r in args.harmonics) if pair not in done]
+
+    def keep(basis: str, harmonics: int | None, result: dict) -> None:
+        runs[:] = [run for run in runs if (run["basis"], run["harmonics"]) != (basis, harmonics)]
+        runs.append({"basis": basis, "harmonics": harmonics, **result})
+        figures = {"settings": settings, "runs": runs, "above_dense_at_a_quarter": at_a_quarter(runs)}
+        seconds = sum(run["seconds"] for run in runs)
+        path = write_report(NAME, figures, seed=args.seed, seconds=seconds, folder=args.results)
+        write_csv(runs, path.with_suffix(".csv"))
+
+    fresh = build(text.vocab_size, args)
+    directions = {}
+    if ("dense", None) not in done or any(basis == "data" for basis, _ in missing):
+        print("dense twin", flush=True)
+        twin = build(text.vocab_size, args)
+        keep("dense", None, train(twin, text, args))
+        directions = principal_directions(twin, text, args)
+    for basis, harmonics in missing:
+        print(f"basis {basis!r}, {harmonics} harmonics", flush=True)
+        model = build(text.vocab_size, args, basis, harmonics)
+        share_embeddings(model, fresh)
+        if basis == "data":
+            set_bases(model, directions)
+        keep(basis, harmonics, train(model, text, args))
+
+    print_table([{**run, "harmonics": run["harmonics"] or "-"} for run in runs])
+    for basis, gap in at_a_quarter(runs).items():
+        print(f"nearest to a quarter of the parameters, basis {basis!r}: {gap:+.4f} nats against the dense twin")
+    plot(runs, args.image)
+    print_footer(args.results / f"{NAME}.json", sum(run["seconds"] for run in runs))
+    print(f"figure in {args.image}")
+
+
+if __name__ == "__main__":
+    main()

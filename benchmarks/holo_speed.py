@@ -1,0 +1,180 @@
+"""HoloLinear against nn.Linear: a training step of one layer, and decoding with thin and with merged factors.
+
+    python benchmarks/holo_speed.py [--teacher FOLDER --student FOLDER]
+
+Layers take turns in one process; the figures are medians, freed memory is kept for reuse, and every step is measured
+with one thread and with all. `largest` is the largest tensor that forward and backward make, in units of tokens times
+max(harmonics, outputs). Decoding compares a dense language model with one whose layers are converted: by default
+random weights in the shapes of SmolLM2-135M and 80 % of the numbers kept, or the checkpoints that are named.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from report import RESULTS, interleaved_medians, keep_freed_memory, print_footer, print_table, write_report
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from hf_holo.conversion import HoloSurgeryConfig, apply_surgery
+from hf_holo.modeling.harmonics import HoloLinear
+
+KEPT = 0.8
+SMOLLM2 = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers in any tensor that an operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = (x for x in tree_leaves(result) if isinstance(x, torch.Tensor))
+        self.numbers = max([self.numbers, *(x.untyped_storage().nbytes() // x.itemsize for x in tensors)])
+        return result
+
+
+def training_step(layer: torch.nn.Module, tokens: int) -> Callable[[], None]:
+    """Forward and backward, to the weights and to the input, as a function without arguments."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, layer.in_features, generator=generator).requires_grad_()
+    gradient = torch.randn(tokens, layer.out_features, generator=generator)
+
+    def step() -> None:
+        layer(x).backward(gradient)
+        layer.zero_grad()
+        x.grad = None
+
+    return step
+
+
+def compare_layers(width: int, harmonics: int, tokens: int, repeats: int) -> list[dict[str, float]]:
+    layers = {
+        "nn.Linear": torch.nn.Linear(width, width),
+        "amplitude, phase": HoloLinear(width, width, harmonics),
+        "folded": HoloLinear(width, width, harmonics, folded=True),
+    }
+    steps = {name: training_step(layer, tokens) for name, layer in layers.items()}
+    sizes = {}
+    for name, step in steps.items():
+        with Largest() as largest:
+            step()
+        sizes[name] = largest.numbers / (tokens * max(harmonics, width))
+    rows = []
+    all_threads = torch.get_num_threads()
+    for threads in sorted({1, all_threads}):
+        torch.set_num_threads(threads)
+        seconds = interleaved_medians(steps, repeats)
+        for name in layers:
+            rows.append(
+                {
+                    "layer": name,
+                    "width": width,
+                    "harmonics": harmonics,
+                    "tokens": tokens,
+                    "threads": threads,
+                    "ms": 1e3 * seconds[name],
+                    "times_quicker": seconds["nn.Linear"] / seconds[name],
+                    "largest": sizes[name],
+                }
+            )
+    torch.set_num_threads(all_threads)
+    return rows
+
+
+def build_pair(depth: int) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A dense model with random weights, and the same with all layers of its blocks converted."""
+    config = LlamaConfig(**SMOLLM2 | {"num_hidden_layers": depth})
+    dense, holographic = (AutoModelForCausalLM.from_config(config) for _ in range(2))
+    apply_surgery(holographic, HoloSurgeryConfig(ratio=KEPT, folded=True, basis="dct"))
+    return dense, holographic
+
+
+def decoding_step(model: PreTrainedModel, context: int) -> Callable[[], None]:
+    """Read one token after `context` others, as a function without arguments."""
+    model.eval()
+    ids = torch.randint(model.config.vocab_size, (1, context + 1), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cache = model(ids[:, :-1]).past_key_values
+
+    @torch.no_grad()
+    def step() -> None:
+        model(ids[:, -1:], past_key_values=cache)
+        cache.crop(context)
+
+    return step
+
+
+def compare_decoding(dense: PreTrainedModel, student: PreTrainedModel, context: int, repeats: int) -> list[dict]:
+    """Milliseconds a token of the dense model and of the converted one: with thin factors, then merged."""
+    layers = [module for module in student.modules() if isinstance(module, HoloLinear)]
+    counts = [layer.count_numbers() for layer in layers]
+    kept = sum(count["stored"] for count in counts) / sum(count["dense"] for count in counts)
+    rows = []
+    for form in ("thin", "merged"):
+        if form == "merged":
+            for layer in layers:
+                layer.merge()
+        steps = {"dense": decoding_step(dense, context), "student": decoding_step(student, context)}
+        seconds = interleaved_medians(steps, repeats)
+        rows.append(
+            {
+                "factors": form,
+                "context": context,
+                "kept": kept,
+                "dense_ms": 1e3 * seconds["dense"],
+                "student_ms": 1e3 * seconds["student"],
+                "time_ratio": seconds["student"] / seconds["dense"],
+            }
+        )
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=4096, help="inputs and outputs of the layer")
+    parser.add_argument("--harmonics", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--teacher", type=Path, help="folder of a dense checkpoint, to compare its --student with")
+    parser.add_argument("--student", type=Path, help="folder of a converted checkpoint")
+    parser.add_argument("--depth", type=int, default=SMOLLM2["num_hidden_layers"], help="blocks, without checkpoints")
+    parser.add_argument("--context", type=int, default=128, help="tokens in the cache while decoding")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
+    args = parser.parse_args(argv)
+    if (args.teacher is None) != (args.student is None):
+        parser.error("--teacher and --student go together")
+
+    torch.manual_seed(0)
+    keep_freed_memory()
+    start = time.perf_counter()
+    layers = compare_layers(args.width, args.harmonics, args.tokens, args.repeats)
+    print_table(layers)
+    print()
+    if args.teacher is None:
+        pair = build_pair(args.depth)
+    else:
+        pair = (AutoModelForCausalLM.from_pretrained(folder) for folder in (args.teacher, args.student))
+    decoding = compare_decoding(*pair, args.context, 3 * args.repeats)
+    print_table(decoding)
+    seconds = time.perf_counter() - start
+    figures = {"layers": layers, "decoding": decoding, "checkpoints": args.teacher is not None}
+    print_footer(write_report("holo_speed", figures, seed=0, seconds=seconds, folder=args.results), seconds)
+
+
+if __name__ == "__main__":
+    main()
