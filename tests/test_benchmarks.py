@@ -200,3 +200,35 @@ def test_conformance(run, tmp_path):
     assert "circular gate" in printed
     table = importlib.import_module("readme").table(tmp_path)
     assert "1 of 1 models that are wrong on purpose caught with every one of 2 seeds" in table
+
+
+def test_holo_speed(run):
+    argv = ("--width", 64, "--harmonics", 8, "--tokens", 32, "--repeats", 1, "--depth", 1, "--context", 4)
+    report, _ = run("holo_speed", *argv)
+    layers, decoding = report["figures"]["layers"], report["figures"]["decoding"]
+    assert all(row["largest"] == (2 if row["layer"] == "nn.Linear" else 1) for row in layers)
+    assert all(row["times_quicker"] == 1 for row in layers if row["layer"] == "nn.Linear")
+    assert [row["factors"] for row in decoding] == ["thin", "merged"]
+    assert all(0.79 <= row["kept"] <= 0.8 for row in decoding)
+
+
+def test_holo_curve(run, text, tmp_path, monkeypatch):
+    image = tmp_path / "curve.png"
+    argv = (text, "--steps", 2, "--harmonics", 4, 8, "--image", image, *TINY_FIT)
+    report, printed = run("holo_curve", *argv)
+    runs = report["figures"]["runs"]
+    pairs = [(run["basis"], run["harmonics"]) for run in runs]
+    assert pairs == [("dense", None), ("random", 4), ("random", 8), ("data", 4), ("data", 8)]
+    dense, random, _, data, _ = runs
+    assert (
+        random["block_parameters"] == data["block_parameters"] == pytest.approx(dense["block_parameters"] / 4, rel=0.2)
+    )
+    assert random["stored"] == random["block_parameters"] < data["stored"]
+    gap = report["figures"]["above_dense_at_a_quarter"]["random"]
+    assert gap == pytest.approx(random["loss"] - dense["loss"]) and "against the dense twin" in printed
+    assert len(list(csv.DictReader((tmp_path / "holo_curve.csv").open()))) == 5
+    assert image.read_bytes().startswith(b"\x89PNG")
+
+    monkeypatch.setattr("holo_curve.fit", lambda *_: pytest.fail("a finished run was repeated"))
+    again, _ = run("holo_curve", *argv)
+    assert again["figures"] == report["figures"]

@@ -156,19 +156,25 @@ def collect(
     """
     model.eval()
     grams = _collect_grams(model, sites, windows)
-    fishers = [None] * len(sites) if fisher_windows is None else _collect_fishers(model, sites, fisher_windows, seed)
-    for site, gram, fisher in zip(sites, grams, fishers, strict=True):
-        for what, numbers in (("activations", gram), ("gradients", fisher)):
-            if numbers is None:
-                continue
-            if not numbers.isfinite().all():
-                raise HoloError(
-                    f"teacher: the {what} of {site.layers[0]!r} are not finite on the calibration text; "
-                    "mend the teacher, or leave the layer out with --exclude"
-                )
-            if not numbers.any():
-                raise HoloError(f"modules: {site.layers[0]!r} has no part in the output (its {what} are all zero)")
+    _check(sites, grams, "activations")
+    if fisher_windows is None:
+        return [Statistics(gram) for gram in grams]
+    fishers = _collect_fishers(model, sites, fisher_windows, seed)
+    _check(sites, fishers, "gradients")
     return [Statistics(gram, fisher) for gram, fisher in zip(grams, fishers, strict=True)]
+
+
+def _check(sites: Sequence[Site], measured: Sequence[torch.Tensor], what: str) -> None:
+    for site, numbers in zip(sites, measured, strict=True):
+        if not numbers.isfinite().all():
+            raise HoloError(
+                f"TEACHER: the {what} of {site.layers[0]!r} are not finite on the calibration text; "
+                "mend the teacher, or leave the layer out with --exclude"
+            )
+        if not numbers.any():
+            raise HoloError(
+                f"modules: {site.layers[0]!r} has no part in the output: its {what} are all zero; exclude it"
+            )
 
 
 @torch.no_grad()
@@ -184,9 +190,11 @@ def _collect_grams(model: PreTrainedModel, sites: Sequence[Site], windows: torch
     for site, gram in zip(sites, grams, strict=True):
         weight = stacked_weight(model, site) if site.projects_outputs else None
         handles.append(model.get_submodule(site.layers[0]).register_forward_pre_hook(partial(add, gram, weight)))
+    prefix = f"{model.base_model_prefix}."
+    body = model.base_model if all(name.startswith(prefix) for site in sites for name in site.layers) else model
     with _removed_after(handles):
         for window in tqdm(windows, desc="activations", unit="window"):
-            model(input_ids=window[None].to(model.device))
+            body(input_ids=window[None].to(model.device))  # without the output layer, which costs much
     return [gram / windows.numel() for gram in grams]
 
 

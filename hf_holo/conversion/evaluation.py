@@ -75,7 +75,7 @@ def perplexity(model: PreTrainedModel, windows: Windows, description: str = "per
         targets = targets.to(logits.device)
         loss += F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum").item()
         count += (targets != IGNORED).sum().item()
-    return math.exp(loss / count)
+    return torch.tensor(loss / count).double().exp().item()  # infinite rather than an OverflowError
 
 
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int, seed: int) -> str:

@@ -23,6 +23,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import HoloError
 from ..modeling.harmonics import BASES, HarmonicBasis, HoloLinear, named_seed
 
+# How transformers marks a model that a quantizer has made, and its config.
+QUANTIZED = ("is_quantized", "hf_quantizer", "quantization_method", "quantization_config", "_pre_quantization_dtype")
 HARMONICS = 64  # of every layer, when neither harmonics nor a ratio is given: the original's figure
 
 
@@ -135,14 +137,16 @@ def apply_surgery(model: PreTrainedModel, config: HoloSurgeryConfig | None = Non
 
     Raises:
         HoloError: a pattern matches nothing, a ratio cannot be reached, there are more harmonics than inputs, an output
-            layer is tied to the embeddings, or a "data" basis is asked for (it needs `hf-holo convert`). The model is
-            then as it was.
+            layer is tied to the embeddings, the model is converted already, or a "data" basis is asked for (it needs
+            `hf-holo convert`). The model is then as it was.
     """
     config = config or HoloSurgeryConfig()
     if config.basis == "data" and config.layers is None:
         raise HoloError("basis='data' has to be fitted to activations: use `hf-holo convert --method calibrated`")
     if config.layers is None:
         config.layers = plan(model, config)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise HoloError("model: it is converted or quantized already; start from a dense model, or `restore_linears`")
     before = _census(model)
     for name, new in swap(model, config).items():
         old = before.modules[name]
@@ -245,20 +249,31 @@ def _harmonics(name: str, layer: nn.Module, config: HoloSurgeryConfig) -> int:
             raise HoloError(f"harmonics={harmonics} is more than the {inputs} inputs of {name!r}; use at most {inputs}")
         return harmonics
     per_harmonic = outputs * (1 if config.folded else 2)
-    harmonics = min(int(config.ratio * outputs * inputs / per_harmonic), inputs)
+    bias = 0 if layer.bias is None else outputs
+    harmonics = min(int((config.ratio * (outputs * inputs + bias) - bias) / per_harmonic), inputs)
     if harmonics < 1:
         raise HoloError(
             f"ratio={config.ratio} leaves {name!r} ({outputs}×{inputs}) not one harmonic; "
-            f"give at least {per_harmonic / (outputs * inputs):.3g}"
+            f"give at least {(per_harmonic + bias) / (outputs * inputs + bias):.3g}"
         )
     return harmonics
 
 
 def swap(model: nn.Module, config: HoloSurgeryConfig) -> dict[str, HoloLinear]:
-    """Put new layers in the places that the plan names, and return them by name."""
-    new = {}
-    for name, entry in config.layers.items():
-        old = model.get_submodule(name)
+    """Put new layers in the places that the plan names, and return them by name.
+
+    Raises:
+        HoloError: the model has no layer of a name in the plan; no layer has been replaced then.
+    """
+    modules, new = dict(model.named_modules()), {}
+    lenders_first = sorted(config.layers.items(), key=lambda item: item[1]["lender"] is not None)  # JSON sorts by name
+    for name, entry in lenders_first:
+        old = modules.get(name)
+        if old is None or not is_linear(old):
+            raise HoloError(
+                f"layers: {type(model).__name__} has no linear layer {name!r}; was it converted with another release "
+                "of transformers?"
+            )
         outputs, inputs = dense_shape(old)
         basis: str | HarmonicBasis = new[entry["lender"]].basis if entry["lender"] else entry["basis"]
         new[name] = HoloLinear(
@@ -309,8 +324,11 @@ def restore_linears(model: nn.Module) -> nn.Module:
                 dense.bias.copy_(layer.bias)
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, dense.train(layer.training))
-    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
-        del model.config.quantization_config
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):  # adapters may lie around it
+            for mark in QUANTIZED:
+                vars(module).pop(mark, None)
+                vars(module.config).pop(mark, None)
     return model
 
 

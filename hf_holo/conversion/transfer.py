@@ -21,6 +21,8 @@ SOURCES: dict[str, dict[str, Any]] = json.loads(
     files(__package__).joinpath("transfer_sources.json").read_text(encoding="utf-8")
 )
 
+FRESH_SPREAD = 0.7  # standard deviation of a fresh projection, times √fan_in
+
 
 @torch.no_grad()
 def transfer_to_hsn(teacher: PreTrainedModel, layers: list[int] | None = None) -> HsnForCausalLM:
@@ -115,6 +117,8 @@ def _check_teacher(teacher: PreTrainedModel) -> None:
 def _rotary_base(teacher: PreTrainedModel) -> float:
     """The base of the teacher's rotary positions, read from the frequencies themselves."""
     rotary, config = teacher.model.rotary_emb, teacher.config
+    if getattr(config, "sliding_window", None):
+        raise HoloError(f"layers: attention in a window (sliding_window={config.sliding_window}) cannot be kept")
     frequencies = rotary.inv_freq.double()
     pairs = config.hidden_size // config.num_attention_heads // 2
     if len(frequencies) == pairs > 1 and rotary.attention_scaling == 1:
@@ -158,5 +162,24 @@ def _stacked(old: nn.Module, names: list[str]) -> torch.Tensor:
     return torch.cat([old.get_submodule(name).weight for name in names])
 
 
+def phases_of(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Projections to phases that read what queries or keys read.
+
+    A rotary pair (a, b) has the phase atan2(b, a), which no linear projection gives; a + b is the linear one that
+    treats both alike. The spread is that of fresh phases, so that interference starts as selective as it does there.
+
+    Args:
+        weight: `[H·V, D]` projection to queries or keys, pairs V/2 apart, as Llama has them.
+
+    Returns:
+        `[H·V/2, D]`.
+    """
+    first, second = weight.unflatten(0, (heads, 2, -1)).unbind(1)  # [H, V/2, D]
+    phases = (first + second).flatten(0, 1)
+    return phases * (FRESH_SPREAD * phases.shape[1] ** -0.5 / phases.std())
+
+
 def _start_mixer(mixer: HolographicMixer, query: torch.Tensor, key: torch.Tensor) -> None:
-    pass
+    """Filter, decay and gate have no counterpart in attention: they stay as a fresh mixer has them."""
+    mixer.q_proj.weight.copy_(phases_of(query, mixer.heads))
+    mixer.k_proj.weight.copy_(phases_of(key, mixer.key_heads))

@@ -1,10 +1,12 @@
 """Base classes shared by the families: the backbone and the heads, in the way of transformers."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -82,7 +84,10 @@ class RecurrentPreTrainedModel(PreTrainedModel):
 
 
 class Backbone(RecurrentPreTrainedModel):
-    """Embeddings, blocks and a last norm; a subclass says in `forward` how they are run."""
+    """Embeddings, blocks and a last norm.
+
+    A subclass says what its blocks are called with ([`prepare`]) and what it continues from ([`new_cache`]).
+    """
 
     def __init__(self, config):
         super().__init__(config)
@@ -99,6 +104,69 @@ class Backbone(RecurrentPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embed_tokens = value
 
+    def new_cache(self) -> Cache:
+        """The cache of a text that begins."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it continues from")
+
+    def prepare(
+        self,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        seq_idx: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> tuple[torch.Tensor, dict[str, Any], torch.Tensor | None]:
+        """The embeddings as the blocks take them `[B, T, D]`, further arguments of the blocks, and where every token
+        has gone `[B, T]`, None if none has moved."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its blocks are called with")
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        seq_idx: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast | tuple:
+        """
+        Args:
+            input_ids: `[B, T]`; or `inputs_embeds` `[B, T, D]`.
+            attention_mask: `[B, T]` or, with a cache, `[B, S]` for all tokens so far; 0 at padding, anywhere.
+            position_ids: `[B, T]`; what they mean is the family's, see its `prepare`.
+            seq_idx: `[B, T]` document index; a change begins a new document.
+            past_key_values: what to continue from, updated in place.
+
+        Raises:
+            ValueError: neither or both of `input_ids` and `inputs_embeds`; ids outside the vocabulary; a cache of
+                another kind.
+        """
+        x = self._embed(input_ids, inputs_embeds)
+        cache = self._cache(past_key_values, use_cache)
+        x, arguments, order = self.prepare(x, attention_mask, position_ids, seq_idx, cache)
+        hidden_states = []
+        for block in self.layers:
+            hidden_states.append(x)
+            x = block(x, past_key_values=cache, **arguments)
+        hidden_states.append(self.norm(x))
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if not output_hidden_states:
+            hidden_states = hidden_states[-1:]
+        if order is not None:
+            restore = order[..., None].expand_as(x)
+            hidden_states = [h.gather(1, restore) for h in hidden_states]
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden_states[-1],
+            past_key_values=cache,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+        )
+        return output if wants_dict(self.config, return_dict) else output.to_tuple()
+
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -114,74 +182,34 @@ class Backbone(RecurrentPreTrainedModel):
                 )
         return self.embed_tokens(input_ids)
 
-
-class RecurrentBackbone(Backbone):
-    """A backbone whose blocks keep a state. They are called as `block(x, layout=..., past_key_values=...)`."""
-
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        seq_idx: torch.LongTensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        past_key_values: RecurrentCache | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPast | tuple:
-        """
-        Args:
-            input_ids: `[B, T]`; or `inputs_embeds` `[B, T, D]`.
-            attention_mask: `[B, T]` or longer (only the last T columns count), 0 at padding, anywhere.
-            position_ids: `[B, T]`; a 0 at a real token begins a new document, other values mean nothing.
-            seq_idx: `[B, T]` document index; a change begins a new document. Wins over `position_ids`.
-            past_key_values: state to continue from, updated in place.
-
-        Raises:
-            ValueError: neither or both of `input_ids` and `inputs_embeds`; ids outside the vocabulary; a cache of
-                another kind.
-        """
-        config = self.config
-        x = self._embed(input_ids, inputs_embeds)
-        past_key_values = self._cache(past_key_values, use_cache)
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
-        layout, order = arrange(x, attention_mask, position_ids, seq_idx, past_key_values)
-        if order is not None:
-            x = torch.zeros_like(x).scatter(1, order[..., None].expand_as(x), x)
-        hidden_states = []
-        for block in self.layers:
-            hidden_states.append(x)
-            x = block(x, layout=layout, past_key_values=past_key_values)
-        x = self.norm(x)
-        hidden_states.append(x)
-        if past_key_values is not None:
-            past_key_values.advance(layout.length)
-        if order is not None:
-            restore = order[..., None].expand_as(x)
-            hidden_states = [h.gather(1, restore) for h in (hidden_states if output_hidden_states else [x])]
-        output = BaseModelOutputWithPast(
-            last_hidden_state=hidden_states[-1],
-            past_key_values=past_key_values,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-        )
-        return output if wants_dict(config, return_dict) else output.to_tuple()
-
-    def _cache(self, past_key_values, use_cache: bool | None) -> RecurrentCache | None:
+    def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if not use_cache or not self.config.is_causal or (self.training and self.gradient_checkpointing):
             return None
-        if past_key_values is None:
-            return RecurrentCache(self.config)
-        if not isinstance(past_key_values, RecurrentCache):
+        return self.new_cache() if past_key_values is None else past_key_values
+
+
+class RecurrentBackbone(Backbone):
+    """A backbone whose blocks keep a state. They are called as `block(x, layout=..., past_key_values=...)`."""
+
+    def new_cache(self) -> RecurrentCache:
+        return RecurrentCache(self.config)
+
+    def prepare(self, x, attention_mask, position_ids, seq_idx, cache):
+        """Padding moves to the end. A 0 in `position_ids` at a real token begins a new document, other positions mean
+        nothing; `seq_idx` wins over them."""
+        if cache is not None and not isinstance(cache, RecurrentCache):
             raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}; a recurrent model continues from the "
-                "RecurrentCache that it returned, or from RecurrentCache(config)"
+                f"past_key_values is a {type(cache).__name__}; a recurrent model continues from the RecurrentCache "
+                "that it returned, or from RecurrentCache(config)"
             )
-        return past_key_values
+        layout, order = arrange(x, attention_mask, position_ids, seq_idx, cache)
+        if order is not None:
+            x = torch.zeros_like(x).scatter(1, order[..., None].expand_as(x), x)
+        if cache is not None:
+            cache.advance(layout.length)
+        return x, {"layout": layout}, order
 
 
 def arrange(

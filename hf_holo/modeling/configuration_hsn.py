@@ -30,7 +30,7 @@ class HsnConfig(RecurrentConfig):
         classifier_dropout: dropout ahead of a classification head.
         max_position_embeddings: length that the model was trained for; information only, there is no limit.
         initializer_range: standard deviation of the embeddings at the start; projections start at 0.7/√fan_in.
-        norm_type: `"layer"` (LayerNorm without bias) or `"rms"` (RMSNorm, as the models that weights come from have it).
+        norm_type: `"layer"` (LayerNorm without bias) or `"rms"` (RMSNorm, as Llama and Phi-3 have it).
         norm_eps: epsilon of the normalisations.
         rotary_base: base of the rotary positions of attention layers, which are as in Llama; None: they have none.
         use_cache: whether to return the recurrent state.

@@ -328,12 +328,13 @@ class HoloLinear(nn.Linear):
         )
 
 
-# x.data = ..., x[i] = ..., x += ...; all others end in an underscore
-WRITING = r"__set__|__setitem__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)__|[a-z]\w*[^_]_"
+WRITING = r"__set__|__setitem__|[a-z]\w*[^_]_"  # x.data = ..., x[i] = ..., x.add_(...), init.zeros_(x)
 
 
 class ComputedWeight(torch.Tensor):
     """A weight that is the product of other parameters. It can be read; a change would be lost, so it is refused."""
+
+    _is_hf_initialized = True  # the functions of transformers 5 that initialise a model then pass it by
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

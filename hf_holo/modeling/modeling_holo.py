@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .base import (
     Backbone,
@@ -16,13 +15,12 @@ from .base import (
     RecurrentForSequenceClassification,
     RecurrentForTokenClassification,
     RecurrentPreTrainedModel,
-    wants_dict,
 )
 from .configuration_base import check_choice, check_divides
 from .configuration_holo import HoloConfig
 from .harmonics import BASES, HarmonicBasis, HoloLinear, SineActivation, harmonic_basis, named_seed
 from .layers import RotaryEmbedding, init_copy_
-from .ops import exporting
+from .ops import exporting, rotate_pairs
 
 
 class HoloAttention(nn.Module):
@@ -84,8 +82,7 @@ class HoloAttention(nn.Module):
             if positions is None:
                 positions = torch.arange(x.shape[1], device=x.device)[None]
             angle = self.rotary.angles(positions).transpose(1, 2)  # [B, 1, T, V / 2]
-            cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+            q, k = rotate_pairs(q, angle), rotate_pairs(k, angle)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         grouped = self.key_heads != self.heads
@@ -295,59 +292,19 @@ class HoloPreTrainedModel(RecurrentPreTrainedModel):
 class HoloModel(HoloPreTrainedModel, Backbone):
     """HOLO without a head: `[B, T]` token ids to hidden states `[B, T, hidden_size]`."""
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        seq_idx: torch.LongTensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPast | tuple:
-        """
-        Args:
-            input_ids: `[B, T]`; or `inputs_embeds` `[B, T, D]`.
-            attention_mask: `[B, S]` for the S tokens seen so far, these T included; 0 at padding, anywhere.
-            position_ids: `[B, T]`; only their differences matter. Default: counted on from the cache.
-            seq_idx: `[B, T]` document index; tokens see their own document only. Not together with a cache.
-            past_key_values: keys and values to continue from, updated in place.
+    def new_cache(self) -> DynamicCache:
+        return DynamicCache()
 
-        Raises:
-            ValueError: neither or both of `input_ids` and `inputs_embeds`; ids outside the vocabulary; `seq_idx`
-                together with a filled cache.
-        """
-        config = self.config
-        x = self._embed(input_ids, inputs_embeds)
-        if use_cache is None:
-            use_cache = config.use_cache and not self.training
-        if not use_cache or not config.is_causal or (self.training and self.gradient_checkpointing):
-            past_key_values = None
-        elif past_key_values is None:
-            past_key_values = DynamicCache()
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if position_ids is None:
-            position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
+    def prepare(self, x, attention_mask, position_ids, seq_idx, cache):
+        """Of `position_ids` only the differences matter; by default they are counted on from the cache. Tokens see
+        their own document of `seq_idx` only; it cannot be combined with a cache that holds tokens."""
+        past = 0 if cache is None else cache.get_seq_length()
         if seq_idx is not None and past:
             raise ValueError("seq_idx cannot be combined with a cache that holds tokens; feed packed documents at once")
-        mask = visible(x, attention_mask, seq_idx, past, config.is_causal)
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
-        hidden_states = []
-        for block in self.layers:
-            hidden_states.append(x)
-            x = block(x, mask=mask, positions=position_ids, past_key_values=past_key_values)
-        x = self.norm(x)
-        hidden_states.append(x)
-        output = BaseModelOutputWithPast(
-            last_hidden_state=x,
-            past_key_values=past_key_values,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-        )
-        return output if wants_dict(config, return_dict) else output.to_tuple()
+        if position_ids is None:
+            position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
+        mask = visible(x, attention_mask, seq_idx, past, self.config.is_causal)
+        return x, {"mask": mask, "positions": position_ids}, None
 
 
 def visible(
@@ -367,12 +324,6 @@ def visible(
     if seq_idx is not None:
         seen = seen & (seq_idx[:, :, None] == seq_idx[:, None])
     return (seen | (keys == queries))[:, None]  # padding sees itself: a row that sees nothing would turn into NaN
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions: channel i and i + V/2 of `[B, H, T, V]` turn together."""
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
 def _projection(

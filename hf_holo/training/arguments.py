@@ -111,27 +111,29 @@ class Run:
     recipe: dict[str, Any]
 
 
-class _Parser(Parser, HfArgumentParser):
+class RecipeParser(Parser, HfArgumentParser):
     """HfArgumentParser with the errors of this package."""
 
 
-def recipe_names() -> list[str]:
-    """The recipes in the package."""
-    return sorted(path.name.removesuffix(".yaml") for path in files(__package__).joinpath("recipes").iterdir())
+def recipe_names(package: str = __package__, prefix: str = "") -> list[str]:
+    """The recipes in a package whose names begin with `prefix`."""
+    names = (path.name.removesuffix(".yaml") for path in files(package).joinpath("recipes").iterdir())
+    return sorted(name for name in names if name.startswith(prefix))
 
 
-def load_recipe(recipe: str) -> dict[str, Any]:
+def load_recipe(recipe: str, package: str = __package__, prefix: str = "") -> dict[str, Any]:
     """Read a recipe of the package, by name, or a YAML file.
 
     Raises:
         HoloError: there is no such recipe, or it is no mapping of argument names to values.
     """
-    if recipe in recipe_names():
-        text = files(__package__).joinpath("recipes", f"{recipe}.yaml").read_text(encoding="utf-8")
+    known = recipe_names(package, prefix)
+    if recipe in known:
+        text = files(package).joinpath("recipes", f"{recipe}.yaml").read_text(encoding="utf-8")
     elif Path(recipe).is_file():
         text = Path(recipe).read_text(encoding="utf-8")
     else:
-        raise HoloError(f"recipe: {recipe!r} is neither a file nor one of {', '.join(recipe_names())}")
+        raise HoloError(f"recipe: {recipe!r} is neither a file nor one of {', '.join(known)}")
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
@@ -147,7 +149,7 @@ def parse(argv: list[str]) -> Run:
     Raises:
         HoloError: an unknown or malformed argument or recipe.
     """
-    parser = _Parser(KINDS, prog="hf-holo train", allow_abbrev=False)
+    parser = RecipeParser(KINDS, prog="hf-holo train", allow_abbrev=False)
     named = _named_arguments(argv)
     recipe = named.get("recipe") or _resumed_recipe(named) or DEFAULT_RECIPE
 
@@ -157,12 +159,12 @@ def parse(argv: list[str]) -> Run:
     parser.add_argument("--recipe", help=f"{', '.join(recipe_names())}, or a YAML file; default: {DEFAULT_RECIPE}.")
     for name in values:
         if name not in defaults:
-            raise HoloError(f"recipe: {recipe!r} sets the unknown argument {name!r}{_suggestion(name, defaults)}")
+            raise HoloError(f"recipe: {recipe!r} sets the unknown argument {name!r}{suggestion(name, defaults)}")
     parser.set_defaults(output_dir=f"runs/{Path(recipe).stem}", **values)
 
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise HoloError(f"unknown argument {unknown[0]}{_suggestion(unknown[0].lstrip('-'), defaults)}")
+        raise HoloError(f"unknown argument {unknown[0]}{suggestion(unknown[0].lstrip('-'), defaults)}")
     try:
         model, data, training, _ = parser.parse_args_into_dataclasses(argv)
     except ValueError as error:
@@ -200,7 +202,7 @@ def _key_values(pairs: list[str]) -> dict[str, Any]:
     return {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in pairs)}
 
 
-def _suggestion(name: str, known: Iterable[str]) -> str:
+def suggestion(name: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {nearest[0]}?" if nearest else ""
 

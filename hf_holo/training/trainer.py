@@ -88,11 +88,11 @@ class HoloTrainer(Trainer):
     `eval_bits_per_character`. With `ema_decay`, evaluation sees the averaged weights; checkpoints keep both.
 
     Args:
-        characters: number of characters that the scored validation tokens stand for.
+        characters: number of characters that the scored validation tokens stand for; None: no bits per character.
         ema_decay: decay of the weight average, 0 for none.
     """
 
-    def __init__(self, *args: Any, characters: int, ema_decay: float = 0.0, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, characters: int | None = None, ema_decay: float = 0.0, **kwargs: Any) -> None:
         self.characters = characters
         self.average = WeightAverage(ema_decay) if ema_decay else None
         super().__init__(*args, compute_metrics=self.mean_loss, preprocess_logits_for_metrics=summed_losses, **kwargs)
@@ -102,7 +102,8 @@ class HoloTrainer(Trainer):
     def mean_loss(self, prediction: EvalPrediction) -> dict[str, float]:
         """The metrics of a whole evaluation, from the rows of `summed_losses`."""
         nats, tokens = prediction.predictions.astype(np.float64).sum(0)
-        return {"loss": nats / tokens, "bits_per_character": nats / self.characters / math.log(2)}
+        per_character = {"bits_per_character": nats / self.characters / math.log(2)} if self.characters else {}
+        return {"loss": nats / tokens, **per_character}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate the averaged weights if there are any, else the trained ones."""

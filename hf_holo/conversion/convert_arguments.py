@@ -1,0 +1,187 @@
+"""The options of `hf-holo convert`, from a YAML recipe and the command line."""
+
+from argparse import RawDescriptionHelpFormatter
+from dataclasses import dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..errors import HoloError, Parser
+from ..training.arguments import described
+from .surgery import HoloSurgeryConfig
+
+RATIO = 0.8  # of a calibrated conversion
+
+
+@dataclass
+class ConvertArguments:
+    """The options, which are also the keys of a recipe."""
+
+    method: Literal["calibrated", "harmonic"] = described(
+        "calibrated: fitted to the text, useful at once; harmonic: the original's regenerated bases, to be trained.",
+        "calibrated",
+    )
+    ratio: float | None = described(
+        f"Share of the converted layers' numbers that stays on disk, bases included; calibrated: default {RATIO}."
+    )
+    harmonics: int | None = described("With harmonic: harmonics of every layer instead of a ratio; default 64.")
+    basis: Literal["random", "dct", "golden"] = described("With harmonic: the basis.", "random")
+    modules: list[str] = field(
+        default_factory=list, metadata={"help": "Regular expressions of the layers to convert; default: all in blocks."}
+    )
+    exclude: list[str] = field(default_factory=list, metadata={"help": "Regular expressions of layers that stay."})
+    keep_first: int = described("Blocks at the start that stay.", 0)
+    keep_last: int = described("Blocks at the end that stay.", 0)
+    text: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Calibration texts, mixed in equal parts: files, folders, `python-help` or Hub data sets."},
+    )
+    held_out: list[float] = field(
+        default_factory=lambda: [0.1],
+        metadata={"help": "Share at the end of each text that is only measured on; one for all, or one for each."},
+    )
+    window: int = described("Tokens in a window of text.", 512)
+    tokens: int = described("Calibration tokens for the activations.", 16384)
+    fisher_tokens: int = described("How many of them for the gradients too.", 4096)
+    eval_windows: int = described("Held-out windows of each text to measure perplexity on; 0: all.", 32)
+    memory: float = described("GiB that the statistics may take at a time; with less the text is read more often.", 4.0)
+    prompt: str | None = described("Start of the sample; default: the start of the first held-out text.")
+    sample_tokens: int = described("Tokens to write for the sample.", 80)
+    seed: int = described("Of windows, labels, bases and the sample.", 0)
+
+    @property
+    def calibrated(self) -> bool:
+        return self.method == "calibrated"
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The method, and what is not at its default."""
+        defaults = ConvertArguments()
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {key: value for key, value in values.items() if key == "method" or value != getattr(defaults, key)}
+
+    @property
+    def held_out_shares(self) -> list[float]:
+        """One for each text."""
+        return self.held_out * len(self.text) if len(self.held_out) == 1 else self.held_out
+
+    def surgery(self) -> HoloSurgeryConfig:
+        """The choice of layers as the surgery understands it."""
+        choice = {
+            "modules": self.modules or None,
+            "exclude": self.exclude or None,
+            "keep_first": self.keep_first,
+            "keep_last": self.keep_last,
+            "ratio": self.ratio,
+            "seed": self.seed,
+        }
+        if self.calibrated:
+            return HoloSurgeryConfig(**choice, basis="data", shared=True, folded=True, pivoted=True)
+        return HoloSurgeryConfig(**choice, harmonics=self.harmonics, basis=self.basis)
+
+    def check(self) -> None:
+        """Raises HoloError if a value is out of range or options exclude each other."""
+        if self.calibrated:
+            self.ratio = RATIO if self.ratio is None else self.ratio
+            if self.harmonics is not None:
+                raise HoloError(f"harmonics={self.harmonics} is chosen by the calibration itself; give --ratio instead")
+            if not 0 < self.ratio < 1:
+                raise HoloError(f"ratio={self.ratio} must lie between 0 and 1")
+        for name, least in (("window", 2), ("tokens", self.window), ("fisher_tokens", self.window)):
+            if getattr(self, name) < least:
+                raise HoloError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.fisher_tokens > self.tokens:
+            raise HoloError(f"fisher_tokens={self.fisher_tokens} is more than tokens={self.tokens}")
+        if self.eval_windows < 0 or self.sample_tokens < 1 or self.memory <= 0:
+            raise HoloError("eval_windows must not be negative, sample_tokens and memory must be positive")
+        if self.text and len(self.held_out_shares) != len(self.text):
+            raise HoloError(f"held_out: {len(self.held_out)} shares for {len(self.text)} texts; give one, or one each")
+        for share in self.held_out:
+            if not 0 < share < 1:
+                raise HoloError(f"held_out={share} must lie between 0 and 1")
+        self.surgery()
+
+
+class _Parser(Parser, HfArgumentParser):
+    """HfArgumentParser with the errors of this package."""
+
+
+@dataclass
+class Command:
+    """One call: `out` is None only in a dry run."""
+
+    teacher: str
+    out: Path | None
+    overwrite: bool
+    dry_run: bool
+    options: ConvertArguments
+
+
+def parse(argv: list[str], description: str) -> Command:
+    """Parse the command line on top of the recipe that it may name.
+
+    Raises:
+        HoloError: an unknown or malformed option or recipe, or a value out of range.
+    """
+    parser = _Parser(
+        ConvertArguments,
+        prog="hf-holo convert",
+        description=description,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    finder = Parser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--recipe")
+    recipe = finder.parse_known_args(argv)[0].recipe
+    if recipe:
+        parser.set_defaults(**vars(parser.parse_args(_as_words(recipe))))
+    parser.add_argument("--recipe", help=f"{', '.join(recipe_names())}, or a YAML file of the options above.")
+    parser.add_argument("teacher", metavar="TEACHER", help="folder or Hub name of the model")
+    parser.add_argument("out", metavar="OUT", nargs="?", type=Path, help="folder of the result")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="Replace an earlier conversion when this one is ready."
+    )
+    parser.add_argument(
+        "--dry_run", "--dry-run", action="store_true", help="Only show what would become of every module."
+    )
+    values = vars(parser.parse_args(argv))
+    del values["recipe"]
+    command = {name: values.pop(name) for name in ("teacher", "out", "overwrite", "dry_run")}
+    options = ConvertArguments(**values)
+    options.check()
+    if command["out"] is None and not command["dry_run"]:
+        raise HoloError("OUT: name a folder for the result, or give --dry-run")
+    return Command(**command, options=options)
+
+
+def recipe_names() -> list[str]:
+    """The recipes in the package."""
+    folder = files(__package__).joinpath("recipes")
+    return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.startswith("convert-"))
+
+
+def _as_words(recipe: str) -> list[str]:
+    """A recipe as words of a command line, so that its values meet the same checks.
+
+    Raises:
+        HoloError: there is no such recipe, or it is no mapping.
+    """
+    if recipe in recipe_names():
+        text = files(__package__).joinpath("recipes", f"{recipe}.yaml").read_text(encoding="utf-8")
+    elif Path(recipe).is_file():
+        text = Path(recipe).read_text(encoding="utf-8")
+    else:
+        raise HoloError(f"recipe: {recipe!r} is neither a file nor one of {', '.join(recipe_names())}")
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise HoloError(f"recipe: {recipe!r} is no valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise HoloError(f"recipe: {recipe!r} is not a mapping of options to values")
+    words: list[str] = []
+    for name, value in values.items():
+        words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+    return words

@@ -1,0 +1,411 @@
+"""`hf-holo distill RECIPE`: a student learns from its teacher in stages, each of them saved and resumable."""
+
+import json
+import math
+import os
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from ..errors import HoloError
+from ..generation import generate_text
+from ..training.callbacks import CausalityCallback
+from ..training.data import Collator, Splits, read_documents, split_documents, text_splits
+from ..training.optim import MuonAdamW
+from ..training.train import find_checkpoint, save_final
+from ..training.trainer import HoloTrainer, summed_losses
+from .distill_arguments import Distillation, Stage, TextArguments, parse
+from .distill_report import Report
+from .logit_cache import CachedLogits, write_cache
+from .objectives import Loss, block_twins, converted_layers, hidden_state_loss, logit_loss, output_loss
+
+FINISHED = "stage.json"  # the last file that a stage writes
+
+
+def main(argv: list[str]) -> None:
+    """Run `hf-holo distill` with these arguments.
+
+    Raises:
+        HoloError: bad input; the message is one line that says what to do.
+    """
+    run = parse(argv)
+    try:
+        distill(run)
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. Go on with the same command and --resume_from_checkpoint: {run.training.output_dir}")
+        raise SystemExit(130) from None
+
+
+@dataclass
+class Texts:
+    """What the student learns on, and what both are scored on.
+
+    Attributes:
+        train: windows of all texts.
+        validation: held-out windows of each, by the name of its file.
+        prompt: text to start a sample from.
+    """
+
+    train: Dataset
+    validation: dict[str, Dataset]
+    prompt: str
+
+
+def distill(run: Distillation) -> PreTrainedModel | PeftModel:
+    """Distil as `run` says, write everything into its output folder, and return the student."""
+    folder = Path(run.training.output_dir)
+    finished = _finished_stages(run, folder)
+    set_seed(run.training.seed)
+    teacher = load_model("teacher", run.models.teacher).eval().requires_grad_(False)
+    source = str(stage_folder(run, len(finished) - 1)) if finished else run.models.student
+    student = load_student(run, source)
+    tokenizer = load_tokenizer(run)
+    check_vocabulary(teacher, student, tokenizer)
+    texts = load_texts(run.texts, tokenizer)
+    for stage in run.stages[len(finished) :]:  # bad input shows before the first stage costs time
+        make_loss(stage, student, teacher)
+        choose_trainable(student, teacher, stage, run.models.lora_rank)
+
+    _prepare(run, folder, finished)
+    report = Report.load(folder, len(finished)) if finished else Report(folder)
+    if not finished:
+        report.teacher = describe(teacher, tokenizer, texts, run)
+        report.student = describe(student, tokenizer, texts, run)
+        report.write()
+    for stage in run.stages[len(finished) :]:
+        entry = run_stage(stage, student, teacher, tokenizer, texts, run)
+        report.stages = [*report.stages, entry]
+        report.write()
+        print(f"\nafter the stage {stage.name!r}: {report.line(entry)}")
+    student.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    print(f"\nThe student lies in {folder}; figures in report.json, losses.csv and losses.png")
+    return student
+
+
+# ---------------------------------------------------------------------------------------------- before the first stage
+def stage_folder(run: Distillation, index: int) -> Path:
+    return Path(run.stages[index].training.output_dir)
+
+
+def _finished_stages(run: Distillation, folder: Path) -> list[Stage]:
+    """The stages that need not be run, from the first on.
+
+    Raises:
+        HoloError: the folder holds a run and nothing says what to do with it; or the stage to start with is unknown, or
+            the one before it has not been finished.
+    """
+    args, names = run.training, [stage.name for stage in run.stages]
+    if args.resume_from_checkpoint not in (None, "last"):
+        raise HoloError(f"resume_from_checkpoint: {args.resume_from_checkpoint!r}; give it without a value")
+    done = [(stage_folder(run, i) / FINISHED).is_file() for i in range(len(names))]
+    complete = done.index(False) if False in done else len(done)
+    if run.models.start_stage is not None:
+        if run.models.start_stage not in names:
+            raise HoloError(f"start_stage: {run.models.start_stage!r} is none of the stages {', '.join(names)}")
+        start = names.index(run.models.start_stage)
+        if start > complete:
+            raise HoloError(
+                f"start_stage: {names[start]!r} needs the stage {names[start - 1]!r}, "
+                f"which {str(folder)!r} does not hold; run that one first"
+            )
+        return run.stages[:start]
+    if args.resume_from_checkpoint:
+        return run.stages[:complete]
+    if (folder / "recipe.yaml").exists() and not args.overwrite:
+        raise HoloError(
+            f"output_dir: {str(folder)!r} already holds a run; add --resume_from_checkpoint to go on with it, "
+            "--overwrite to delete it, or name another --output_dir"
+        )
+    return []
+
+
+def _prepare(run: Distillation, folder: Path, finished: list[Stage]) -> None:
+    """Remove what the run will replace, and write down its recipe. An interrupted stage keeps its checkpoints."""
+    if not run.training.resume_from_checkpoint:
+        for index in range(len(finished), len(run.stages)):
+            shutil.rmtree(stage_folder(run, index), ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "recipe.tmp"
+    temporary.write_text(yaml.safe_dump(run.recipe, sort_keys=False), encoding="utf-8")
+    os.replace(temporary, folder / "recipe.yaml")
+
+
+def load_model(argument: str, source: str | None) -> PreTrainedModel:
+    """The causal language model at `source`, in float32.
+
+    Raises:
+        HoloError: none is named, or none is there.
+    """
+    if not source:
+        raise HoloError(f"{argument}: name the folder of a causal language model")
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise HoloError(f"{argument}: cannot load {source!r}: {reason}") from None
+
+
+def load_student(run: Distillation, source: str) -> PreTrainedModel | PeftModel:
+    """The student in `source`, with new adapters or those of the last stage, if adapters are what trains."""
+    if not run.models.lora_rank:
+        return load_model("student", source)
+    student = load_model("student", run.models.student)
+    if source != run.models.student:
+        return PeftModel.from_pretrained(student, source, is_trainable=True)
+    rank, modules = run.models.lora_rank, run.models.lora_modules
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear" if modules == ["all-linear"] else modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(student, config)
+    except ValueError as error:
+        raise HoloError(f"lora_modules: {str(error).partition('.')[0]}") from None
+
+
+def load_tokenizer(run: Distillation) -> PreTrainedTokenizerBase:
+    """The teacher's tokenizer.
+
+    Raises:
+        HoloError: there is none, or the student brings another.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(run.models.teacher)
+    except (OSError, ValueError, AttributeError):  # the last is what transformers 4 says of an empty folder
+        raise HoloError(f"teacher: {run.models.teacher!r} holds no tokenizer") from None
+    if not (Path(run.models.student) / "tokenizer_config.json").is_file():
+        return tokenizer  # the student came without one
+    other = AutoTokenizer.from_pretrained(run.models.student)
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise HoloError(
+            f"student: the tokenizer in {run.models.student!r} has another vocabulary than the teacher's; "
+            "they must share one"
+        )
+    return tokenizer
+
+
+def check_vocabulary(teacher: PreTrainedModel, student: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise HoloError unless both models and the tokenizer speak of the same tokens."""
+    sizes = teacher.config.vocab_size, student.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise HoloError(f"student: its vocabulary has {sizes[1]} tokens, the teacher's {sizes[0]}; they must be equal")
+    if len(tokenizer) > sizes[0]:
+        raise HoloError(f"teacher: its tokenizer has {len(tokenizer)} tokens, the model only {sizes[0]}")
+
+
+def load_texts(texts: TextArguments, tokenizer: PreTrainedTokenizerBase) -> Texts:
+    """Read, split and encode the texts.
+
+    Raises:
+        HoloError: a text is missing, or too short for one window.
+    """
+    splits: dict[str, Splits] = {}
+    for file, fraction in zip(texts.train_files, texts.validation_fraction, strict=True):
+        parts = split_documents(read_documents(file, text_column=texts.text_column), fraction)
+        name = Path(file).stem
+        if name in splits:
+            raise HoloError(f"train_files: two texts are called {name!r}; rename one")
+        splits[name] = text_splits(*parts, tokenizer, texts.block_size, texts.stride)
+    limit = texts.evaluation_windows
+    validation = {
+        name: Subset(split.validation, range(min(limit or len(split.validation), len(split.validation))))
+        for name, split in splits.items()
+    }
+    first = next(iter(splits.values()))
+    return Texts(ConcatDataset([split.train for split in splits.values()]), validation, first.prompt)
+
+
+def choose_trainable(student: nn.Module, teacher: PreTrainedModel, stage: Stage, lora_rank: int) -> int:
+    """Let those parameters learn that the stage names, by default all that conversion made, and no others.
+
+    Returns:
+        How many numbers they hold.
+
+    Raises:
+        HoloError: a pattern matches no parameter, or nothing was converted and nothing is named.
+    """
+    parameters = dict(student.named_parameters())
+    if lora_rank:
+        chosen = {name for name in parameters if "lora_" in name}
+    elif stage.what.trainable:
+        chosen = set()
+        for pattern in stage.what.trainable:
+            matching = {name for name in parameters if re.search(pattern, name)}
+            if not matching:
+                raise HoloError(f"trainable: {pattern!r} matches no parameter, such as {next(iter(parameters))!r}")
+            chosen |= matching
+    else:
+        layers = tuple(f"{name}." for name in converted_layers(student, teacher))
+        chosen = {name for name in parameters if name.startswith(layers)}
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in chosen)
+    return sum(parameters[name].numel() for name in chosen)
+
+
+def make_loss(stage: Stage, student: nn.Module, teacher: PreTrainedModel) -> Loss:
+    """The loss of a stage, as a function of the student and a batch.
+
+    Raises:
+        HoloError: student and teacher cannot be compared in this way.
+    """
+    bare, what = bare_model(student), stage.what
+    if what.match == "layers":
+        return output_loss(teacher, list(converted_layers(bare, teacher).values()), residual=False)
+    if what.match == "blocks":
+        return output_loss(teacher, block_twins(bare, teacher), residual=True)
+    if what.match == "hidden_states":
+        return hidden_state_loss(teacher, block_twins(bare, teacher))
+    return logit_loss(teacher, what.temperature, what.hard_labels)
+
+
+def bare_model(student: nn.Module) -> PreTrainedModel:
+    """The student without what adapters put around it."""
+    return student.get_base_model() if isinstance(student, PeftModel) else student
+
+
+# ---------------------------------------------------------------------------------------------- a stage
+class DistillTrainer(HoloTrainer):
+    """[`HoloTrainer`] that trains with the loss of a stage; validation is scored on the text, as ever.
+
+    Args:
+        stage_loss: gives the loss of the student on a batch.
+    """
+
+    def __init__(self, *args: Any, stage_loss: Loss, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stage_loss = stage_loss
+        self.model_accepts_loss_kwargs = False  # the loss is a mean: accumulated steps have to be averaged
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if return_outputs:  # Trainer evaluates
+            return super().compute_loss(model, inputs, return_outputs)
+        return self.stage_loss(bare_model(self.accelerator.unwrap_model(model)), inputs)
+
+
+class DistillCollator(Collator):
+    """[`Collator`] that stacks cached soft labels too; windows that have them are of equal length."""
+
+    def __call__(self, examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        cached = [name for name in examples[0] if name.startswith("teacher_")]
+        return super().__call__(examples) | {name: torch.stack([e[name] for e in examples]) for name in cached}
+
+
+def run_stage(
+    stage: Stage,
+    student: nn.Module,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Texts,
+    run: Distillation,
+) -> dict[str, Any]:
+    """Train the student in place, save it in the folder of the stage, and return what the report says about it."""
+    folder = Path(stage.training.output_dir)
+    start = time.perf_counter()
+    checkpoint = find_checkpoint(folder, run.training.resume_from_checkpoint)
+    trained = choose_trainable(student, teacher, stage, run.models.lora_rank)
+    print(f"\nstage {stage.name!r}: match {stage.what.match}, {trained:,} parameters train")
+    train = texts.train
+    if stage.what.match == "logits" and stage.what.cache_logits:
+        path, batch = folder / "teacher_logits.safetensors", stage.training.per_device_train_batch_size
+        write_cache(teacher, train, path, stage.what.cache_logits, stage.what.temperature, batch)
+        train = CachedLogits(train, path)
+    trainer = make_trainer(stage, student, make_loss(stage, student, teacher), tokenizer, train, texts)
+    use_cache = student.config.use_cache
+    teacher.to(trainer.args.device)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.adopt_average()
+    student.config.use_cache = use_cache  # transformers 5 turns it off, and would save it so
+
+    save_final(student, tokenizer, folder)
+    entry = {
+        "name": stage.name,
+        "match": stage.what.match,
+        "trained": trained,
+        "steps": trainer.state.global_step,
+        "tokens": trainer.state.global_step * _tokens_a_step(trainer, run),
+        "seconds": round(time.perf_counter() - start, 1),
+        "resumed": checkpoint is not None,
+        **describe(student, tokenizer, texts, run),
+        "history": [log for log in trainer.state.log_history if "loss" in log or "eval_loss" in log],
+    }
+    (folder / FINISHED).write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
+    return entry
+
+
+def _tokens_a_step(trainer: HoloTrainer, run: Distillation) -> int:
+    return trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * run.texts.block_size
+
+
+def make_trainer(
+    stage: Stage,
+    student: nn.Module,
+    loss: Loss,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    texts: Texts,
+) -> DistillTrainer:
+    """Put student, data and optimizer together."""
+    args = stage.training
+    args.remove_unused_columns = False  # cached logits are no argument of the model
+    optimizer = None
+    if args.optimizer == "muon":
+        betas = (args.adam_beta1, args.adam_beta2)
+        try:
+            optimizer = MuonAdamW.for_model(
+                student, args.learning_rate, args.muon_lr_ratio, args.weight_decay, betas, args.adam_epsilon
+            )
+        except ValueError as error:
+            raise HoloError(f"optimizer: 'muon' does not fit what trains in this stage: {error}") from None
+    return DistillTrainer(
+        student,
+        args,
+        stage_loss=loss,
+        data_collator=DistillCollator(tokenizer.pad_token_id or 0),
+        train_dataset=train,
+        eval_dataset=ConcatDataset(list(texts.validation.values())),
+        processing_class=tokenizer,
+        optimizers=(optimizer, None),
+        callbacks=[CausalityCallback()] if args.causality_check else [],
+        ema_decay=args.ema_decay,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- scores
+def describe(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Texts, run: Distillation) -> dict[str, Any]:
+    """Size of a model, its loss on every held-out text, and a sample."""
+    batch = run.training.per_device_eval_batch_size
+    scores = {}
+    for name, windows in texts.validation.items():
+        loss = score(model, windows, batch, tokenizer.pad_token_id or 0)
+        scores[name] = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
+    tokens = run.texts.sample_tokens
+    set_seed(run.training.seed)
+    sample = generate_text(bare_model(model), tokenizer, texts.prompt, tokens) if tokens else None
+    return {"parameters": sum(p.numel() for p in model.parameters()), "scores": scores, "sample": sample}
+
+
+@torch.no_grad()
+def score(model: nn.Module, windows: Dataset, batch_size: int, pad_token_id: int = 0) -> float:
+    """Nats per token over all windows, each token counted once."""
+    device = next(model.parameters()).device
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64)
+    for batch in tqdm(DataLoader(windows, batch_size, collate_fn=Collator(pad_token_id)), desc="scoring", leave=False):
+        batch = {name: value.to(device) for name, value in batch.items()}
+        labels = batch.pop("labels")
+        total += summed_losses(model(**batch, use_cache=False).logits, labels).double().sum(0).cpu()
+    return (total[0] / total[1]).item()

@@ -1,0 +1,155 @@
+"""What a conversion starts from: the teacher, its tokenizer, and texts in windows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..errors import HoloError
+from ..training.data import read_documents
+from .convert_arguments import ConvertArguments
+from .evaluation import Windows, cut_windows, masked_token, next_token, spread
+
+AUTO_CLASSES = {AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForMaskedLM: MODEL_FOR_MASKED_LM_MAPPING}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The teacher, as long as only its config is read.
+
+    Attributes:
+        name: folder or Hub name.
+        config: its config.
+        auto_class: that loads it with its head.
+    """
+
+    name: str
+    config: PretrainedConfig
+    auto_class: type
+
+    @classmethod
+    def find(cls, name: str) -> "Source":
+        """Raises HoloError if there is no dense causal or masked language model of this name."""
+        try:
+            config = AutoConfig.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise HoloError(f"TEACHER: {name!r} holds no model of transformers: {_first_line(error)}") from None
+        if getattr(config, "quantization_config", None) is not None:
+            raise HoloError(f"TEACHER: {name!r} is quantized or converted already; give the dense model")
+        heads = {auto: mapping.get(type(config), None) for auto, mapping in AUTO_CLASSES.items()}
+        named = config.architectures or []
+        for auto, head in heads.items():
+            if head is not None and (head.__name__ in named or not named):
+                return cls(name, config, auto)
+        raise HoloError(f"TEACHER: {name!r} ({', '.join(named)}) is neither a causal nor a masked language model")
+
+    @property
+    def causal(self) -> bool:
+        return self.auto_class is AutoModelForCausalLM
+
+    def without_weights(self) -> PreTrainedModel:
+        """The model on the meta device."""
+        with torch.device("meta"):
+            return self.auto_class.from_config(AutoConfig.from_pretrained(self.name))
+
+    def load(self) -> PreTrainedModel:
+        """The model with its weights, in the type that they are stored in."""
+        try:
+            return self.auto_class.from_pretrained(self.name, dtype="auto").eval()
+        except (OSError, ValueError) as error:
+            raise HoloError(f"TEACHER: cannot load {self.name!r}: {_first_line(error)}") from None
+
+
+def load_tokenizer(teacher: str, needed: bool = True) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the teacher; None if there is none and it is not `needed`.
+
+    Raises:
+        HoloError: there is none.
+    """
+    reason = "it makes no tokens of a word"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(teacher)
+        if tokenizer("text", add_special_tokens=False).input_ids:
+            return tokenizer
+    except (OSError, ValueError, AttributeError) as error:  # the last in 4.57, where files are missing
+        reason = _first_line(error)
+    if needed:
+        raise HoloError(f"TEACHER: {teacher!r} has no tokenizer to read the text with: {reason}")
+    return None
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text in windows: `calibration` `[N, T]`, as the model reads it, and `held_out`, to be measured on."""
+
+    name: str
+    calibration: torch.Tensor
+    held_out: Windows
+
+
+def load_texts(options: ConvertArguments, tokenizer: PreTrainedTokenizerBase | None, source: Source) -> list[Text]:
+    """Read, split and encode the texts.
+
+    Raises:
+        HoloError: there is none, one cannot be read, one is too short, or the windows are too long for the teacher.
+    """
+    if options.calibrated and not options.text:
+        raise HoloError("text: a calibrated conversion needs --text, best several of different kinds")
+    positions = getattr(source.config, "max_position_embeddings", None) or options.window
+    if options.window > positions:
+        raise HoloError(f"window={options.window} is longer than the {positions} positions of the teacher")
+    return [
+        load_text(name, share, options, tokenizer, source)
+        for name, share in zip(options.text, options.held_out_shares if options.text else (), strict=True)
+    ]
+
+
+def load_text(
+    name: str, share: float, options: ConvertArguments, tokenizer: PreTrainedTokenizerBase, source: Source
+) -> Text:
+    """One text: the last `share` of it is held out."""
+    from_file = Path(name).exists() or bool(Path(name).suffix)  # a name with a suffix is a file that is missing
+    try:
+        document = "\n\n".join(read_documents(name) if from_file else read_documents(dataset_name=name))
+    except HoloError as error:
+        raise HoloError(f"text: {error}") from None
+    cut = round((1 - share) * len(document))
+    windows = cut_windows(tokenizer, document[:cut], options.window)
+    wanted = max(options.tokens // options.window // len(options.text), 1)
+    if options.calibrated and len(windows) < wanted:
+        raise HoloError(
+            f"text: {name!r} has {len(windows) * options.window:,} tokens to calibrate on, but its share of "
+            f"tokens={options.tokens} is {wanted * options.window:,}; give more text, or fewer --tokens"
+        )
+    held_out = cut_windows(tokenizer, document[cut:], options.window)
+    if not len(held_out):
+        raise HoloError(f"text: the held-out part of {name!r} has less than one window of {options.window} tokens")
+    if torch.cat([windows, held_out]).max() >= source.config.vocab_size:
+        raise HoloError(f"TEACHER: its tokenizer has more tokens than the {source.config.vocab_size} of the model")
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.seed))
+    calibration, held_out = windows[order[:wanted]], spread(held_out, options.eval_windows or len(held_out))
+    if source.causal:
+        return Text(Path(name).name, calibration, next_token(held_out))
+    masked = masked_token(calibration, tokenizer, options.seed).inputs
+    return Text(Path(name).name, masked, masked_token(held_out, tokenizer, options.seed))
+
+
+def mixed(texts: Sequence[Text]) -> torch.Tensor:
+    """The calibration windows `[N, T]` of all texts, in turn, so that every start of them is a mixture too."""
+    return torch.stack([text.calibration for text in texts], dim=1).flatten(0, 1)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,129 @@
+"""The folder beside a result in which it grows: what is finished stays after a kill, and the result appears at once."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..errors import HoloError
+
+MARK = "report.json"  # every finished result holds one; nothing else is ever replaced
+
+
+class WorkFolder:
+    """`OUT.work`, beside the folder OUT.
+
+    Args:
+        out: the folder of the result.
+        identity: what the work depends on; work of another identity is not continued.
+        overwrite: throw away work of another identity, and let the result replace an earlier one.
+
+    Raises:
+        HoloError: OUT exists, or there is unfinished work of another kind.
+    """
+
+    def __init__(self, out: Path, identity: dict[str, Any], overwrite: bool = False):
+        self.out, self.path = out, work_path(out)
+        check_out(out, overwrite)
+        known = self.load_json("identity")
+        if known not in (None, json.loads(json.dumps(identity))):
+            if not overwrite:
+                raise HoloError(
+                    f"OUT: {str(self.path)!r} holds an unfinished run with other options, texts or weights; "
+                    "finish it with its own command, delete it, or give --overwrite"
+                )
+            shutil.rmtree(self.path)
+        elif known is not None:
+            print(f"Going on with what lies in {self.path}.")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.save_json("identity", identity)
+
+    def save_json(self, name: str, values: Any) -> None:
+        temporary = self.path / f"{name}.tmp"
+        temporary.write_text(json.dumps(values, indent=2), encoding="utf-8")
+        os.replace(temporary, self.path / f"{name}.json")
+
+    def load_json(self, name: str) -> Any:
+        """What was saved under this name, or None."""
+        path = self.path / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def has_tensors(self, name: str) -> bool:
+        return (self.path / f"{name}.safetensors").exists()
+
+    def save_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        temporary = self.path / f"{name}.tmp"
+        save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, temporary)
+        os.replace(temporary, self.path / f"{name}.safetensors")
+
+    def load_tensors(self, name: str, *keys: str) -> dict[str, torch.Tensor]:
+        """These tensors, or all."""
+        with safe_open(self.path / f"{name}.safetensors", "pt") as file:
+            return {key: file.get_tensor(key) for key in keys or file.keys()}
+
+    def drop_tensors(self, name: str) -> None:
+        (self.path / f"{name}.safetensors").unlink(missing_ok=True)
+
+    def new_result(self) -> Path:
+        """An empty folder for the result."""
+        path = self.path / "result"
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        return path
+
+    def publish(self) -> None:
+        """Give the result its final name, and remove everything else."""
+        if self.out.exists():
+            os.replace(self.out, self.path / "replaced")
+        os.replace(self.path / "result", self.out)
+        shutil.rmtree(self.path)
+
+
+def work_path(out: Path) -> Path:
+    """Where the work for this result lies."""
+    return out.with_name(f"{out.name}.work")
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Refuse a folder that may not be written.
+
+    Raises:
+        HoloError: it exists and nothing was said of overwriting, or it holds no earlier result.
+    """
+    if out.is_file():
+        raise HoloError(f"OUT: {str(out)!r} is a file; name a folder")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise HoloError(f"OUT: {str(out)!r} exists; name another folder, or give --overwrite to replace it")
+    if not (out / MARK).is_file():
+        raise HoloError(f"OUT: {str(out)!r} holds no earlier result (no {MARK}), and is not overwritten; name another")
+
+
+@contextmanager
+def clear_disk_errors(out: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into one line.
+
+    Raises:
+        HoloError: instead of the OSError, or of the SafetensorError that hides it.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reasons = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota of the disk is used up"}
+        for number, reason in reasons.items():
+            if getattr(error, "errno", None) == number or f"os error {number}" in str(error):
+                raise HoloError(
+                    f"OUT: {reason} while writing {str(work_path(out))!r}; make room, and the same command goes on"
+                ) from None
+        if isinstance(error, PermissionError):
+            raise HoloError(f"OUT: {str(error.filename)!r} cannot be written: {error.strerror}") from None
+        raise
