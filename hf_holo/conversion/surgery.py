@@ -4,9 +4,11 @@ A converted model stays what it was (a `Phi3ForCausalLM`, say): its config carri
 `from_pretrained` swaps the layers before it reads their weights. `import hf_holo` registers the quantizer.
 """
 
+import copy
 import functools
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -46,6 +48,7 @@ class HoloSurgeryConfig(QuantizationConfigMixin):
         pivoted: store a "data" basis pivoted.
         seed: of random bases.
         layers: the resolved plan, by module name; filled in by the surgery. Given, it replaces all of the above.
+        checksum: of the bases that are made anew on loading; filled in by the surgery, verified on loading.
 
     Raises:
         HoloError: a value is out of range.
@@ -65,6 +68,7 @@ class HoloSurgeryConfig(QuantizationConfigMixin):
         pivoted: bool = False,
         seed: int = 0,
         layers: dict[str, dict[str, Any]] | None = None,
+        checksum: int | None = None,
         **kwargs,
     ):
         self.quant_method = "holo"
@@ -73,6 +77,7 @@ class HoloSurgeryConfig(QuantizationConfigMixin):
         self.harmonics, self.ratio = harmonics, ratio
         self.basis, self.shared, self.folded, self.pivoted, self.seed = basis, shared, folded, pivoted, seed
         self.layers = layers
+        self.checksum = checksum
         self._check()
 
     def _check(self) -> None:
@@ -130,7 +135,7 @@ def apply_surgery(model: PreTrainedModel, config: HoloSurgeryConfig | None = Non
 
     Args:
         model: any model of transformers.
-        config: default: the original's, see [`HoloSurgeryConfig`]. The resolved plan is kept in `model.config`.
+        config: default: the original's, see [`HoloSurgeryConfig`]. A copy with the plan is kept in `model.config`.
 
     Returns:
         A report with every module.
@@ -143,17 +148,32 @@ def apply_surgery(model: PreTrainedModel, config: HoloSurgeryConfig | None = Non
     config = config or HoloSurgeryConfig()
     if config.basis == "data" and config.layers is None:
         raise HoloError("basis='data' has to be fitted to activations: use `hf-holo convert --method calibrated`")
-    if config.layers is None:
-        config.layers = plan(model, config)
-    if getattr(model.config, "quantization_config", None) is not None:
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         raise HoloError("model: it is converted or quantized already; start from a dense model, or `restore_linears`")
+    config = resolved(model, config)
     before = _census(model)
     for name, new in swap(model, config).items():
         old = before.modules[name]
         if not next(old.parameters()).is_meta:
             _fit(new, old)
+    config.checksum = checksum_of_bases(model)
     model.config.quantization_config = config
     return _compare(before, _census(model))
+
+
+def resolved(model: nn.Module, config: HoloSurgeryConfig) -> HoloSurgeryConfig:
+    """A copy of the config that holds the plan for this model."""
+    config = copy.deepcopy(config)
+    if config.layers is None:
+        config.layers = plan(model, config)
+    return config
+
+
+def checksum_of_bases(model: nn.Module) -> int | None:
+    """Of all bases that are made and not stored, in the order of their names; None if there is none, or on meta."""
+    bases = {name: module for name, module in model.named_modules() if isinstance(module, HarmonicBasis)}
+    sums = [bases[name].checksum for name in sorted(bases) if bases[name].checksum is not None]
+    return zlib.crc32(repr(sums).encode()) if sums else None
 
 
 def plan(model: nn.Module, config: HoloSurgeryConfig) -> dict[str, dict[str, Any]]:
@@ -389,9 +409,7 @@ class HoloQuantizer(HfQuantizer):
             raise HoloError("basis='data' has to be fitted to activations: use `hf-holo convert --method calibrated`")
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        config = self.quantization_config
-        if config.layers is None:
-            config.layers = plan(model, config)
+        config = self.quantization_config = model.config.quantization_config = resolved(model, self.quantization_config)
         swap(model, config)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -400,6 +418,13 @@ class HoloQuantizer(HfQuantizer):
                 module.basis.regenerate(next(module.parameters()).device)  # 4.57 leaves it on meta
                 if not self.pre_quantized:
                     module.reset_parameters()
+        config, checksum = self.quantization_config, checksum_of_bases(model)
+        if config.checksum not in (None, checksum):
+            raise HoloError(
+                f"checksum={config.checksum} of the bases that the model was made with is not that of those made here "
+                f"({checksum}): its weights would mean something else"
+            )
+        config.checksum = checksum
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -87,6 +87,9 @@ class HarmonicBasis(nn.Module):
         in_features, harmonics, kind, seed: as in [`harmonic_basis`].
         pivoted: store a "data" basis pivoted.
 
+    Attributes:
+        checksum: of the numbers of a basis that was made, to about six digits; None for one that is stored.
+
     Raises:
         ValueError: an unknown kind, harmonics outside 1 to in_features, or pivoted without a "data" basis.
     """
@@ -121,6 +124,7 @@ class HarmonicBasis(nn.Module):
         else:
             table = torch.zeros(harmonics, in_features, device=device, dtype=dtype)
             self.register_buffer("table", table, persistent=kind == "data")
+        self.checksum: int | None = None
         self.regenerate()
 
     @torch.no_grad()
@@ -128,8 +132,9 @@ class HarmonicBasis(nn.Module):
         """Make the numbers of a basis that is not stored, on `device` (default: where it is)."""
         device = device or next(self.buffers()).device
         if self.kind != "data" and device.type != "meta":
-            numbers = torch.from_numpy(harmonic_basis(self.kind, self.harmonics, self.in_features, self.seed))
-            self.table = numbers.to(device, self.table.dtype)
+            numbers = harmonic_basis(self.kind, self.harmonics, self.in_features, self.seed)
+            self.checksum = zlib.crc32(np.rint(numbers * 2**20).astype(np.int64).tobytes())
+            self.table = torch.from_numpy(numbers).to(device, self.table.dtype)
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)  # .to(), .half(), .cuda(), .to_empty(): a cast there and back would round
@@ -266,12 +271,24 @@ class HoloLinear(nn.Linear):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Compute with one dense matrix from now on, for inference; nothing that is saved changes."""
+        """Compute with one dense matrix from now on, for inference; nothing that is saved changes.
+
+        Training mode and newly loaded weights put an end to it, since the matrix would no longer be theirs.
+        """
         self.merged = (self.effective_coefficients() @ self.basis.matrix()).detach()
 
     def unmerge(self) -> None:
         """Compute with the thin factors again."""
         self.merged = None
+
+    def train(self, mode: bool = True) -> "HoloLinear":
+        if mode:
+            self.unmerge()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.unmerge()
+        super()._load_from_state_dict(*args, **kwargs)
 
     @torch.no_grad()
     def fold(self) -> None:

@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_holo import HoloError
 from hf_holo.conversion import HoloSurgeryConfig, apply_surgery, restore_linears
 from hf_holo.eval.conformance import Subject, run_check, select
+from hf_holo.modeling import harmonics
 from hf_holo.modeling.harmonics import HarmonicBasis, HoloLinear
 
 DECODER = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
@@ -480,8 +481,7 @@ def test_a_model_without_blocks_is_refused():
 
 
 def test_a_plan_for_another_model_is_refused():
-    config = HoloSurgeryConfig(harmonics=8)
-    apply_surgery(dense_model("opt"), config)
+    config = converted_model("opt").config.quantization_config
     model = dense_model("llama")
     before = state(model)
     with pytest.raises(HoloError, match=r"layers: LlamaForCausalLM has no linear layer 'model\.decoder\.layers\.0\."):
@@ -511,3 +511,25 @@ def test_an_error_while_loading_is_clear(tmp_path):
     for options, message in (({"basis": "data"}, "hf-holo convert"), ({"modules": "x"}, "modules: 'x' matches none")):
         with pytest.raises(HoloError, match=message):
             AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=HoloSurgeryConfig(**options))
+
+
+def test_the_callers_config_stays_as_it_was(tmp_path):
+    """One config converts models of different sizes: the plan lies in the model's copy."""
+    config = HoloSurgeryConfig(harmonics=4)
+    for name in ("llama", "gpt2"):
+        model = dense_model(name)
+        model.save_pretrained(tmp_path / name)
+        apply_surgery(model, config)
+        assert len(model.config.quantization_config.layers) > 4
+        type(model).from_pretrained(tmp_path / name, quantization_config=config)
+    assert config.layers is None and config.checksum is None
+
+
+def test_bases_that_are_not_the_models_own_are_refused(tmp_path, monkeypatch):
+    """As if another release made other numbers."""
+    model = converted_model("llama")
+    model.save_pretrained(tmp_path)
+    made = harmonics.harmonic_basis
+    monkeypatch.setattr(harmonics, "harmonic_basis", lambda *args: 1.001 * made(*args))
+    with pytest.raises(HoloError, match=r"checksum=\d+ of the bases that the model was made with is not that"):
+        type(model).from_pretrained(tmp_path)

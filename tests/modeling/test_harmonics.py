@@ -197,6 +197,19 @@ def test_a_merged_layer_follows_new_factors():
     torch.testing.assert_close(layer(x), fresh(x))
 
 
+@pytest.mark.parametrize("change", ["train", "load"])
+def test_a_merged_layer_does_not_outlive_its_factors(change):
+    layer, other, x = HoloLinear(INPUTS, OUTPUTS, R), HoloLinear(INPUTS, OUTPUTS, R), torch.randn(2, INPUTS)
+    layer.eval().merge()
+    if change == "train":
+        layer.train()
+        layer(x).sum().backward()
+        assert layer.amplitude.grad is not None
+    else:
+        layer.load_state_dict(other.state_dict())
+        torch.testing.assert_close(layer(x), other(x))
+
+
 def test_unfolding_trains_amplitudes_and_phases():
     layer = fitted()
     layer.unfold()
