@@ -190,7 +190,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="hf-holo scope", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="scope", help="folder for scope.png and scope.json")
+    parser.add_argument("--output_dir", default="runs/scope", help="folder for scope.png and scope.json")
     parser.add_argument("--seed", type=int, default=0, help="of points and weights")
     parser.add_argument("--steps", type=int, default=1000, help="training steps of each network")
     args = parser.parse_args(argv)
