@@ -89,6 +89,19 @@ def leaking_gate(f: dict) -> str:
     return f"nats per character after {steps:,} steps: {'; '.join(rows)}; guessing {guessing:.2f}"
 
 
+def surgery(f: dict) -> str:
+    texts = list(f["held_out_windows"])
+    rows = []
+    for row in f["rows"][1:]:  # the first is the teacher itself
+        ratios = " / ".join(f"{row[text + ', ratio']:.3g}" for text in texts)
+        rows.append(f"{row['method']}, {row['kept']:.0%} kept: {ratios}")
+    windows = " / ".join(f"{count} windows of {text}" for text, count in f["held_out_windows"].items())
+    return (
+        f"perplexity after converting all linear layers of a {f['model']} with {f['parameters']:,} parameters, "
+        f"not trained afterwards, divided by the teacher's, on {windows}: {'; '.join(rows)}"
+    )
+
+
 ROWS: dict[str, Callable[[dict], str]] = {
     "shakespeare": shakespeare,
     "llama_comparison_adamw": llama_comparison,
@@ -100,6 +113,7 @@ ROWS: dict[str, Callable[[dict], str]] = {
     "design_choices": design_choices,
     "conformance": conformance,
     "leaking_gate": leaking_gate,
+    "surgery": surgery,
 }
 
 

@@ -3,7 +3,7 @@
     python benchmarks/transfer.py tinyshakespeare.txt
 
 All losses are over the whole validation split, in windows of 128. What lies in `--folder` is used again: a teacher
-that was trained before is not trained anew. The seconds are those of distillation, scoring and samples included.
+that was trained before is not trained anew. The seconds are those of training; scoring is not counted.
 """
 
 import argparse

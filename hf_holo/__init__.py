@@ -38,6 +38,7 @@ _register_text_family("holo", HoloConfig)
 # preset, a function that makes its model: `hsn_tiny(vocab_size=...)`.
 _LAZY = {
     "conversion.surgery": ["HoloSurgeryConfig", "apply_surgery", "restore_linears"],
+    "conversion.transfer": ["transfer_to_hsn"],
     "errors": ["HoloError"],
     "eval.conformance": ["check_causality"],
     "modeling.cache": ["RecurrentCache"],

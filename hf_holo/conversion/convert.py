@@ -287,7 +287,7 @@ def regenerated(model: PreTrainedModel, surgery: HoloSurgeryConfig) -> list[Laye
     """The original's surgery, in place."""
     apply_surgery(model, surgery)
     rows = []
-    for name, entry in surgery.layers.items():
+    for name, entry in model.config.quantization_config.layers.items():
         layer = model.get_submodule(name)
         numbers = layer.count_numbers()
         rows.append(LayerRow((name,), entry["harmonics"], layer.in_features, numbers["dense"], numbers["stored"], None))

@@ -102,7 +102,8 @@ class HolographicMixer(nn.Module):
         v = v.transpose(1, 2)  # [B, H, T, V]
         if not self.dynamic:
             v = bind(v, self.bind_key[:, None].to(v.dtype))
-        log_decay = -F.softplus(decay + self.decay_bias.to(decay.dtype)).transpose(1, 2)  # [B, H, T]
+        decay = (decay + self.decay_bias.to(decay.dtype)).transpose(1, 2).contiguous()  # [B, H, T]
+        log_decay = -F.softplus(decay)  # of other strides, torch.compile takes the wrong ones for its gradient
         write = self._write(log_decay, strength)
         if layout.valid is not None:  # padding neither decays the state nor writes
             padding = ~layout.valid[:, None]
