@@ -1,6 +1,7 @@
 """The arguments of `hf-holo distill`: a recipe with stages, and the command line on top of it."""
 
 import re
+from argparse import SUPPRESS
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -163,12 +164,11 @@ def parse(argv: list[str]) -> Distillation:
 
 def _given(parser: RecipeParser, argv: list[str], known: set[str]) -> dict[str, Any]:
     """What the command line says, and nothing that it does not say."""
-    missing = object()
-    parser.set_defaults(**dict.fromkeys(known, missing))
+    parser.set_defaults(**dict.fromkeys(known, SUPPRESS))  # argparse shows no default in the help then
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         raise HoloError(f"unknown argument {unknown[0]}{suggestion(unknown[0].lstrip('-'), known)}")
-    return {name: value for name, value in vars(given).items() if value is not missing}
+    return {name: value for name, value in vars(given).items() if value is not SUPPRESS}
 
 
 def _dataclasses(values: dict[str, Any]) -> tuple:
