@@ -164,11 +164,12 @@ def parse(argv: list[str]) -> Distillation:
 
 def _given(parser: RecipeParser, argv: list[str], known: set[str]) -> dict[str, Any]:
     """What the command line says, and nothing that it does not say."""
-    parser.set_defaults(**dict.fromkeys(known, SUPPRESS))  # argparse shows no default in the help then
+    for action in parser._actions:
+        action.default = SUPPRESS
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         raise HoloError(f"unknown argument {unknown[0]}{suggestion(unknown[0].lstrip('-'), known)}")
-    return {name: value for name, value in vars(given).items() if value is not SUPPRESS}
+    return vars(given)
 
 
 def _dataclasses(values: dict[str, Any]) -> tuple:
