@@ -114,7 +114,7 @@ def decoding_step(model: PreTrainedModel, context: int) -> Callable[[], None]:
     @torch.no_grad()
     def step() -> None:
         model(ids[:, -1:], past_key_values=cache)
-        cache.crop(context)
+        cache.crop(-1)
 
     return step
 
