@@ -13,7 +13,6 @@ if runs with its basis are missing.
 """
 
 import argparse
-import csv
 import os
 import time
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ import torch
 from characters import CharacterText, windowed_loss
 from fitting import Fit, fit
 from matplotlib.figure import Figure
-from report import RESULTS, print_footer, print_table, read_report, write_report
+from report import RESULTS, print_footer, print_table, read_report, write_csv, write_report
 from torch import nn
 
 from hf_holo.modeling.configuration_holo import HoloConfig
@@ -107,15 +106,6 @@ def train(model: nn.Module, text: CharacterText, args: argparse.Namespace) -> di
     fit(model, text, how)
     loss = windowed_loss(model, text.validation, args.length)
     return {**counts(model), "loss": loss, "seconds": round(time.perf_counter() - start, 1)}
-
-
-def write_csv(rows: list[dict], path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
 
 
 def plot(runs: list[dict], path: Path) -> None:

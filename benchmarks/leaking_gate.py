@@ -10,7 +10,6 @@ training loop), and with nothing but the characters before (as when writing).
 """
 
 import argparse
-import csv
 import math
 import os
 import time
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from characters import CharacterText
 from fitting import Fit, fit
 from matplotlib.figure import Figure
-from report import RESULTS, print_footer, print_table, write_report
+from report import RESULTS, print_footer, print_table, write_csv, write_report
 from torch import nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
@@ -165,15 +164,6 @@ def summary(model: nn.Module, rows: list[dict]) -> dict[str, float | int | str]:
     """The last losses, and what the conformance kit says of the model."""
     report = check_causality(model)
     return {**rows[-1], "parameters": model.num_parameters(), "lookahead": report.lookahead}
-
-
-def write_csv(rows: list[dict], path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
 
 
 def plot(rows: list[dict], vocab_size: int, path: Path) -> None:

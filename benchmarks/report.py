@@ -1,5 +1,6 @@
 """What all benchmarks share: fair timing, a readable table, and a result file that says where its figures come from."""
 
+import csv
 import ctypes
 import json
 import os
@@ -56,6 +57,16 @@ def write_report(name: str, figures: Mapping, *, seed: int, seconds: float, fold
     temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
     return path
+
+
+def write_csv(rows: list[dict], path: Path) -> None:
+    """Writes rows with the same keys, under a temporary name first."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
 
 
 def read_report(name: str, folder: Path = RESULTS) -> dict:

@@ -15,7 +15,7 @@ from transformers import (
     set_seed,
 )
 
-from .errors import HoloError, Parser
+from .errors import HoloError, Parser, first_line
 
 
 def main(argv: list[str]) -> None:
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
         tokenizer = AutoTokenizer.from_pretrained(args.path)
         model = AutoModelForCausalLM.from_pretrained(args.path)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise HoloError(f"path: {args.path!r} is no causal language model with its tokenizer: {reason}") from None
     if args.seed is not None:
         set_seed(args.seed)

@@ -18,7 +18,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from ..errors import HoloError
+from ..errors import HoloError, first_line
 from ..generation import generate_text
 from ..training.callbacks import CausalityCallback
 from ..training.data import Collator, Splits, read_documents, split_documents, text_splits
@@ -153,8 +153,7 @@ def load_model(argument: str, source: str | None) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise HoloError(f"{argument}: cannot load {source!r}: {reason}") from None
+        raise HoloError(f"{argument}: cannot load {source!r}: {first_line(error)}") from None
 
 
 def load_student(run: Distillation, source: str) -> PreTrainedModel | PeftModel:

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..errors import HoloError
+from ..errors import HoloError, first_line
 from ..training.data import read_documents
 from .convert_arguments import ConvertArguments
 from .evaluation import Windows, cut_windows, masked_token, next_token, spread
@@ -45,7 +45,7 @@ class Source:
         try:
             config = AutoConfig.from_pretrained(name)
         except (OSError, ValueError) as error:
-            raise HoloError(f"TEACHER: {name!r} holds no model of transformers: {_first_line(error)}") from None
+            raise HoloError(f"TEACHER: {name!r} holds no model of transformers: {first_line(error)}") from None
         if getattr(config, "quantization_config", None) is not None:
             raise HoloError(f"TEACHER: {name!r} is quantized or converted already; give the dense model")
         heads = {auto: mapping.get(type(config), None) for auto, mapping in AUTO_CLASSES.items()}
@@ -69,7 +69,7 @@ class Source:
         try:
             return self.auto_class.from_pretrained(self.name, dtype="auto").eval()
         except (OSError, ValueError) as error:
-            raise HoloError(f"TEACHER: cannot load {self.name!r}: {_first_line(error)}") from None
+            raise HoloError(f"TEACHER: cannot load {self.name!r}: {first_line(error)}") from None
 
 
 def load_tokenizer(teacher: str, needed: bool = True) -> PreTrainedTokenizerBase | None:
@@ -84,7 +84,7 @@ def load_tokenizer(teacher: str, needed: bool = True) -> PreTrainedTokenizerBase
         if tokenizer("text", add_special_tokens=False).input_ids:
             return tokenizer
     except (OSError, ValueError, AttributeError) as error:  # the last in 4.57, where files are missing
-        reason = _first_line(error)
+        reason = first_line(error)
     if needed:
         raise HoloError(f"TEACHER: {teacher!r} has no tokenizer to read the text with: {reason}")
     return None
@@ -149,7 +149,3 @@ def load_text(
 def mixed(texts: Sequence[Text]) -> torch.Tensor:
     """The calibration windows `[N, T]` of all texts, in turn, so that every start of them is a mixture too."""
     return torch.stack([text.calibration for text in texts], dim=1).flatten(0, 1)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -241,7 +241,6 @@ class HoloLinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Random amplitudes and phases: inputs of variance one give outputs of variance one half."""
-        self.basis.regenerate()
         if self.folded:
             nn.init.normal_(self.coefficients, std=(2 * self.harmonics) ** -0.5)
         else:

@@ -15,7 +15,7 @@ from transformers import (
     set_seed,
 )
 
-from ..errors import HoloError
+from ..errors import HoloError, first_line
 from ..generation import generate_text
 from ..registry import preset_config
 from .arguments import DataArguments, Run, parse
@@ -164,7 +164,7 @@ def load_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
         where = f"model_name_or_path: cannot load {source!r}: " if source else ""
-        raise HoloError(where + _first_line(error)) from None
+        raise HoloError(where + first_line(error)) from None
     if len(tokenizer) > model.config.vocab_size:
         raise HoloError(
             f"vocab_size: the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}; "
@@ -241,7 +241,3 @@ def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         tokenizer.save_pretrained(temporary)
         for file in Path(temporary).iterdir():
             os.replace(file, folder / file.name)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -6,7 +6,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ...errors import HoloError, unknown
+from ...errors import HoloError, first_line, unknown
 from ...registry import Architecture, architectures, preset_config, presets
 from ..catalogue import catalogue
 from .subject import Subject
@@ -75,8 +75,7 @@ def load_checkpoint(path: str, trust_remote_code: bool = False) -> PreTrainedMod
         options = {"trust_remote_code": True} if trust_remote_code else {}
         return model_class.from_pretrained(path, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise HoloError(f"{path!r} is no checkpoint that can be loaded: {reason}") from error
+        raise HoloError(f"{path!r} is no checkpoint that can be loaded: {first_line(error)}") from error
 
 
 def _saved_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
