@@ -11,7 +11,6 @@ training loop), and with nothing but the characters before (as when writing).
 
 import argparse
 import math
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from hf_holo import SpectralGate
 from hf_holo.eval.conformance import check_causality
+from hf_holo.files import replacing
 from hf_holo.modeling.ops import interpolate_gate
 
 NAME = "leaking_gate"
@@ -188,9 +188,8 @@ def plot(rows: list[dict], vocab_size: int, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right", bbox_to_anchor=(1, 0.7))  # between the curves
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 import transformers
 
+from hf_holo.files import replacing, write_text
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -53,20 +55,16 @@ def write_report(name: str, figures: Mapping, *, seed: int, seconds: float, fold
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
-    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(report, indent=2) + "\n")
     return path
 
 
 def write_csv(rows: list[dict], path: Path) -> None:
     """Writes rows with the same keys, under a temporary name first."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(temporary, path)
 
 
 def read_report(name: str, folder: Path = RESULTS) -> dict:

@@ -8,7 +8,6 @@ and scope.json into the output folder and replaces older ones there.
 import argparse
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import HoloError, Parser
+from ..files import replacing, write_text
 from ..modeling.harmonics import HoloLinear, SineActivation
 
 TURNS, NOISE, POINTS = 4, 0.02, 1000  # of a spiral; in units of its radius; for training, and as many for testing
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     views = compare(args.seed, args.steps)
     test = spirals(POINTS, args.seed + 1)
     record = {"seed": args.seed, "steps": args.steps, "points": POINTS, "networks": [view.record() for view in views]}
-    _replace(folder / "scope.json", (json.dumps(record, indent=2) + "\n").encode())
+    write_text(folder / "scope.json", json.dumps(record, indent=2) + "\n")
     plot(views, test, folder / "scope.png")
     table = Table("network", "parameters", "accuracy, seen points", "accuracy, unseen points", "seconds")
     for view in views:
@@ -177,15 +177,8 @@ def plot(views: list[View], test: tuple[torch.Tensor, torch.Tensor], path: Path)
         axes.scatter(*points.T.numpy(), c=labels.numpy(), cmap=ListedColormap(COLOURS), s=7, linewidths=0)
         axes.set_title(f"{view.network}: {view.parameters:,} parameters\n{100 * view.accuracy:.1f} % of unseen points")
         axes.set(xticks=[], yticks=[])
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, path)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

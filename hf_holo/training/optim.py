@@ -1,11 +1,11 @@
-"""MuonAdamW: one optimizer object that applies Muon to the hidden matrices and AdamW to everything else.
+"""Optimizers: MuonAdamW for training from scratch, WhitenedAdamW for the coefficients of fitted holographic layers.
 
 Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/) orthogonalises the momentum of a weight matrix.
 That suits matrices which map activations to activations; embeddings, output heads, vectors and the parameters of
 filters are no such maps and stay with AdamW. Both rules are torch's own (`torch.optim.Muon`, `torch.optim.AdamW`).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -127,4 +127,65 @@ class MuonAdamW(Optimizer):
             optimizer.param_groups = [group for group in self.param_groups if group["rule"] == rule]
             optimizer.state = self.state
             optimizer.step()
+        return loss
+
+
+class WhitenedAdamW(AdamW):
+    """AdamW on matrices whose inputs are far from uncorrelated, in coordinates where they are not.
+
+    AdamW moves every entry of a matrix C by about the learning rate. Where C reads features z that are correlated, or
+    of very unequal size, such a step changes its outputs by far too much in a few directions, and hardly in the others.
+    Here the steps are those that AdamW would take on Ĉ = C G^½, which reads G^-½ z instead: features of unit size and
+    without correlation. They are relative to the size of Ĉ at the start. (The input side of K-FAC, Martens and Grosse,
+    2015, with the features measured once.)
+
+    Args:
+        grams: for each parameter `[O, R]`, G = E[z zᵀ] of its features `[R, R]`.
+        lr: learning rate, relative: the step of an entry divided by the root mean square of Ĉ.
+        betas, eps: as in AdamW.
+
+    Raises:
+        ValueError: a parameter is no matrix, or its G has another size.
+    """
+
+    FLOOR = 1e-4  # least eigenvalue of G, as a share of the mean: what hardly ever occurs must not take large steps
+
+    def __init__(
+        self,
+        grams: Mapping[nn.Parameter, torch.Tensor],
+        lr: float = 5e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ) -> None:
+        groups, known = [], {}
+        for parameter, gram in grams.items():
+            if parameter.ndim != 2 or gram.shape != (parameter.shape[1],) * 2:
+                raise ValueError(f"grams: {tuple(gram.shape)} does not fit a parameter {tuple(parameter.shape)}")
+            if id(gram) not in known:  # layers that read the same features share G
+                known[id(gram)] = self._roots(gram)
+            root, inverse = known[id(gram)]
+            size = (parameter.detach().double() @ root).square().mean().sqrt().item()
+            groups.append({"params": [parameter], "whitener": inverse.to(parameter.dtype), "size": size})
+        super().__init__(groups, lr, betas, eps, weight_decay=0.0)
+
+    @classmethod
+    def _roots(cls, gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """G^½ and G^-½."""
+        values, vectors = torch.linalg.eigh(gram.double())
+        roots = values.clamp_min(cls.FLOOR * values.mean()).sqrt()
+        return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update all parameters once; `closure` re-evaluates the model and returns the loss, as in torch."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        moved = [(group, p, p.clone()) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for group, parameter, _ in moved:
+            parameter.grad = parameter.grad @ group["whitener"]  # of Ĉ
+        super().step()
+        for group, parameter, before in moved:
+            parameter.copy_(before + group["size"] * (parameter - before) @ group["whitener"])
         return loss

@@ -2,11 +2,12 @@
 
 import csv
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..files import replacing
 
 COLUMNS = {
     "step": "step",
@@ -40,12 +41,10 @@ def write_metrics(history: list[dict[str, float]], path: Path) -> None:
     for entry in history:
         if "loss" in entry or "eval_loss" in entry:
             rows.setdefault(entry["step"], {}).update(entry)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         writer.writerows([entry.get(key, "") for key in COLUMNS.values()] for entry in rows.values())
-    os.replace(temporary, path)
 
 
 def plot_losses(history: list[dict[str, float]], path: Path) -> None:
@@ -62,9 +61,8 @@ def plot_losses(history: list[dict[str, float]], path: Path) -> None:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def loss_line(metrics: dict[str, float], tokens: int, label: str) -> str:

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from ..errors import HoloError, first_line
+from ..files import write_text
 from ..generation import generate_text
 from ..registry import preset_config
 from .arguments import DataArguments, Run, parse
@@ -78,7 +79,7 @@ def train(run: Run) -> HoloTrainer:
     for path in remains:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(run.recipe, sort_keys=False), encoding="utf-8")
+    write_text(folder / "recipe.yaml", yaml.safe_dump(run.recipe, sort_keys=False))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.config.use_cache = use_cache  # transformers 5 turns it off, and would save it so
     finish(trainer, run, data)
@@ -215,7 +216,7 @@ def finish(trainer: HoloTrainer, run: Run, data: Splits) -> None:
     else:
         prompt = data.prompt if run.data.sample_prompt is None else run.data.sample_prompt
         sample = generate_text(trainer.model, trainer.processing_class, prompt, run.data.sample_tokens)
-        (folder / "sample.txt").write_text(sample, encoding="utf-8")
+        write_text(folder / "sample.txt", sample)
         print(f"\nA sample ({folder / 'sample.txt'}):\n{sample[:400]}\n")
         print(loss_line(metrics, data.tokens, "validation loss"))
     print(f"\nThe model lies in {folder}. To load it:\n")
@@ -231,7 +232,7 @@ def write_answers(trainer: HoloTrainer, data: DataArguments, held_out: Responses
         prompt = alpaca_prompt(record)
         text = generate_text(trainer.model, trainer.processing_class, prompt, data.sample_tokens)
         parts.append(f"{text}\n\n--- answer in the data:\n{record['output']}\n")
-    path.write_text(f"\n{'=' * 80}\n".join(parts), encoding="utf-8")
+    write_text(path, f"\n{'=' * 80}\n".join(parts))
 
 
 def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
