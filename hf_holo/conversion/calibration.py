@@ -346,13 +346,8 @@ def allocate(sites: Sequence[Site], losses: Sequence[torch.Tensor], ratio: float
     Raises:
         HoloError: one harmonic everywhere is already more than the budget.
     """
-    total = sum(site.numbers for site in sites)
-    budget = ratio * total
-    least = sum(site.stored(1) for site in sites)
-    if least > budget:
-        raise HoloError(
-            f"ratio={ratio} cannot be reached: one harmonic in each layer already keeps {least / total:.3g}"
-        )
+    check_ratio(sites, ratio)
+    budget = ratio * sum(site.numbers for site in sites)
     costs, tails = zip(*(_choices(site, loss) for site, loss in zip(sites, losses, strict=True)), strict=True)
 
     def chosen(price: float) -> list[int]:
@@ -366,6 +361,13 @@ def allocate(sites: Sequence[Site], losses: Sequence[torch.Tensor], ratio: float
         low, high = (middle, high) if _spent(costs, chosen(middle)) > budget else (low, middle)
     choices = _topped_up(chosen(high), costs, tails, budget)
     return [None if choice == site.size else choice + 1 for site, choice in zip(sites, choices, strict=True)]
+
+
+def check_ratio(sites: Sequence[Site], ratio: float) -> None:
+    """Raises HoloError if one harmonic everywhere is already more than `ratio` of the numbers."""
+    least = sum(site.stored(1) for site in sites) / sum(site.numbers for site in sites)
+    if least > ratio:
+        raise HoloError(f"ratio={ratio} cannot be reached: one harmonic in each layer already keeps {least:.3g}")
 
 
 def _choices(site: Site, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,13 +1,15 @@
-"""`hf-holo convert`: the linear layers of a language model become holographic, with a report of what that cost.
+"""`hf-holo convert`: a language model becomes holographic, with a report of what that cost.
 
-    hf-holo convert TEACHER OUT --ratio 0.8 --text a.txt b.txt
+    hf-holo convert TEACHER OUT --ratio 0.8 --text a.txt b.txt   linear layers, fitted to the texts
+    hf-holo convert TEACHER OUT --to hsn --layers 0 1            attention, to be distilled
     hf-holo convert TEACHER --dry-run
 
 TEACHER is a causal or masked language model of transformers with its tokenizer; a dry run needs its config alone. OUT
 loads with plain `from_pretrained`. A run that was stopped goes on when the same command is given again.
 
-Memory: the weights in the type that they are stored in, the statistics of as many layers as --memory allows, and the
-activations of one window with their gradients. The statistics of the others lie on disk, in OUT.work.
+Memory: the weights in the type that they are stored in, the activations of one window with their gradients, and for
+linear layers the statistics of as many layers as --memory allows (the others lie on disk, in OUT.work), for attention
+the student.
 """
 
 import hashlib
@@ -15,35 +17,23 @@ import math
 import resource
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import HoloError
-from .calibration import (
-    Factors,
-    Site,
-    Statistics,
-    allocate,
-    collect,
-    factorise,
-    find_sites,
-    install,
-    stacked_weight,
-    statistics_bytes,
-    surgery_plan,
-)
+from .conversion import Conversion
 from .convert_arguments import ConvertArguments, parse
-from .convert_report import LayerRow, Outcome, Score, print_coverage, print_scores, write_report
+from .convert_linears import CalibratedSurgery, RegeneratedSurgery
+from .convert_mixers import MixerTransfer
+from .convert_report import Outcome, Score, print_scores, write_report
 from .evaluation import numbers_on_disk, perplexity, sample
-from .sources import Source, Text, load_texts, load_tokenizer, mixed
-from .surgery import HoloSurgeryConfig, apply_surgery, choose, plan
+from .sources import Source, Text, load_texts, load_tokenizer
 from .work_folder import WorkFolder, check_out, clear_disk_errors, work_path
 
 PROMPT_TOKENS = 32  # of the held-out text, to begin the sample with
@@ -57,32 +47,29 @@ def main(argv: list[str]) -> None:
         HoloError: bad input; the message is one line that says what to do.
     """
     command = parse(argv, __doc__)
+    teacher, out = command.teacher, command.out
     if command.dry_run:
-        dry_run(command.teacher, command.options)
+        choose_conversion(Source.find(teacher), command.options).print_coverage()
         return
     try:
-        print_scores(convert(command.teacher, command.out, command.options, command.overwrite))
+        outcome = convert(teacher, out, command.options, command.overwrite)
     except KeyboardInterrupt:
-        print(f"\nInterrupted. What is measured lies in {work_path(command.out)}; the same command goes on from there.")
+        print(f"\nInterrupted. What is measured lies in {work_path(out)}; the same command goes on from there.")
         raise SystemExit(130) from None
-    print(
-        f"The model lies in {command.out}, with report.json, layers.csv and README.md; it loads with from_pretrained."
-    )
+    print_scores(outcome)
+    print(f"The model lies in {out}, with report.json, layers.csv and README.md; it loads with from_pretrained.")
+    print(outcome.next_step(teacher, str(out)))
 
 
-def dry_run(teacher: str, options: ConvertArguments) -> None:
-    """Print what would become of every module, without reading any weights.
+def choose_conversion(source: Source, options: ConvertArguments) -> Conversion:
+    """The conversion that the options name.
 
-    A calibrated conversion will move harmonics between the layers; the table gives all the same share.
+    Raises:
+        HoloError: it does not fit the teacher.
     """
-    source, surgery = Source.find(teacher), options.surgery()
-    twin = source.without_weights()
-    if options.calibrated:
-        sites = find_sites(twin, surgery)
-        surgery.layers = surgery_plan(sites, [site.largest_rank(options.ratio) or 1 for site in sites])
-    else:
-        surgery.layers = plan(twin, surgery)
-    print_coverage(apply_surgery(twin, surgery), surgery.layers)
+    if options.to == "hsn":
+        return MixerTransfer(source, options)
+    return (CalibratedSurgery if options.calibrated else RegeneratedSurgery)(source, options)
 
 
 @dataclass(frozen=True)
@@ -92,21 +79,14 @@ class Job:
     Attributes:
         source: the teacher.
         options: of the command.
-        surgery: the choice of layers.
-        dense: numbers of each chosen layer, by name, biases included.
-        sites: of a calibrated conversion, else empty.
-        numbers: of the whole teacher; `size` in bytes.
+        conversion: what happens to the model.
         tokenizer: of the teacher; None only where no text is read.
         texts: in windows.
     """
 
     source: Source
     options: ConvertArguments
-    surgery: HoloSurgeryConfig
-    dense: dict[str, int]
-    sites: list[Site]
-    numbers: int
-    size: int
+    conversion: Conversion
     tokenizer: PreTrainedTokenizerBase | None
     texts: list[Text]
 
@@ -139,38 +119,42 @@ def convert(teacher: str, out: Path, options: ConvertArguments, overwrite: bool 
     with timed(seconds, "total"):
         check_out(out, overwrite)
         job = prepare(teacher, out, options)
+        conversion = job.conversion
         with clear_disk_errors(out):
             work = WorkFolder(out, job.identity, overwrite)
-            check_space(work, job)
+            check_space(work, conversion.disk)
             model = job.source.load()
-            if options.calibrated:
-                with timed(seconds, "calibration"):
-                    measure(model, job, work)
+            with timed(seconds, "calibration"):
+                conversion.measure(model, job.texts, work)
             with timed(seconds, "teacher"):
                 before = judge(model, job, work, "teacher")
             with timed(seconds, "surgery"):
-                rows = calibrated(model, job, work) if options.calibrated else regenerated(model, job.surgery)
+                model = conversion.apply(model, work)
             with timed(seconds, "student"):
                 after = judge(model, job, work, "student")
             result = work.new_result()
             model.save_pretrained(result)
             if job.tokenizer is not None:
                 job.tokenizer.save_pretrained(result)
+    figures = conversion.figures(result)
     outcome = Outcome(
         name=out.name,
         teacher=teacher,
         auto_class=job.source.auto_class.__name__,
         recipe=options.recipe,
-        kept=numbers_on_disk(result, job.dense) / sum(job.dense.values()),
-        numbers={"teacher": job.numbers, "student": numbers_on_disk(result)},
+        figures=figures,
+        summary=conversion.summary(figures),
+        lesson=conversion.lesson if job.source.causal else None,
+        advice=conversion.advice,
+        numbers={"teacher": conversion.twin.num_parameters(), "student": numbers_on_disk(result)},
         before=before.scores,
         after=after.scores,
         samples={"teacher": before.sample, "student": after.sample} if before.sample else {},
-        rows=rows,
         seconds=seconds,
         peak_memory_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     )
     with clear_disk_errors(out):
+        conversion.write_layers(result)
         write_report(result, outcome)
         work.publish()
     return outcome
@@ -192,106 +176,20 @@ def prepare(teacher: str, out: Path, options: ConvertArguments) -> Job:
     """
     if Path(teacher).resolve() in (out.resolve(), *out.resolve().parents):
         raise HoloError(f"OUT: {str(out)!r} is the teacher, or lies in it; name another folder")
-    source, surgery = Source.find(teacher), options.surgery()
-    twin = source.without_weights()
-    dense = {name: sum(p.numel() for p in twin.get_submodule(name).parameters()) for name in choose(twin, surgery)}
-    sites = find_sites(twin, surgery) if options.calibrated else []
-    if sites:  # whether the ratio can be reached does not depend on what will be measured
-        allocate(sites, [torch.ones(site.size) for site in sites], options.ratio)
+    source = Source.find(teacher)
+    conversion = choose_conversion(source, options)
     tokenizer = load_tokenizer(teacher, needed=options.calibrated or bool(options.text))
-    texts = load_texts(options, tokenizer, source)
-    size = sum(p.numel() * p.itemsize for p in twin.parameters())
-    return Job(source, options, surgery, dense, sites, twin.num_parameters(), size, tokenizer, texts)
+    return Job(source, options, conversion, tokenizer, load_texts(options, tokenizer, source))
 
 
-def check_space(work: WorkFolder, job: Job) -> None:
-    """Raises HoloError if the disk has no room for the work and the result."""
-    needed = job.size + 4 * sum(2 * site.size**2 for site in job.sites)
+def check_space(work: WorkFolder, needed: int) -> None:
+    """Raises HoloError if the disk has no room for `needed` bytes."""
     free = shutil.disk_usage(work.path).free
     if free < needed:
         raise HoloError(
             f"OUT: there are {free / 2**30:.1f} GiB of free disk at {str(work.path)!r}, "
             f"but up to {needed / 2**30:.1f} GiB are needed"
         )
-
-
-# Conversion ---------------------------------------------------------------------------------------------------------
-
-
-def measure(model: PreTrainedModel, job: Job, work: WorkFolder) -> None:
-    """Bring the factors of all sites into the work folder, as far as they are not there yet.
-
-    At no time is more in memory than the model, the statistics of some sites (`options.memory`) and the factors of one.
-    """
-    options, windows = job.options, mixed(job.texts)
-    fisher_windows = windows[: options.fisher_tokens // options.window]
-    for batch in portions(job.sites, options.memory * 2**30):
-        unknown = [n for n in batch if not work.has_tensors(_factors(n)) and not work.has_tensors(_statistics(n))]
-        if unknown:
-            sites = [job.sites[number] for number in unknown]
-            measured = collect(model, sites, windows, fisher_windows, options.seed)
-            for number, statistics in zip(unknown, measured, strict=True):
-                work.save_tensors(_statistics(number), asdict(statistics))
-            del measured, statistics
-        for number in tqdm(batch, desc="factors", unit="site"):
-            if not work.has_tensors(_factors(number)):
-                factorise_into(work, model, job.sites[number], number)
-            work.drop_tensors(_statistics(number))
-
-
-def factorise_into(work: WorkFolder, model: PreTrainedModel, site: Site, number: int) -> None:
-    """The factors of one site, from its statistics."""
-    weight = stacked_weight(model, site)
-    factors = factorise(site, weight, Statistics(**work.load_tensors(_statistics(number))))
-    precision = torch.promote_types(weight.dtype, torch.float32)
-    work.save_tensors(_factors(number), {name: tensor.to(precision) for name, tensor in asdict(factors).items()})
-
-
-def portions(sites: Sequence[Site], memory: float) -> Iterator[list[int]]:
-    """Numbers of consecutive sites whose statistics fit into `memory` bytes; at least one at a time."""
-    batch: list[int] = []
-    taken = 0
-    for number, site in enumerate(sites):
-        if batch and taken + statistics_bytes(site) > memory:
-            yield batch
-            batch, taken = [], 0
-        batch.append(number)
-        taken += statistics_bytes(site)
-    yield batch
-
-
-def _factors(number: int) -> str:
-    return f"factors-{number:04d}"
-
-
-def _statistics(number: int) -> str:
-    return f"statistics-{number:04d}"
-
-
-def calibrated(model: PreTrainedModel, job: Job, work: WorkFolder) -> list[LayerRow]:
-    """Choose the ranks and convert, in place, with the factors in the work folder."""
-    losses = [work.load_tensors(_factors(number), "loss")["loss"] for number in range(len(job.sites))]
-    ranks = allocate(job.sites, losses, job.options.ratio)
-    rows = []
-    for number, (site, rank) in enumerate(zip(tqdm(job.sites, desc="surgery", unit="site"), ranks, strict=True)):
-        factors = Factors(**work.load_tensors(_factors(number)))
-        if rank is not None:
-            install(model, site, factors, rank)
-        rows.append(LayerRow(site.layers, rank, site.size, site.numbers, site.stored(rank), factors.error(rank)))
-    job.surgery.layers = surgery_plan(job.sites, ranks)
-    model.config.quantization_config = job.surgery
-    return rows
-
-
-def regenerated(model: PreTrainedModel, surgery: HoloSurgeryConfig) -> list[LayerRow]:
-    """The original's surgery, in place."""
-    apply_surgery(model, surgery)
-    rows = []
-    for name, entry in model.config.quantization_config.layers.items():
-        layer = model.get_submodule(name)
-        numbers = layer.count_numbers()
-        rows.append(LayerRow((name,), entry["harmonics"], layer.in_features, numbers["dense"], numbers["stored"], None))
-    return rows
 
 
 # Judgement ----------------------------------------------------------------------------------------------------------

@@ -2,27 +2,40 @@
 
 from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, field, fields
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from transformers import HfArgumentParser
-
 from ..errors import HoloError, Parser
-from ..training.arguments import described
+from ..training.arguments import RecipeParser, described, load_recipe, recipe_names, suggestion
 from .surgery import HoloSurgeryConfig
 
+PREFIX = "convert-"  # of the recipes in the package
 RATIO = 0.8  # of a calibrated conversion
+
+# What says nothing about the other kind of conversion.
+OF_LINEAR_LAYERS = (
+    *("method", "ratio", "harmonics", "basis", "modules", "exclude", "keep_first", "keep_last"),
+    *("tokens", "fisher_tokens", "memory"),
+)
+OF_MIXERS = ("layers",)
 
 
 @dataclass
 class ConvertArguments:
     """The options, which are also the keys of a recipe."""
 
-    method: Literal["calibrated", "harmonic"] = described(
-        "calibrated: fitted to the text, useful at once; harmonic: the original's regenerated bases, to be trained.",
-        "calibrated",
+    to: Literal["holo", "hsn"] = described(
+        "holo: linear layers become holographic, the model stays what it is; hsn: attention becomes holographic "
+        "mixers, the model a HoloSpectralNet that has to be distilled.",
+        "holo",
+    )
+    layers: list[int] = field(
+        default_factory=list,
+        metadata={"help": "With hsn: the layers that get a mixer, negative ones from the end; default: all."},
+    )
+    method: Literal["calibrated", "harmonic"] | None = described(
+        "calibrated: fitted to the text, useful at once; harmonic: the original's regenerated bases, to be trained; "
+        "default: calibrated."
     )
     ratio: float | None = described(
         f"Share of the converted layers' numbers that stays on disk, bases included; calibrated: default {RATIO}."
@@ -37,7 +50,10 @@ class ConvertArguments:
     keep_last: int = described("Blocks at the end that stay.", 0)
     text: list[str] = field(
         default_factory=list,
-        metadata={"help": "Calibration texts, mixed in equal parts: files, folders, `python-help` or Hub data sets."},
+        metadata={
+            "help": "Texts to calibrate on, mixed in equal parts, and to measure on: files, folders, `python-help` or "
+            "Hub data sets."
+        },
     )
     held_out: list[float] = field(
         default_factory=lambda: [0.1],
@@ -50,18 +66,18 @@ class ConvertArguments:
     memory: float = described("GiB that the statistics may take at a time; with less the text is read more often.", 4.0)
     prompt: str | None = described("Start of the sample; default: the start of the first held-out text.")
     sample_tokens: int = described("Tokens to write for the sample.", 80)
-    seed: int = described("Of windows, labels, bases and the sample.", 0)
+    seed: int = described("Of windows, labels, bases, fresh weights and the sample.", 0)
 
     @property
     def calibrated(self) -> bool:
-        return self.method == "calibrated"
+        return self.to == "holo" and self.method != "harmonic"
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The method, and what is not at its default."""
+        """What is not at its default."""
         defaults = ConvertArguments()
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {key: value for key, value in values.items() if key == "method" or value != getattr(defaults, key)}
+        return {name: value for name, value in values.items() if value != getattr(defaults, name)}
 
     @property
     def held_out_shares(self) -> list[float]:
@@ -83,30 +99,46 @@ class ConvertArguments:
         return HoloSurgeryConfig(**choice, harmonics=self.harmonics, basis=self.basis)
 
     def check(self) -> None:
-        """Raises HoloError if a value is out of range or options exclude each other."""
+        """Fill in the method and its ratio.
+
+        Raises:
+            HoloError: a value is out of range, or options exclude each other.
+        """
+        foreign, remedy = {
+            "holo": (OF_MIXERS, "linear layers are chosen with --modules, --exclude, --keep_first and --keep_last"),
+            "hsn": (OF_LINEAR_LAYERS, "attention is chosen with --layers"),
+        }[self.to]
+        for name in foreign:
+            if name in self.recipe:
+                raise HoloError(f"{name}={getattr(self, name)!r} has no meaning with --to {self.to}: {remedy}")
+        if self.to == "holo":
+            self._check_surgery()
+        if self.window < 2:
+            raise HoloError(f"window={self.window} must be at least 2")
+        if self.eval_windows < 0 or self.sample_tokens < 1:
+            raise HoloError("eval_windows must not be negative, sample_tokens must be positive")
+        if self.text and len(self.held_out_shares) != len(self.text):
+            raise HoloError(f"held_out: {len(self.held_out)} shares for {len(self.text)} texts; give one, or one each")
+        for share in self.held_out:
+            if not 0 < share < 1:
+                raise HoloError(f"held_out={share} must lie between 0 and 1")
+
+    def _check_surgery(self) -> None:
+        self.method = self.method or "calibrated"
         if self.calibrated:
             self.ratio = RATIO if self.ratio is None else self.ratio
             if self.harmonics is not None:
                 raise HoloError(f"harmonics={self.harmonics} is chosen by the calibration itself; give --ratio instead")
             if not 0 < self.ratio < 1:
                 raise HoloError(f"ratio={self.ratio} must lie between 0 and 1")
-        for name, least in (("window", 2), ("tokens", self.window), ("fisher_tokens", self.window)):
-            if getattr(self, name) < least:
-                raise HoloError(f"{name}={getattr(self, name)} must be at least {least}")
+        for name in ("tokens", "fisher_tokens"):
+            if getattr(self, name) < self.window:
+                raise HoloError(f"{name}={getattr(self, name)} must be at least one window={self.window}")
         if self.fisher_tokens > self.tokens:
             raise HoloError(f"fisher_tokens={self.fisher_tokens} is more than tokens={self.tokens}")
-        if self.eval_windows < 0 or self.sample_tokens < 1 or self.memory <= 0:
-            raise HoloError("eval_windows must not be negative, sample_tokens and memory must be positive")
-        if self.text and len(self.held_out_shares) != len(self.text):
-            raise HoloError(f"held_out: {len(self.held_out)} shares for {len(self.text)} texts; give one, or one each")
-        for share in self.held_out:
-            if not 0 < share < 1:
-                raise HoloError(f"held_out={share} must lie between 0 and 1")
+        if self.memory <= 0:
+            raise HoloError(f"memory={self.memory} must be positive")
         self.surgery()
-
-
-class _Parser(Parser, HfArgumentParser):
-    """HfArgumentParser with the errors of this package."""
 
 
 @dataclass
@@ -126,7 +158,7 @@ def parse(argv: list[str], description: str) -> Command:
     Raises:
         HoloError: an unknown or malformed option or recipe, or a value out of range.
     """
-    parser = _Parser(
+    parser = RecipeParser(
         ConvertArguments,
         prog="hf-holo convert",
         description=description,
@@ -138,7 +170,8 @@ def parse(argv: list[str], description: str) -> Command:
     recipe = finder.parse_known_args(argv)[0].recipe
     if recipe:
         parser.set_defaults(**vars(parser.parse_args(_as_words(recipe))))
-    parser.add_argument("--recipe", help=f"{', '.join(recipe_names())}, or a YAML file of the options above.")
+    packaged = ", ".join(recipe_names(__package__, PREFIX))
+    parser.add_argument("--recipe", help=f"{packaged}, or a YAML file of the options above.")
     parser.add_argument("teacher", metavar="TEACHER", help="folder or Hub name of the model")
     parser.add_argument("out", metavar="OUT", nargs="?", type=Path, help="folder of the result")
     parser.add_argument(
@@ -157,31 +190,16 @@ def parse(argv: list[str], description: str) -> Command:
     return Command(**command, options=options)
 
 
-def recipe_names() -> list[str]:
-    """The recipes in the package."""
-    folder = files(__package__).joinpath("recipes")
-    return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.startswith("convert-"))
-
-
 def _as_words(recipe: str) -> list[str]:
     """A recipe as words of a command line, so that its values meet the same checks.
 
     Raises:
-        HoloError: there is no such recipe, or it is no mapping.
+        HoloError: there is no such recipe, or it sets what is no option.
     """
-    if recipe in recipe_names():
-        text = files(__package__).joinpath("recipes", f"{recipe}.yaml").read_text(encoding="utf-8")
-    elif Path(recipe).is_file():
-        text = Path(recipe).read_text(encoding="utf-8")
-    else:
-        raise HoloError(f"recipe: {recipe!r} is neither a file nor one of {', '.join(recipe_names())}")
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise HoloError(f"recipe: {recipe!r} is no valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise HoloError(f"recipe: {recipe!r} is not a mapping of options to values")
+    options = [f.name for f in fields(ConvertArguments)]
     words: list[str] = []
-    for name, value in values.items():
+    for name, value in load_recipe(recipe, __package__, PREFIX).items():
+        if name not in options:
+            raise HoloError(f"recipe: {recipe!r} sets the unknown option {name!r}{suggestion(name, options)}")
         words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
     return words

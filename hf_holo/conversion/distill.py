@@ -2,10 +2,10 @@
 
 import json
 import math
-import os
 import re
 import shutil
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,27 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from ..errors import HoloError, first_line
+from ..errors import HoloError
+from ..files import write_text
 from ..generation import generate_text
+from ..modeling.harmonics import HoloLinear
 from ..training.callbacks import CausalityCallback
 from ..training.data import Collator, Splits, read_documents, split_documents, text_splits
-from ..training.optim import MuonAdamW
+from ..training.optim import MuonAdamW, WhitenedAdamW
 from ..training.train import find_checkpoint, save_final
 from ..training.trainer import HoloTrainer, summed_losses
-from .distill_arguments import Distillation, Stage, TextArguments, parse
+from .distill_arguments import Distillation, DistillTrainingArguments, Stage, TextArguments, parse
 from .distill_report import Report
 from .logit_cache import CachedLogits, write_cache
 from .objectives import Loss, block_twins, converted_layers, hidden_state_loss, logit_loss, output_loss
+from .sources import load_tokenizer, load_weights
 
+FEATURE_WINDOWS = 8  # training windows that the features of holographic layers are measured on
 FINISHED = "stage.json"  # the last file that a stage writes
 
 
@@ -70,12 +75,14 @@ def distill(run: Distillation) -> PreTrainedModel | PeftModel:
     teacher = load_model("teacher", run.models.teacher).eval().requires_grad_(False)
     source = str(stage_folder(run, len(finished) - 1)) if finished else run.models.student
     student = load_student(run, source)
-    tokenizer = load_tokenizer(run)
+    tokenizer = shared_tokenizer(run)
     check_vocabulary(teacher, student, tokenizer)
     texts = load_texts(run.texts, tokenizer)
     for stage in run.stages[len(finished) :]:  # bad input shows before the first stage costs time
         make_loss(stage, student, teacher)
         choose_trainable(student, teacher, stage, run.models.lora_rank)
+        if stage.training.optimizer == "whitened":
+            trained_layers(student)
 
     _prepare(run, folder, finished)
     report = Report.load(folder, len(finished)) if finished else Report(folder)
@@ -137,9 +144,7 @@ def _prepare(run: Distillation, folder: Path, finished: list[Stage]) -> None:
         for index in range(len(finished), len(run.stages)):
             shutil.rmtree(stage_folder(run, index), ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "recipe.tmp"
-    temporary.write_text(yaml.safe_dump(run.recipe, sort_keys=False), encoding="utf-8")
-    os.replace(temporary, folder / "recipe.yaml")
+    write_text(folder / "recipe.yaml", yaml.safe_dump(run.recipe, sort_keys=False))
 
 
 def load_model(argument: str, source: str | None) -> PreTrainedModel:
@@ -150,10 +155,7 @@ def load_model(argument: str, source: str | None) -> PreTrainedModel:
     """
     if not source:
         raise HoloError(f"{argument}: name the folder of a causal language model")
-    try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise HoloError(f"{argument}: cannot load {source!r}: {first_line(error)}") from None
+    return load_weights(AutoModelForCausalLM, source, torch.float32, argument)
 
 
 def load_student(run: Distillation, source: str) -> PreTrainedModel | PeftModel:
@@ -176,16 +178,13 @@ def load_student(run: Distillation, source: str) -> PreTrainedModel | PeftModel:
         raise HoloError(f"lora_modules: {str(error).partition('.')[0]}") from None
 
 
-def load_tokenizer(run: Distillation) -> PreTrainedTokenizerBase:
-    """The teacher's tokenizer.
+def shared_tokenizer(run: Distillation) -> PreTrainedTokenizerBase:
+    """The tokenizer of teacher and student.
 
     Raises:
         HoloError: there is none, or the student brings another.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(run.models.teacher)
-    except (OSError, ValueError, AttributeError):  # the last is what transformers 4 says of an empty folder
-        raise HoloError(f"teacher: {run.models.teacher!r} holds no tokenizer") from None
+    tokenizer = load_tokenizer(run.models.teacher, argument="teacher")
     if not (Path(run.models.student) / "tokenizer_config.json").is_file():
         return tokenizer  # the student came without one
     other = AutoTokenizer.from_pretrained(run.models.student)
@@ -219,13 +218,21 @@ def load_texts(texts: TextArguments, tokenizer: PreTrainedTokenizerBase) -> Text
         if name in splits:
             raise HoloError(f"train_files: two texts are called {name!r}; rename one")
         splits[name] = text_splits(*parts, tokenizer, texts.block_size, texts.stride)
-    limit = texts.evaluation_windows
-    validation = {
-        name: Subset(split.validation, range(min(limit or len(split.validation), len(split.validation))))
-        for name, split in splits.items()
-    }
+    validation = {name: evenly(split.validation, texts.evaluation_windows) for name, split in splits.items()}
     first = next(iter(splits.values()))
-    return Texts(ConcatDataset([split.train for split in splits.values()]), validation, first.prompt)
+    return Texts(mixed_equally([split.train for split in splits.values()]), validation, first.prompt)
+
+
+def mixed_equally(texts: list[Dataset]) -> Dataset:
+    """The windows of all texts, those of shorter ones repeated: a student learns from each of them as much."""
+    longest = max(map(len, texts))
+    return ConcatDataset([Subset(text, [i % len(text) for i in range(longest)]) for text in texts])
+
+
+def evenly(windows: Dataset, count: int | None) -> Subset:
+    """`count` windows at equal distances over all of them; all if there are fewer, or for None."""
+    count = min(count or len(windows), len(windows))
+    return Subset(windows, [i * len(windows) // count for i in range(count)])
 
 
 def choose_trainable(student: nn.Module, teacher: PreTrainedModel, stage: Stage, lora_rank: int) -> int:
@@ -292,7 +299,8 @@ class DistillTrainer(HoloTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:  # Trainer evaluates
             return super().compute_loss(model, inputs, return_outputs)
-        return self.stage_loss(bare_model(self.accelerator.unwrap_model(model)), inputs)
+        with self.accelerator.autocast():  # for the teacher too, and for parts of the student that are called alone
+            return self.stage_loss(bare_model(self.accelerator.unwrap_model(model)), inputs)
 
 
 class DistillCollator(Collator):
@@ -341,7 +349,7 @@ def run_stage(
         **describe(student, tokenizer, texts, run),
         "history": [log for log in trainer.state.log_history if "loss" in log or "eval_loss" in log],
     }
-    (folder / FINISHED).write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / FINISHED, json.dumps(entry, indent=2) + "\n")
     return entry
 
 
@@ -360,15 +368,7 @@ def make_trainer(
     """Put student, data and optimizer together."""
     args = stage.training
     args.remove_unused_columns = False  # cached logits are no argument of the model
-    optimizer = None
-    if args.optimizer == "muon":
-        betas = (args.adam_beta1, args.adam_beta2)
-        try:
-            optimizer = MuonAdamW.for_model(
-                student, args.learning_rate, args.muon_lr_ratio, args.weight_decay, betas, args.adam_epsilon
-            )
-        except ValueError as error:
-            raise HoloError(f"optimizer: 'muon' does not fit what trains in this stage: {error}") from None
+    optimizer = make_optimizer(student, args, train)
     return DistillTrainer(
         student,
         args,
@@ -381,6 +381,70 @@ def make_trainer(
         callbacks=[CausalityCallback()] if args.causality_check else [],
         ema_decay=args.ema_decay,
     )
+
+
+def make_optimizer(student: nn.Module, args: DistillTrainingArguments, train: Dataset) -> Optimizer | None:
+    """The optimizer that the stage names; None: Trainer makes it.
+
+    Raises:
+        HoloError: it does not fit what trains.
+    """
+    betas = (args.adam_beta1, args.adam_beta2)
+    if args.optimizer == "whitened":
+        windows = torch.stack([train[i]["input_ids"] for i in evenly(train, FEATURE_WINDOWS).indices])
+        return WhitenedAdamW(feature_grams(student, windows), args.learning_rate, betas, args.adam_epsilon)
+    if args.optimizer == "muon":
+        try:
+            return MuonAdamW.for_model(
+                student, args.learning_rate, args.muon_lr_ratio, args.weight_decay, betas, args.adam_epsilon
+            )
+        except ValueError as error:
+            raise HoloError(f"optimizer: 'muon' does not fit what trains in this stage: {error}") from None
+    return None
+
+
+def trained_layers(student: nn.Module) -> list[HoloLinear]:
+    """The holographic layers whose coefficients train.
+
+    Raises:
+        HoloError: something else trains too, or there is none.
+    """
+    layers = [m for m in student.modules() if isinstance(m, HoloLinear) and m.folded and m.coefficients.requires_grad]
+    coefficients = {layer.coefficients for layer in layers}
+    other = next((n for n, p in student.named_parameters() if p.requires_grad and p not in coefficients), None)
+    if other:
+        raise HoloError(f"optimizer: 'whitened' trains the coefficients of folded holographic layers, not {other!r}")
+    return layers
+
+
+@torch.no_grad()
+def feature_grams(student: nn.Module, windows: torch.Tensor) -> dict[nn.Parameter, torch.Tensor]:
+    """E[z zᵀ] of the features z = B x that the trained coefficients of every holographic layer weigh.
+
+    Args:
+        student: see [`trained_layers`].
+        windows: token ids `[N, T]`.
+
+    Returns:
+        `[R, R]` for each trained parameter; layers with a common basis share it.
+    """
+    layers = trained_layers(student)
+    grams: dict[nn.Module, torch.Tensor] = {}
+
+    def add(basis: nn.Module, args: tuple[torch.Tensor], features: torch.Tensor) -> None:
+        z = features.flatten(0, -2).double()  # [tokens, R]
+        grams[basis] = grams.get(basis, 0) + z.T @ z / len(z)
+
+    hooks = [basis.register_forward_hook(add) for basis in {layer.basis for layer in layers}]
+    try:
+        for window in windows:
+            student(input_ids=window[None].to(student.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    readers = Counter(layer.basis for layer in layers)  # each of them has added the same
+    means = {basis: gram / (readers[basis] * len(windows)) for basis, gram in grams.items()}
+    return {layer.coefficients: means[layer.basis] for layer in layers}
 
 
 # ---------------------------------------------------------------------------------------------- scores

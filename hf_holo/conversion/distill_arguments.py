@@ -30,7 +30,8 @@ class TextArguments:
     """What the student learns on, and what both are scored on."""
 
     train_files: list[str] = field(
-        default_factory=list, metadata={"help": "Text files, folders or tables; windows of all are mixed."}
+        default_factory=list,
+        metadata={"help": "Text files, folders or tables; mixed in equal parts, shorter ones repeat."},
     )
     validation_fraction: list[float] = field(
         default_factory=lambda: [0.1],
@@ -96,7 +97,11 @@ class DistillTrainingArguments(HoloTrainingArguments):
     resume_from_checkpoint: str | None = described(
         "Go on where the run in output_dir was cut off.", nargs="?", const="last"
     )
-    optimizer: Literal["muon", "adamw"] = described("MuonAdamW, or the optimizer that --optim names.", "adamw")
+    optimizer: Literal["whitened", "muon", "adamw"] = described(
+        "whitened: for the coefficients of holographic layers, with a relative learning rate (WhitenedAdamW); muon: "
+        "MuonAdamW; adamw: the optimizer that --optim names.",
+        "adamw",
+    )
     causality_check: bool = described("Stop the run if the student sees tokens that it should predict.", False)
     learning_rate: float = described("Peak learning rate of AdamW.", 1e-3)
     weight_decay: float = described("Weight decay of matrices.", 0.0)

@@ -2,10 +2,11 @@
 
 import csv
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ..files import replacing, write_text
 
 
 @dataclass
@@ -32,10 +33,11 @@ class Report:
     def write(self) -> None:
         """Write all files anew, each under a temporary name first."""
         values = {"teacher": self.teacher, "student": self.student, "stages": self.stages}
-        text = json.dumps(values, indent=2) + "\n"
-        _replace(self.folder / "report.json", lambda path: path.write_text(text, encoding="utf-8"))
-        _replace(self.folder / "losses.csv", self._write_table)
-        _replace(self.folder / "losses.png", self._plot)
+        write_text(self.folder / "report.json", json.dumps(values, indent=2) + "\n")
+        with replacing(self.folder / "losses.csv") as temporary:
+            self._write_table(temporary)
+        with replacing(self.folder / "losses.png") as temporary:
+            self._plot(temporary)
 
     def line(self, entry: dict[str, Any]) -> str:
         """One line with the losses of a student and their ratio to the teacher's."""
@@ -83,9 +85,3 @@ class Report:
         for axes in (left, right):
             axes.grid(alpha=0.3)
         figure.savefig(path, format="png", dpi=120)
-
-
-def _replace(path: Path, write) -> None:
-    temporary = path.with_suffix(".tmp")
-    write(temporary)
-    os.replace(temporary, path)

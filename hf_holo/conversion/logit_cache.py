@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..files import replacing
 from .objectives import SoftLabels
 
 
@@ -61,9 +62,8 @@ def write_cache(
         log_probs.append(soft.log_probs.cpu())
         indices.append(soft.indices.int().cpu())
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file({"log_probs": torch.cat(log_probs), "indices": torch.cat(indices)}, temporary, metadata)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file({"log_probs": torch.cat(log_probs), "indices": torch.cat(indices)}, temporary, metadata)
     print(f"the teacher's logits for {len(windows)} windows lie in {path} ({path.stat().st_size / 2**20:.0f} MiB)")
 
 

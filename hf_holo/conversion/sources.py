@@ -66,13 +66,28 @@ class Source:
 
     def load(self) -> PreTrainedModel:
         """The model with its weights, in the type that they are stored in."""
-        try:
-            return self.auto_class.from_pretrained(self.name, dtype="auto").eval()
-        except (OSError, ValueError) as error:
-            raise HoloError(f"TEACHER: cannot load {self.name!r}: {first_line(error)}") from None
+        return load_weights(self.auto_class, self.name, "auto").eval()
 
 
-def load_tokenizer(teacher: str, needed: bool = True) -> PreTrainedTokenizerBase | None:
+def load_weights(auto_class: type, name: str, dtype: torch.dtype | str, argument: str = "TEACHER") -> PreTrainedModel:
+    """The model in a folder or on the Hub.
+
+    Args:
+        auto_class: of transformers.
+        name: folder or Hub name.
+        dtype: "auto": the type that the weights are stored in.
+        argument: how the error calls it.
+
+    Raises:
+        HoloError: it is not there, or no such model.
+    """
+    try:
+        return auto_class.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise HoloError(f"{argument}: cannot load {name!r}: {first_line(error)}") from None
+
+
+def load_tokenizer(teacher: str, needed: bool = True, argument: str = "TEACHER") -> PreTrainedTokenizerBase | None:
     """The tokenizer of the teacher; None if there is none and it is not `needed`.
 
     Raises:
@@ -86,7 +101,7 @@ def load_tokenizer(teacher: str, needed: bool = True) -> PreTrainedTokenizerBase
     except (OSError, ValueError, AttributeError) as error:  # the last in 4.57, where files are missing
         reason = first_line(error)
     if needed:
-        raise HoloError(f"TEACHER: {teacher!r} has no tokenizer to read the text with: {reason}")
+        raise HoloError(f"{argument}: {teacher!r} has no tokenizer to read the text with: {reason}")
     return None
 
 
@@ -105,14 +120,16 @@ def load_texts(options: ConvertArguments, tokenizer: PreTrainedTokenizerBase | N
     Raises:
         HoloError: there is none, one cannot be read, one is too short, or the windows are too long for the teacher.
     """
-    if options.calibrated and not options.text:
-        raise HoloError("text: a calibrated conversion needs --text, best several of different kinds")
+    if not options.text:
+        if options.calibrated:
+            raise HoloError("text: a calibrated conversion needs --text, best several of different kinds")
+        return []
     positions = getattr(source.config, "max_position_embeddings", None) or options.window
     if options.window > positions:
         raise HoloError(f"window={options.window} is longer than the {positions} positions of the teacher")
     return [
         load_text(name, share, options, tokenizer, source)
-        for name, share in zip(options.text, options.held_out_shares if options.text else (), strict=True)
+        for name, share in zip(options.text, options.held_out_shares, strict=True)
     ]
 
 

@@ -244,7 +244,7 @@ def block_list(model: nn.Module) -> str:
 
 def same_input(model: nn.Module, a: str, b: str) -> bool:
     """Whether two layers read the same input, by the table of the architectures (shared_inputs.json)."""
-    for group in _shared_inputs().get(model.config.model_type, ()):
+    for group in shared_inputs().get(model.config.model_type, ()):
         ends = [next((end for end in group if name.endswith(f".{end}")), None) for name in (a, b)]
         if None not in ends and a.removesuffix(ends[0]) == b.removesuffix(ends[1]):
             return True
@@ -252,8 +252,10 @@ def same_input(model: nn.Module, a: str, b: str) -> bool:
 
 
 @functools.cache
-def _shared_inputs() -> dict[str, list[list[str]]]:
-    return json.loads(files(__package__).joinpath("shared_inputs.json").read_text(encoding="utf-8"))
+def shared_inputs() -> dict[str, list[list[str]]]:
+    """For each family, by `model_type`: groups of layers of a block that read the same input."""
+    entries = json.loads(files(__package__).joinpath("shared_inputs.json").read_text(encoding="utf-8"))
+    return {family: entry["groups"] for entry in entries for family in entry["families"]}
 
 
 def dense_shape(layer: nn.Module) -> tuple[int, int]:

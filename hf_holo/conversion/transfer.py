@@ -1,16 +1,18 @@
-"""Attention becomes holographic: the weights of a Llama or Phi-3 go to a HoloSpectralNet of the same width.
+"""Attention becomes holographic: the weights of a Llama, Mistral or Phi-3 go to a HoloSpectralNet of the same width.
 
 Everything but the mixing of tokens is kept exactly: embeddings, norms, gated MLPs, the head, and those attention layers
 that stay. The new mixers start from the projections of the attention that they replace, and have to be distilled.
 """
 
+import copy
 import json
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import HoloError
 from ..modeling.configuration_hsn import HsnConfig
@@ -32,7 +34,8 @@ def transfer_to_hsn(teacher: PreTrainedModel, layers: list[int] | None = None) -
     copied. A layer that keeps its attention computes what it computed; with `layers=[]` so does the whole model.
 
     Args:
-        teacher: a causal language model of a family in `transfer_sources.json` (Llama, Phi-3).
+        teacher: a causal language model of a family in `transfer_sources.json` (Llama, Mistral, Phi-3); on the meta
+            device too.
         layers: which layers get a holographic mixer, negative ones counted from the end; default: all.
 
     Returns:
@@ -45,7 +48,9 @@ def transfer_to_hsn(teacher: PreTrainedModel, layers: list[int] | None = None) -
     source = source_of(teacher)
     replaced = _resolve(layers, teacher.config.num_hidden_layers)
     config = student_config(teacher, replaced)
-    student = HsnForCausalLM(config).to(device=teacher.device, dtype=teacher.dtype).eval()
+    with torch.device(teacher.device):
+        student = AutoModelForCausalLM.from_config(config, dtype=teacher.dtype).eval()
+    student.generation_config = copy.deepcopy(teacher.generation_config)
     _copy_ends(student, teacher)
     for block, old in zip(student.model.layers, teacher.model.layers, strict=True):
         _copy_block(block, old, source)
@@ -116,13 +121,14 @@ def _check_teacher(teacher: PreTrainedModel) -> None:
 
 def _rotary_base(teacher: PreTrainedModel) -> float:
     """The base of the teacher's rotary positions, read from the frequencies themselves."""
-    rotary, config = teacher.model.rotary_emb, teacher.config
+    config = teacher.config
+    rotary = type(teacher.model.rotary_emb)(config)  # anew: the teacher's may lie on meta
     if getattr(config, "sliding_window", None):
         raise HoloError(f"layers: attention in a window (sliding_window={config.sliding_window}) cannot be kept")
     frequencies = rotary.inv_freq.double()
     pairs = config.hidden_size // config.num_attention_heads // 2
     if len(frequencies) == pairs > 1 and rotary.attention_scaling == 1:
-        steps = -torch.arange(pairs, dtype=torch.float64, device=frequencies.device) / pairs
+        steps = -torch.arange(pairs, dtype=torch.float64) / pairs
         base = round(float(frequencies[1] ** -pairs), 3)
         if torch.allclose(base**steps, frequencies, rtol=1e-4):
             return base
@@ -183,3 +189,66 @@ def _start_mixer(mixer: HolographicMixer, query: torch.Tensor, key: torch.Tensor
     """Filter, decay and gate have no counterpart in attention: they stay as a fresh mixer has them."""
     mixer.q_proj.weight.copy_(phases_of(query, mixer.heads))
     mixer.k_proj.weight.copy_(phases_of(key, mixer.key_heads))
+
+
+# ---------------------------------------------------------------------------------------------- what became of it
+@dataclass(frozen=True)
+class Part:
+    """A part of the teacher, and what the student has in its place.
+
+    Attributes:
+        module: its name in the teacher.
+        before, after: kinds of module.
+        taken: in words, what the student has of it.
+        numbers_before, numbers_after: parameters.
+        copied: how many of the student's are the teacher's own.
+        derived: how many are made of the teacher's.
+    """
+
+    module: str
+    before: str
+    after: str
+    taken: str
+    numbers_before: int
+    numbers_after: int
+    copied: int
+    derived: int
+
+    @property
+    def fresh(self) -> int:
+        return self.numbers_after - self.copied - self.derived
+
+
+def compare(teacher: PreTrainedModel, student: HsnForCausalLM) -> list[Part]:
+    """All parts of the teacher that hold parameters, in their order; a tied head is part of the embeddings.
+
+    Args:
+        teacher, student: as given to, and returned by, [`transfer_to_hsn`]; on the meta device too.
+    """
+    source = source_of(teacher)
+    parts = [_part("model.embed_tokens", teacher.model.embed_tokens, student.model.embed_tokens)]
+    for index, (old, new) in enumerate(zip(teacher.model.layers, student.model.layers, strict=True)):
+        twins = {
+            source["mixer_norm"]: new.mixer_norm,
+            source["mixer"]: new.mixer,
+            source["channel_norm"]: new.channel_norm,
+            source["down"].rpartition(".")[0]: new.channel_mix,
+        }
+        parts += [_part(f"model.layers.{index}.{name}", old.get_submodule(name), twin) for name, twin in twins.items()]
+    parts.append(_part("model.norm", teacher.model.norm, student.model.norm))
+    if not student.config.tie_word_embeddings:
+        parts.append(_part("lm_head", teacher.lm_head, student.lm_head))
+    return parts
+
+
+def _part(name: str, old: nn.Module, new: nn.Module) -> Part:
+    before, after = _numbers(old), _numbers(new)
+    taken, copied, derived = "all", after, 0
+    if isinstance(new, HolographicMixer):
+        taken = "values and output; queries and keys as phases"
+        copied, derived = _numbers(new.v_proj, new.out_proj), _numbers(new.q_proj, new.k_proj)
+    return Part(name, type(old).__name__, type(new).__name__, taken, before, after, copied, derived)
+
+
+def _numbers(*modules: nn.Module) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())

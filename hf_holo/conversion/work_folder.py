@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import HoloError
+from ..files import replacing, write_text
 
 MARK = "report.json"  # every finished result holds one; nothing else is ever replaced
 
@@ -47,9 +48,7 @@ class WorkFolder:
         self.save_json("identity", identity)
 
     def save_json(self, name: str, values: Any) -> None:
-        temporary = self.path / f"{name}.tmp"
-        temporary.write_text(json.dumps(values, indent=2), encoding="utf-8")
-        os.replace(temporary, self.path / f"{name}.json")
+        write_text(self.path / f"{name}.json", json.dumps(values, indent=2))
 
     def load_json(self, name: str) -> Any:
         """What was saved under this name, or None."""
@@ -60,9 +59,8 @@ class WorkFolder:
         return (self.path / f"{name}.safetensors").exists()
 
     def save_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        temporary = self.path / f"{name}.tmp"
-        save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, temporary)
-        os.replace(temporary, self.path / f"{name}.safetensors")
+        with replacing(self.path / f"{name}.safetensors") as temporary:
+            save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, temporary)
 
     def load_tensors(self, name: str, *keys: str) -> dict[str, torch.Tensor]:
         """These tensors, or all."""

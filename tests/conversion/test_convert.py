@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 import hf_holo  # noqa: F401, registers the quantizer
 from hf_holo import HoloError
 from hf_holo.conversion import convert as command
-from hf_holo.conversion import work_folder
+from hf_holo.conversion import convert_linears, work_folder
+from hf_holo.conversion.convert_linears import CalibratedSurgery
 from hf_holo.modeling.harmonics import HoloLinear
 from hf_holo.training.data import python_help
 from hf_holo.training.tokenizers import make_tokenizer
@@ -103,8 +104,8 @@ def test_every_architecture_converts_and_loads(saved, texts, tmp_path, name):
 
 
 def test_reloaded_output_is_identical(saved, texts, tmp_path, monkeypatch):
-    students, calibrated = [], command.calibrated
-    monkeypatch.setattr(command, "calibrated", lambda model, *rest: students.append(model) or calibrated(model, *rest))
+    students, apply = [], CalibratedSurgery.apply
+    monkeypatch.setattr(CalibratedSurgery, "apply", lambda *args: students.append(apply(*args)) or students[-1])
     run(saved(), tmp_path / "out", "--text", *texts)
     assert torch.equal(logits(students[0]), logits(load(tmp_path / "out")))
 
@@ -190,17 +191,19 @@ def test_little_memory_gives_the_same_model(saved, texts, tmp_path):
 @pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks live in the repository only")
 def test_benchmark_compares_at_the_same_share(saved, texts, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    arguments = [*QUICK[:-2], "--ratios", "0.8", "--results", str(tmp_path)]
+    arguments = [*QUICK[:-2], "--ratios", "0.8", "--attention_ratios", "0.4", "--results", str(tmp_path)]
     importlib.import_module("surgery").main([saved(), "--text", *texts, *arguments])
     rows = json.loads((tmp_path / "surgery.json").read_text())["figures"]["rows"]
     assert [row["method"].split()[0] for row in rows] == [
         "teacher",
         "calibrated",
+        "calibrated",
         "activation-aware",
         "plain",
         "random",
     ]
-    assert all(0.75 < row["kept"] <= 0.8 for row in rows[1:])
+    assert [row["scope"] for row in rows[:3]] == ["all", "all", "attention"]
+    assert all(0.9 * row["ratio"] < row["kept"] <= row["ratio"] for row in rows[1:])
 
 
 # Dry run ------------------------------------------------------------------------------------------------------------
@@ -234,7 +237,7 @@ def test_dry_run_names_every_module_and_needs_no_weights(tmp_path, capsys, monke
 def test_a_stopped_run_goes_on(saved, texts, tmp_path, monkeypatch, capsys):
     teacher, out, words = saved(), tmp_path / "out", ["--text", *texts, "--memory", "1e-5"]
     run(teacher, tmp_path / "whole", *words)
-    finished, original = [], command.factorise
+    finished, original = [], convert_linears.factorise
 
     def stopping(site, *rest):
         if len(finished) == 5:
@@ -242,14 +245,14 @@ def test_a_stopped_run_goes_on(saved, texts, tmp_path, monkeypatch, capsys):
         finished.append(site)
         return original(site, *rest)
 
-    monkeypatch.setattr(command, "factorise", stopping)
+    monkeypatch.setattr(convert_linears, "factorise", stopping)
     with pytest.raises(SystemExit):
         run(teacher, out, *words)
     assert not out.exists()
     assert "goes on from there" in capsys.readouterr().out
 
     again = []
-    monkeypatch.setattr(command, "factorise", lambda site, *rest: again.append(site) or original(site, *rest))
+    monkeypatch.setattr(convert_linears, "factorise", lambda site, *rest: again.append(site) or original(site, *rest))
     run(teacher, out, *words)
     assert len(again) == 7
     assert not set(again) & set(finished)
@@ -259,7 +262,7 @@ def test_a_stopped_run_goes_on(saved, texts, tmp_path, monkeypatch, capsys):
 def test_unfinished_work_with_other_options_is_not_mixed_in(saved, texts, tmp_path, monkeypatch):
     teacher, out = saved(), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(command, "install", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(convert_linears, "install", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(SystemExit):
             run(teacher, out, "--text", *texts)
     with pytest.raises(HoloError, match="unfinished run with other options"):
@@ -292,6 +295,11 @@ def test_options_that_make_no_sense_are_refused(saved, texts, tmp_path):
     refused("is the teacher", teacher, teacher + "/inside", *text)
     refused("holds no model", str(tmp_path / "nothing"), out, *text)
     refused("neither a file nor one of convert-attention", teacher, out, "--recipe", "unknown", *text)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("ratios: 0.5")
+    refused("sets the unknown option 'ratios'; did you mean ratio", teacher, out, "--recipe", str(recipe), *text)
+    recipe.write_text("method: magic")
+    refused("magic", teacher, out, "--recipe", str(recipe), *text)
     assert not out.exists()
     assert not work_folder.work_path(out).exists()
 

@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from hf_holo.conversion.distill import choose_trainable, distill, main
+from hf_holo.conversion.distill import choose_trainable, distill, feature_grams, main, mixed_equally
 from hf_holo.conversion.distill_arguments import PREFIX, DistillTrainingArguments, Stage, StageArguments, parse
 from hf_holo.conversion.objectives import (
     SoftLabels,
@@ -143,6 +143,25 @@ def test_every_stage_lowers_its_own_loss(kind, match):
     assert losses[-1] < 0.8 * losses[0]
 
 
+def test_features_are_measured_where_coefficients_read_them():
+    teacher = make_teacher("surgery")
+    student = make_student("surgery", teacher).requires_grad_(False)
+    layer = student.model.layers[0].self_attn.q_proj
+    layer.coefficients.requires_grad_(True)
+    windows = torch.randint(len(TOKENIZER), (3, 16))
+    grams = feature_grams(student, windows)
+    with torch.no_grad():
+        embedded = student.model.layers[0].input_layernorm(student.model.embed_tokens(windows))
+        z = layer.basis(embedded).flatten(0, 1).double()
+    torch.testing.assert_close(grams[layer.coefficients], z.T @ z / len(z), rtol=1e-5, atol=1e-6)
+    assert len(grams) == 1
+
+
+def test_the_text_that_is_shorter_repeats_until_all_have_the_same_share():
+    mixed = mixed_equally([["a", "b", "c"], ["A", "B"]])
+    assert [mixed[i] for i in range(len(mixed))] == ["a", "b", "c", "A", "B", "A"]
+
+
 def test_a_layer_alone_is_compared_on_the_input_that_the_teacher_had():
     teacher = make_teacher("surgery").requires_grad_(False)
     student = make_student("surgery", teacher)
@@ -187,17 +206,19 @@ def test_a_cached_run_ends_where_a_live_one_does(hsn_folders):
         torch.testing.assert_close(cached[name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_an_interrupted_run_goes_on_and_ends_where_an_uninterrupted_one_does(hsn_folders):
-    stages = [{"match": "layers"}, {"match": "logits"}]
-    distill(parse(arguments(hsn_folders, stages, out="whole")))
-    whole, cut = hsn_folders / "whole", hsn_folders / "cut"
+@pytest.mark.parametrize("kind, optimizer", [("hsn", "adamw"), ("surgery", "whitened")])
+def test_an_interrupted_run_goes_on_and_ends_where_an_uninterrupted_one_does(kind, optimizer, tmp_path):
+    folders = write_models(kind, tmp_path)
+    stages = [{"match": "layers"}, {"match": "logits", "optimizer": optimizer}]
+    distill(parse(arguments(folders, stages, out="whole")))
+    whole, cut = folders / "whole", folders / "cut"
     shutil.copytree(whole, cut)
     for name in ("2-logits/stage.json", "2-logits/model.safetensors", "model.safetensors"):
         (cut / name).unlink()
     shutil.rmtree(cut / "2-logits/checkpoint-4")
     with pytest.raises(HoloError, match="already holds a run"):
-        main(arguments(hsn_folders, stages, out="cut"))
-    distill(parse(arguments(hsn_folders, stages, "--resume_from_checkpoint", out="cut")))
+        main(arguments(folders, stages, out="cut"))
+    distill(parse(arguments(folders, stages, "--resume_from_checkpoint", out="cut")))
     report = json.loads((cut / "report.json").read_text())
     assert [(stage["name"], stage["resumed"]) for stage in report["stages"]] == [("layers", False), ("logits", True)]
     expected = load_file(whole / "model.safetensors")
@@ -273,6 +294,7 @@ def test_the_recipes_of_the_package_are_valid(name):
         ([{"match": "logits"}], {"block_size": 100_000}, "fewer than one block"),
         ([{"match": "logits"}], {"validation_fraction": [0.1, 0.2]}, "2 shares for 1 texts"),
         ([{"match": "logits"}], {"lora_rank": 2, "lora_modules": ["nowhere"]}, "lora_modules"),
+        ([{"match": "logits"}], {"optimizer": "whitened"}, "optimizer: 'whitened' trains the coefficients"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(hsn_folders, stages, changes, said):

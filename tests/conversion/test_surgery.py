@@ -18,12 +18,12 @@ from transformers import (
     BertConfig,
     GPT2Config,
     LlamaConfig,
-    OPTConfig,
     Phi3Config,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
     ViTConfig,
+    XGLMConfig,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -43,15 +43,8 @@ CONFIGS = {
     "bert": BertConfig(**ENCODER),
     "vit": ViTConfig(**ENCODER, image_size=8, patch_size=4),
     # no table of this project names it
-    "opt": OPTConfig(
-        vocab_size=50,
-        hidden_size=32,
-        ffn_dim=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        word_embed_proj_dim=32,
-        **SPECIAL,
+    "xglm": XGLMConfig(
+        vocab_size=50, d_model=32, ffn_dim=48, num_layers=3, attention_heads=4, max_position_embeddings=64, **SPECIAL
     ),
 }
 AUTO = {"bert": AutoModelForMaskedLM, "vit": AutoModelForImageClassification}
@@ -76,9 +69,9 @@ INSIDE = {  # linear layers of one block
     ]
     if version.parse(transformers.__version__).major < 5
     else [*(f"attention.{name}_proj" for name in "qkvo"), "mlp.fc1", "mlp.fc2"],
-    "opt": [*(f"self_attn.{name}_proj" for name in "kvq"), "self_attn.out_proj", "fc1", "fc2"],
+    "xglm": [*(f"self_attn.{name}_proj" for name in "kvq"), "self_attn.out_proj", "fc1", "fc2"],
 }
-GENERATORS = ("phi3", "llama", "gpt2", "opt")
+GENERATORS = ("phi3", "llama", "gpt2", "xglm")
 
 
 def dense_model(name: str) -> PreTrainedModel:
@@ -240,7 +233,7 @@ def test_a_ratio_counts_biases(bias_model):
     assert all(row["stored"] <= 0.5 * row["numbers_before"] for row in report.converted)
 
 
-@pytest.mark.parametrize(("model_name", "groups"), [("llama", 4), ("bert", 4), ("vit", 4), ("phi3", 4), ("opt", 6)])
+@pytest.mark.parametrize(("model_name", "groups"), [("llama", 4), ("bert", 4), ("vit", 4), ("phi3", 4), ("xglm", 6)])
 def test_layers_with_the_same_input_share_a_basis(model_name, groups):
     model = converted_model(model_name, shared=True)
     layers = [module for module in model.modules() if isinstance(module, HoloLinear)]
@@ -481,10 +474,10 @@ def test_a_model_without_blocks_is_refused():
 
 
 def test_a_plan_for_another_model_is_refused():
-    config = converted_model("opt").config.quantization_config
+    config = converted_model("gpt2").config.quantization_config
     model = dense_model("llama")
     before = state(model)
-    with pytest.raises(HoloError, match=r"layers: LlamaForCausalLM has no linear layer 'model\.decoder\.layers\.0\."):
+    with pytest.raises(HoloError, match=r"layers: LlamaForCausalLM has no linear layer 'transformer\.h\.0\."):
         apply_surgery(model, config)
     assert_same_state(model, before)
 

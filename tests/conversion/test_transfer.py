@@ -2,10 +2,18 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 from hf_holo import HsnForCausalLM
-from hf_holo.conversion.transfer import transfer_to_hsn
+from hf_holo.conversion.transfer import SOURCES, compare, transfer_to_hsn
 from hf_holo.errors import HoloError
 
 SHAPE = {
@@ -32,6 +40,14 @@ def phi3(**changes) -> Phi3ForCausalLM:
     return _with_uneven_norms(Phi3ForCausalLM(config))
 
 
+def mistral(**changes) -> MistralForCausalLM:
+    config = MistralConfig(**{**SHAPE, "num_key_value_heads": 2, "sliding_window": None, **changes})
+    return _with_uneven_norms(MistralForCausalLM(config))
+
+
+FAMILIES = {"llama": llama, "mistral": mistral, "phi3": phi3}
+
+
 @torch.no_grad()
 def _with_uneven_norms(model):
     for parameter in model.parameters():
@@ -40,9 +56,10 @@ def _with_uneven_norms(model):
     return model.eval()
 
 
-@pytest.fixture(params=[llama, phi3])
+@pytest.fixture(params=sorted(SOURCES))
 def teacher(request):
-    return request.param()
+    """Of every family in the table."""
+    return FAMILIES[request.param]()
 
 
 def tokens(rows: int = 2, length: int = 20) -> torch.Tensor:
@@ -104,6 +121,25 @@ def test_the_teacher_stays_and_the_student_saves(teacher, tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
+def test_on_the_meta_device_it_has_the_same_shapes(teacher):
+    with torch.device("meta"):
+        twin = AutoModelForCausalLM.from_config(teacher.config)
+    student, shapes = transfer_to_hsn(teacher, [1]), transfer_to_hsn(twin, [1])
+    assert all(parameter.is_meta for parameter in shapes.parameters())
+    assert shapes.config.to_diff_dict() == student.config.to_diff_dict()
+    assert compare(twin, shapes) == compare(teacher, student)
+    expected = {name: parameter.shape for name, parameter in student.named_parameters()}
+    assert {name: parameter.shape for name, parameter in shapes.named_parameters()} == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_student_has_the_dtype_of_the_teacher(teacher, dtype):
+    student = transfer_to_hsn(teacher.to(dtype), [0])
+    assert {parameter.dtype for parameter in student.parameters()} == {dtype}
+    with torch.no_grad():
+        assert student(tokens()).logits.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("make", "layers", "said"),
     [
@@ -112,6 +148,7 @@ def test_the_teacher_stays_and_the_student_saves(teacher, tmp_path):
         (lambda: llama(hidden_act="gelu"), None, "silu"),
         (lambda: llama(rope_scaling={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), [0], "rotary"),
         (lambda: phi3(sliding_window=8), [0], "sliding_window=8"),
+        (lambda: mistral(sliding_window=8), [0], "sliding_window=8"),
         (llama, [3], "no layer 3"),
         (lambda: transfer_to_hsn(llama()), None, "'hsn' cannot become an hsn"),
     ],

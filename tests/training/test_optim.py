@@ -1,4 +1,4 @@
-"""MuonAdamW: who gets which rule, exactly torch's updates, and an ordinary optimizer to everyone else."""
+"""The optimizers: who gets which rule, exactly the updates that are promised, and ordinary to everyone else."""
 
 import copy
 import io
@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_holo import hsn_tiny
-from hf_holo.training.optim import MuonAdamW, split_parameters
+from hf_holo.training.optim import MuonAdamW, WhitenedAdamW, split_parameters
 
 
 def tiny_hsn(**overrides) -> nn.Module:
@@ -184,3 +184,90 @@ def test_bad_groups_are_refused():
         MuonAdamW([{"params": [nn.Parameter(torch.zeros(2))], "rule": "muon"}])
     with pytest.raises(ValueError, match=r"no trainable nn\.Linear"):
         MuonAdamW.for_model(nn.Linear(4, 4))
+
+
+# WhitenedAdamW ------------------------------------------------------------------------------------------------------
+
+
+def whitened_problem(rows: int = 3, features: int = 5) -> tuple[nn.Parameter, torch.Tensor]:
+    """A matrix and the gram matrix of features of very unequal size."""
+    coefficients = nn.Parameter(torch.randn(rows, features, dtype=torch.float64))
+    z = torch.randn(200, features, dtype=torch.float64) * torch.logspace(0, 3, features, dtype=torch.float64)
+    z = z @ torch.randn(features, features, dtype=torch.float64)
+    return coefficients, z.T @ z / len(z)
+
+
+def test_whitened_steps_are_those_of_adamw_on_the_whitened_matrix():
+    coefficients, gram = whitened_problem()
+    values, vectors = torch.linalg.eigh(gram)
+    roots = values.clamp_min(WhitenedAdamW.FLOOR * values.mean()).sqrt()
+    root, inverse = (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+    start = coefficients.detach() @ root
+    size = start.square().mean().sqrt()
+    twin = nn.Parameter(start / size)  # Ĉ in units of its size
+    ours, theirs = (
+        WhitenedAdamW({coefficients: gram}, 0.05),
+        torch.optim.AdamW([twin], 0.05, (0.9, 0.95), weight_decay=0.0, eps=1e-8),
+    )
+    target = torch.randn_like(coefficients)
+    for _ in range(5):
+        for optimizer, matrix in ((ours, coefficients), (theirs, twin * size @ inverse)):
+            optimizer.zero_grad()
+            ((matrix - target) @ root).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(coefficients.detach(), twin.detach() * size @ inverse, rtol=1e-6, atol=1e-9)
+
+
+def test_whitened_adamw_learns_where_adamw_does_not():
+    """One feature is 300 times larger and mixed into the others; the same steps, each at its best of several rates."""
+    steps, features = 100, 40
+    start = torch.randn(16, features, dtype=torch.float64)
+    z = torch.randn(4000, features, dtype=torch.float64)
+    z[:, 0] *= 300
+    z = z @ (torch.eye(features) + 0.3 * torch.randn(features, features) / features**0.5).double()
+    gram = z.T @ z / len(z)
+    target = start + 0.1 * torch.randn_like(start) @ torch.linalg.inv(torch.linalg.cholesky(gram)).T
+
+    def after(rate: float, make) -> float:
+        matrix = nn.Parameter(start.clone())
+        optimizer = make(matrix, rate)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = ((matrix - target) @ gram @ (matrix - target).T).trace()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        return loss.item()
+
+    rates = (0.001, 0.003, 0.01, 0.03)
+    whitened = min(after(rate, lambda p, rate: WhitenedAdamW({p: gram}, rate)) for rate in rates)
+    plain = min(after(rate, lambda p, rate: torch.optim.AdamW([p], rate, weight_decay=0.0)) for rate in rates)
+    assert whitened < plain / 10
+
+
+def test_whitened_adamw_goes_on_from_its_saved_state():
+    coefficients, gram = whitened_problem()
+    twin = nn.Parameter(coefficients.detach().clone())
+    optimizer = WhitenedAdamW({coefficients: gram})
+
+    def step(optimizer, parameter, seed):
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)).double()
+        optimizer.step()
+
+    step(optimizer, coefficients, 1)
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    with torch.no_grad():
+        twin.copy_(coefficients)
+    resumed = WhitenedAdamW({twin: torch.eye(gram.shape[0], dtype=gram.dtype)})
+    resumed.load_state_dict(torch.load(buffer, weights_only=True))
+    step(optimizer, coefficients, 2)
+    step(resumed, twin, 2)
+    torch.testing.assert_close(twin, coefficients, rtol=0, atol=0)
+
+
+def test_whitened_adamw_refuses_a_gram_of_another_size():
+    with pytest.raises(ValueError, match=r"grams: \(4, 4\) does not fit a parameter \(3, 5\)"):
+        WhitenedAdamW({nn.Parameter(torch.zeros(3, 5)): torch.eye(4)})

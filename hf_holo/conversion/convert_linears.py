@@ -1,0 +1,168 @@
+"""Linear layers become holographic, in place: fitted to a text, or in the regenerated bases of the original."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .calibration import (
+    Factors,
+    Site,
+    Statistics,
+    allocate,
+    check_ratio,
+    collect,
+    factorise,
+    find_sites,
+    install,
+    stacked_weight,
+    statistics_bytes,
+    surgery_plan,
+)
+from .conversion import Conversion, size_in_bytes
+from .convert_arguments import ConvertArguments
+from .evaluation import numbers_on_disk
+from .linear_report import LayerRow, plot_layers, print_coverage, write_layers
+from .sources import Source, Text, mixed
+from .surgery import apply_surgery, choose, plan
+from .work_folder import WorkFolder
+
+
+class RegeneratedSurgery(Conversion):
+    """The original's surgery: bases that are made anew on loading, coefficients to be trained."""
+
+    lesson = "distill-surgery"
+    advice = "It has to be trained before it is of use, best on what its teacher says:"
+
+    def __init__(self, source: Source, options: ConvertArguments):
+        super().__init__(source, options)
+        self.surgery = options.surgery()
+        self.dense = {
+            name: sum(p.numel() for p in self.twin.get_submodule(name).parameters())
+            for name in choose(self.twin, self.surgery)
+        }
+        self.disk = size_in_bytes(self.twin)
+        self.rows: list[LayerRow] = []
+        self._check()
+
+    def _check(self) -> None:
+        """Raises HoloError if the layers do not fit the options."""
+        plan(self.twin, self.surgery)
+
+    def print_coverage(self) -> None:
+        twin = self.source.without_weights()
+        report = apply_surgery(twin, self.surgery)
+        print_coverage(report, twin.config.quantization_config.layers)
+
+    def measure(self, model: PreTrainedModel, texts: list[Text], work: WorkFolder) -> None:
+        """The bases depend on no text."""
+
+    def apply(self, model: PreTrainedModel, work: WorkFolder) -> PreTrainedModel:
+        apply_surgery(model, self.surgery)
+        for name, entry in model.config.quantization_config.layers.items():
+            layer = model.get_submodule(name)
+            count = layer.count_numbers()
+            row = LayerRow((name,), entry["harmonics"], layer.in_features, count["dense"], count["stored"], None)
+            self.rows.append(row)
+        return model
+
+    def figures(self, result: Path) -> dict[str, Any]:
+        return {"kept": numbers_on_disk(result, self.dense) / sum(self.dense.values())}
+
+    def summary(self, figures: dict[str, Any]) -> str:
+        return f"{figures['kept']:.1%} of the numbers of the chosen linear layers kept on disk, stored bases included"
+
+    def write_layers(self, result: Path) -> None:
+        write_layers(result / "layers.csv", self.rows)
+        plot_layers(result / "ranks.png", self.rows, "harmonics", "harmonics ÷ largest rank (dense: 1)")
+        if all(row.error is not None for row in self.rows):
+            plot_layers(result / "error.png", self.rows, "error", "squared error of the outputs, relative")
+
+
+class CalibratedSurgery(RegeneratedSurgery):
+    """Stored bases, fitted to activations and gradients on a text; see [`hf_holo.conversion.calibration`].
+
+    Memory: the statistics of as many sites as `options.memory` allows; those of the others lie in the work folder.
+    """
+
+    advice = "It was fitted and not trained; training on what its teacher says brings it nearer:"
+
+    def _check(self) -> None:
+        self.sites = find_sites(self.twin, self.surgery)
+        check_ratio(self.sites, self.options.ratio)
+        self.disk += 4 * sum(2 * site.size**2 for site in self.sites)
+
+    def print_coverage(self) -> None:
+        """A conversion will move harmonics between the layers; the table gives all the same share."""
+        self.surgery.layers = surgery_plan(
+            self.sites, [site.largest_rank(self.options.ratio) or 1 for site in self.sites]
+        )
+        super().print_coverage()
+
+    def measure(self, model: PreTrainedModel, texts: list[Text], work: WorkFolder) -> None:
+        """Bring the factors of all sites into the work folder, as far as they are not there yet.
+
+        At no time is more in memory than the model, the statistics of some sites (`options.memory`) and the factors of
+        one.
+        """
+        options, windows = self.options, mixed(texts)
+        fisher_windows = windows[: options.fisher_tokens // options.window]
+        for batch in portions(self.sites, options.memory * 2**30):
+            unknown = [n for n in batch if not work.has_tensors(_factors(n)) and not work.has_tensors(_statistics(n))]
+            if unknown:
+                sites = [self.sites[number] for number in unknown]
+                measured = collect(model, sites, windows, fisher_windows, options.seed)
+                for number, statistics in zip(unknown, measured, strict=True):
+                    work.save_tensors(_statistics(number), asdict(statistics))
+                del measured, statistics
+            for number in tqdm(batch, desc="factors", unit="site"):
+                if not work.has_tensors(_factors(number)):
+                    factorise_into(work, model, self.sites[number], number)
+                work.drop_tensors(_statistics(number))
+
+    def apply(self, model: PreTrainedModel, work: WorkFolder) -> PreTrainedModel:
+        """Choose the ranks and convert, in place, with the factors in the work folder."""
+        losses = [work.load_tensors(_factors(number), "loss")["loss"] for number in range(len(self.sites))]
+        ranks = allocate(self.sites, losses, self.options.ratio)
+        for number, (site, rank) in enumerate(zip(tqdm(self.sites, desc="surgery", unit="site"), ranks, strict=True)):
+            factors = Factors(**work.load_tensors(_factors(number)))
+            if rank is not None:
+                install(model, site, factors, rank)
+            row = LayerRow(site.layers, rank, site.size, site.numbers, site.stored(rank), factors.error(rank))
+            self.rows.append(row)
+        self.surgery.layers = surgery_plan(self.sites, ranks)
+        model.config.quantization_config = self.surgery
+        return model
+
+
+def factorise_into(work: WorkFolder, model: PreTrainedModel, site: Site, number: int) -> None:
+    """The factors of one site, from its statistics."""
+    weight = stacked_weight(model, site)
+    factors = factorise(site, weight, Statistics(**work.load_tensors(_statistics(number))))
+    precision = torch.promote_types(weight.dtype, torch.float32)
+    work.save_tensors(_factors(number), {name: tensor.to(precision) for name, tensor in asdict(factors).items()})
+
+
+def portions(sites: Sequence[Site], memory: float) -> Iterator[list[int]]:
+    """Numbers of consecutive sites whose statistics fit into `memory` bytes; at least one at a time."""
+    batch: list[int] = []
+    taken = 0
+    for number, site in enumerate(sites):
+        if batch and taken + statistics_bytes(site) > memory:
+            yield batch
+            batch, taken = [], 0
+        batch.append(number)
+        taken += statistics_bytes(site)
+    yield batch
+
+
+def _factors(number: int) -> str:
+    return f"factors-{number:04d}"
+
+
+def _statistics(number: int) -> str:
+    return f"statistics-{number:04d}"

@@ -1,0 +1,81 @@
+"""Attention becomes holographic mixers: a Llama or Phi-3 turns into a HoloSpectralNet, to be distilled."""
+
+import csv
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, set_seed
+
+from .conversion import Conversion, size_in_bytes
+from .convert_arguments import ConvertArguments
+from .sources import Source, Text
+from .transfer import Part, compare, transfer_to_hsn
+from .work_folder import WorkFolder
+
+
+class MixerTransfer(Conversion):
+    """The weights go to an `HsnForCausalLM` of the same width; see [`transfer_to_hsn`]. No text is needed.
+
+    Memory: teacher and student.
+    """
+
+    lesson = "distill-hsn"
+    advice = "Its mixers are only a start: it writes noise until it has been distilled from its teacher:"
+
+    def __init__(self, source: Source, options: ConvertArguments):
+        super().__init__(source, options)
+        student = self._transfer(self.twin)
+        self.parts: list[Part] = compare(self.twin, student)
+        self.replaced = [i for i, kind in enumerate(student.config.mixer_types) if kind == "holographic"]
+        self.depth = student.config.num_hidden_layers
+        self.disk = size_in_bytes(student)
+
+    def _transfer(self, teacher: PreTrainedModel) -> PreTrainedModel:
+        return transfer_to_hsn(teacher, self.options.layers or None)
+
+    def print_coverage(self) -> None:
+        table = Table(title="every part of the teacher, and what stands in its place")
+        table.add_column("part", overflow="fold")
+        table.add_column("from → to", overflow="fold")
+        table.add_column("taken from the teacher", overflow="fold")
+        for column in ("numbers", "of the student"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for part in self.parts:
+            becomes = f"{part.before} → {part.after}"
+            table.add_row(part.module, becomes, part.taken, f"{part.numbers_before:,}", f"{part.numbers_after:,}")
+        console = Console()
+        console.print(table)
+        before, after = (sum(getattr(p, f"numbers_{when}") for p in self.parts) for when in ("before", "after"))
+        console.print(f"{self.summary(self._counts())}\nwhole model: {before:,} → {after:,} numbers", highlight=False)
+
+    def measure(self, model: PreTrainedModel, texts: list[Text], work: WorkFolder) -> None:
+        """The weights say it all."""
+
+    def apply(self, model: PreTrainedModel, work: WorkFolder) -> PreTrainedModel:
+        set_seed(self.options.seed)
+        return self._transfer(model)
+
+    def figures(self, result: Path) -> dict[str, Any]:
+        return self._counts()
+
+    def _counts(self) -> dict[str, Any]:
+        counts = {name: sum(getattr(part, name) for part in self.parts) for name in ("copied", "derived", "fresh")}
+        return {"replaced": self.replaced, **counts}
+
+    def summary(self, figures: dict[str, Any]) -> str:
+        total = figures["copied"] + figures["derived"] + figures["fresh"]
+        return (
+            f"{len(figures['replaced'])} of {self.depth} attention layers replaced by holographic mixers; of the "
+            f"student's numbers {figures['copied'] / total:.1%} are the teacher's, {figures['derived'] / total:.1%} "
+            f"phases made of its queries and keys, {figures['fresh'] / total:.1%} fresh"
+        )
+
+    def write_layers(self, result: Path) -> None:
+        with (result / "layers.csv").open("w", newline="", encoding="utf-8") as file:
+            rows = [{**asdict(part), "fresh": part.fresh} for part in self.parts]
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
