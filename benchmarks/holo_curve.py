@@ -2,18 +2,18 @@
 
     python benchmarks/holo_curve.py tinyshakespeare.txt
 
-All models have the same width, depth, embeddings at the start, windows, steps, AdamW and learning rate; they differ in
-their projections alone. The basis "random" is made from a seed. The basis "data" is fixed too: for each projection the
-R directions in which the input of the same projection of the trained dense twin has the most energy (the first
-eigenvectors of E[x xᵀ] on training windows); it is stored, and the coefficients start at random as ever. So "data" has
-seen a trained model, and "random" has not.
+All models have the same width, depth, embeddings at the start, windows, steps and AdamW; they differ in their
+projections alone. The learning rate is the best of `--learning_rates`, chosen for the dense twin and, at a quarter of
+its parameters, for each basis. The basis "random" is made from a seed. The basis "data" is fixed too: for each
+projection the R directions in which the input of the same projection of the trained dense twin has the most energy (the
+first eigenvectors of E[x xᵀ] on training windows); it is stored, and the coefficients start at random as ever. So
+"data" has seen a trained model, and "random" has not.
 
-Writes JSON, a CSV beside it and a figure. A finished run is kept and not repeated; the dense twin is trained again only
-if runs with its basis are missing.
+Writes JSON, a CSV beside it and a figure. A finished run is kept and not repeated, but for that of the dense twin,
+which gives the directions.
 """
 
 import argparse
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from report import RESULTS, print_footer, print_table, read_report, write_csv, write_report
 from torch import nn
 
+from hf_holo.files import replacing
 from hf_holo.modeling.configuration_holo import HoloConfig
 from hf_holo.modeling.harmonics import HoloLinear
 from hf_holo.modeling.modeling_holo import HoloForCausalLM
@@ -100,12 +101,20 @@ def counts(model: nn.Module) -> dict[str, int]:
     return {"block_parameters": trained, "stored": trained + bases}
 
 
-def train(model: nn.Module, text: CharacterText, args: argparse.Namespace) -> dict[str, float]:
+def train(model: nn.Module, text: CharacterText, rate: float, args: argparse.Namespace) -> dict[str, float]:
     start = time.perf_counter()
-    how = Fit(args.learning_rate, "adamw", steps=args.steps, rows=args.rows, length=args.length, seed=args.seed)
+    how = Fit(rate, "adamw", steps=args.steps, rows=args.rows, length=args.length, seed=args.seed)
     fit(model, text, how)
     loss = windowed_loss(model, text.validation, args.length)
-    return {**counts(model), "loss": loss, "seconds": round(time.perf_counter() - start, 1)}
+    return {"learning_rate": rate, **counts(model), "loss": loss, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def best(runs: list[dict]) -> list[dict]:
+    """For each basis and number of harmonics the run with the best learning rate."""
+    chosen: dict[tuple, dict] = {}
+    for run in sorted(runs, key=lambda run: run["loss"], reverse=True):
+        chosen[run["basis"], run["harmonics"]] = run
+    return sorted(chosen.values(), key=lambda run: (run["basis"] != "dense", run["basis"] == "data", run["harmonics"]))
 
 
 def plot(runs: list[dict], path: Path) -> None:
@@ -133,9 +142,8 @@ def plot(runs: list[dict], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def at_a_quarter(runs: list[dict]) -> dict[str, float]:
@@ -156,9 +164,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("text", type=Path, help="text file; the last tenth validates")
     parser.add_argument("--harmonics", nargs="+", type=int, default=HARMONICS, help="at most --width")
     parser.add_argument("--bases", nargs="+", choices=BASES, default=BASES)
-    parser.add_argument("--learning_rate", type=float, default=0.004, help="of AdamW, for all models")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--learning_rates", nargs="+", type=float, default=[0.002, 0.004, 0.008], help="of AdamW")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--depth", type=int, default=4)
@@ -170,40 +178,48 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--harmonics must lie between 1 and --width {args.width}")
 
     text = CharacterText(args.text)
-    names = ("learning_rate", "steps", "rows", "length", "width", "depth", "seed")
+    names = ("learning_rates", "steps", "rows", "length", "width", "depth", "seed")
     settings = {name: getattr(args, name) for name in names} | {"characters": len(text.train) + len(text.validation)}
     earlier = read_report(NAME, args.results)
     runs = earlier["figures"]["runs"] if earlier["figures"].get("settings") == settings else []
-    done = {(run["basis"], run["harmonics"]) for run in runs}
-    missing = [pair for pair in ((b, r) for b in args.bases for r in args.harmonics) if pair not in done]
-
-    def keep(basis: str, harmonics: int | None, result: dict) -> None:
-        runs[:] = [run for run in runs if (run["basis"], run["harmonics"]) != (basis, harmonics)]
-        runs.append({"basis": basis, "harmonics": harmonics, **result})
-        figures = {"settings": settings, "runs": runs, "above_dense_at_a_quarter": at_a_quarter(runs)}
-        seconds = sum(run["seconds"] for run in runs)
-        path = write_report(NAME, figures, seed=args.seed, seconds=seconds, folder=args.results)
-        write_csv(runs, path.with_suffix(".csv"))
-
     fresh = build(text.vocab_size, args)
-    directions = {}
-    if ("dense", None) not in done or any(basis == "data" for basis, _ in missing):
-        print("dense twin", flush=True)
-        twin = build(text.vocab_size, args)
-        keep("dense", None, train(twin, text, args))
-        directions = principal_directions(twin, text, args)
-    for basis, harmonics in missing:
-        print(f"basis {basis!r}, {harmonics} harmonics", flush=True)
+    directions: dict[str, torch.Tensor] = {}  # of the dense twin
+
+    def run(basis: str, harmonics: int | None, rate: float) -> None:
+        if any((r["basis"], r["harmonics"], r["learning_rate"]) == (basis, harmonics, rate) for r in runs):
+            return
+        print(f"{basis}, {harmonics or 'no'} harmonics, learning rate {rate}", flush=True)
         model = build(text.vocab_size, args, basis, harmonics)
         share_embeddings(model, fresh)
         if basis == "data":
             set_bases(model, directions)
-        keep(basis, harmonics, train(model, text, args))
+        runs.append({"basis": basis, "harmonics": harmonics, **train(model, text, rate, args)})
+        figures = {"settings": settings, "runs": runs, "above_dense_at_a_quarter": at_a_quarter(best(runs))}
+        seconds = sum(run["seconds"] for run in runs)
+        path = write_report(NAME, figures, seed=args.seed, seconds=seconds, folder=args.results)
+        write_csv(runs, path.with_suffix(".csv"))
 
-    print_table([{**run, "harmonics": run["harmonics"] or "-"} for run in runs])
-    for basis, gap in at_a_quarter(runs).items():
+    def tuned(basis: str, harmonics: int | None) -> float:
+        for rate in args.learning_rates:
+            run(basis, harmonics, rate)
+        return next(r["learning_rate"] for r in best(runs) if (r["basis"], r["harmonics"]) == (basis, harmonics))
+
+    dense_rate = tuned("dense", None)
+    quarter = min(args.harmonics, key=lambda harmonics: abs(harmonics - args.width // 8))
+    for basis in args.bases:
+        if basis == "data":
+            twin = build(text.vocab_size, args)
+            train(twin, text, dense_rate, args)
+            directions.update(principal_directions(twin, text, args))
+        rate = tuned(basis, quarter)
+        for harmonics in args.harmonics:
+            run(basis, harmonics, rate)
+
+    chosen = best(runs)
+    print_table([{**run, "harmonics": run["harmonics"] or "-"} for run in chosen])
+    for basis, gap in at_a_quarter(chosen).items():
         print(f"nearest to a quarter of the parameters, basis {basis!r}: {gap:+.4f} nats against the dense twin")
-    plot(runs, args.image)
+    plot(chosen, args.image)
     print_footer(args.results / f"{NAME}.json", sum(run["seconds"] for run in runs))
     print(f"figure in {args.image}")
 

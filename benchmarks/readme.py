@@ -10,12 +10,14 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+from holo_curve import best
 from report import RESULTS, read_report
 
 from hf_holo.eval.conformance import select
 
 ROOT = Path(__file__).parents[1]
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
+SCOPES = {"all": "all linear layers", "attention": "those of attention"}  # of surgery.py
 
 
 def shakespeare(f: dict) -> str:
@@ -94,12 +96,58 @@ def surgery(f: dict) -> str:
     rows = []
     for row in f["rows"][1:]:  # the first is the teacher itself
         ratios = " / ".join(f"{row[text + ', ratio']:.3g}" for text in texts)
-        rows.append(f"{row['method']}, {row['kept']:.0%} kept: {ratios}")
+        rows.append(f"{row['method']}, {row['kept']:.0%} of {SCOPES[row['scope']]} kept: {ratios}")
     windows = " / ".join(f"{count} windows of {text}" for text, count in f["held_out_windows"].items())
     return (
-        f"perplexity after converting all linear layers of a {f['model']} with {f['parameters']:,} parameters, "
+        f"perplexity after converting linear layers of a {f['model']} with {f['parameters']:,} parameters, "
         f"not trained afterwards, divided by the teacher's, on {windows}: {'; '.join(rows)}"
     )
+
+
+def distillation(f: dict) -> str:
+    rows = []
+    for row in f["rows"]:
+        texts = [key.removesuffix(", ratio") for key in row if key.endswith(", ratio")]
+        ratios = " / ".join(f"{row[text + ', ratio']:.3g}" for text in texts)
+        before = " / ".join(f"{row[text + ', ratio before']:.3g}" for text in texts)
+        rows.append(
+            f"{row['kept']:.0%} of {SCOPES[row['scope']]} kept: {ratios} (before: {before}) "
+            f"after {row['seconds'] / 60:.0f} minutes, {row['tokens'] / 1e3:.0f} k tokens"
+        )
+    return f"the same perplexities after distillation: {'; '.join(rows)}"
+
+
+def transfer(f: dict) -> str:
+    return (
+        f"a Phi-3 ({f['teacher_parameters']:,} parameters) whose attention is all replaced by holographic mixers: "
+        f"{f['loss']:.4f} nats per character after {f['steps']} steps of distillation ({f['seconds']:.0f} s), the "
+        f"teacher has {f['teacher_loss']:.4f} ({f['excess']:+.2%})"
+    )
+
+
+def holo_speed(f: dict) -> str:
+    first = f["layers"][0]
+    layers = [
+        f"{row['layer']} {row['times_quicker']:.1f} ({row['threads']} threads)"
+        for row in f["layers"]
+        if row["layer"] != first["layer"]
+    ]
+    decoding = [f"{row['factors']} {row['time_ratio']:.2f}" for row in f["decoding"]]
+    return (
+        f"a training step of HoloLinear {first['width']}→{first['width']} with {first['harmonics']} harmonics, "
+        f"{first['tokens']} tokens, is quicker than nn.Linear's by the factors: {', '.join(layers)}; decoding with "
+        f"{f['decoding'][0]['kept']:.0%} of the numbers kept, time per token of the dense model being 1: "
+        f"{', '.join(decoding)}"
+    )
+
+
+def holo_curve(f: dict) -> str:
+    dense, *others = best(f["runs"])
+    rows = [f"dense twin {dense['loss']:.3f}"]
+    for run in others:
+        share = run["block_parameters"] / dense["block_parameters"]
+        rows.append(f"{run['basis']} {run['harmonics']} ({share:.2f} of the parameters) {run['loss']:.3f}")
+    return f"HOLO from scratch, nats per character by basis and harmonics: {', '.join(rows)}"
 
 
 ROWS: dict[str, Callable[[dict], str]] = {
@@ -114,6 +162,10 @@ ROWS: dict[str, Callable[[dict], str]] = {
     "conformance": conformance,
     "leaking_gate": leaking_gate,
     "surgery": surgery,
+    "distillation": distillation,
+    "transfer": transfer,
+    "holo_speed": holo_speed,
+    "holo_curve": holo_curve,
 }
 
 
@@ -181,6 +233,29 @@ def kit_table(folder: Path = RESULTS) -> str:
     return "\n".join(lines) + f" on: {_machine(report)}."
 
 
+def surgery_table(folder: Path = RESULTS) -> str:
+    """Perplexities after surgery, and after distillation, as a Markdown table."""
+    report, later = read_report("surgery", folder), read_report("distillation", folder)
+    texts = report["figures"]["held_out_windows"]
+    distilled = {(r["method"], r["scope"], r["ratio"]): r for r in later["figures"].get("rows", [])}
+    lines = [
+        f"| method | layers | kept | {' | '.join(texts)} | distilled: {' | distilled: '.join(texts)} |",
+        "|---|---|--:|" + "--:|" * 2 * len(texts),
+    ]
+    for row in report["figures"]["rows"][1:]:  # the first is the teacher itself
+        after = distilled.get((row["method"], row["scope"], row["ratio"]))
+        cells = [f"{row[f'{text}, ratio']:.4g}" for text in texts]
+        cells += [f"{after[f'{text}, ratio']:.4g}" if after else "" for text in texts]
+        lines.append(f"| {row['method']} | {SCOPES[row['scope']]} | {row['kept']:.0%} | {' | '.join(cells)} |")
+    windows = ", ".join(f"{count} windows of {text}" for text, count in texts.items())
+    lines += ["", f"Perplexity divided by the teacher's, on {windows} that nothing was fitted to."]
+    if distilled:
+        minutes = max(row["seconds"] for row in distilled.values()) / 60
+        tokens = max(row["tokens"] for row in distilled.values())
+        lines.append(f"Distilled: {minutes:.0f} minutes at most, {tokens:,} tokens, on: {_machine(later)}.")
+    return "\n".join(lines)
+
+
 def check_table() -> str:
     """The checks of the conformance kit, from their own descriptions."""
     lines = ["| group | check | what holds | needs |", "|---|---|---|---|"]
@@ -196,6 +271,7 @@ TABLES: dict[tuple[Path, str], Callable[[], str]] = {
     (DOCS / "how-a-causal-model-cheats.md", "measured"): leak_table,
     (DOCS / "conformance.md", "measured"): kit_table,
     (DOCS / "conformance.md", "checks"): check_table,
+    (DOCS / "surgery.md", "measured"): surgery_table,
 }
 
 

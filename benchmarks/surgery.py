@@ -2,23 +2,25 @@
 
     python benchmarks/surgery.py MODEL --text wikitext2-valid.txt tinyshakespeare.txt --held_out 0.5 0.1
 
-MODEL is the folder of a causal language model with its tokenizer. All methods keep the same share of the numbers of
-all linear layers in the blocks, counted on disk with the bases, and start from the same calibration windows; their
-perplexity is measured on the same windows of the held-out part of each text.
+MODEL is the folder of a causal language model with its tokenizer. At a ratio all methods keep the same share of the
+numbers of the converted layers, counted on disk with the bases, and start from the same calibration windows; their
+perplexity is measured on the same windows of the held-out part of each text. With `--students` the converted models
+are kept, to be distilled (`benchmarks/distillation.py`). Rows that the result file holds already are not measured anew.
 """
 
 import argparse
 import copy
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from report import RESULTS, print_footer, print_table, write_report
+from report import RESULTS, print_footer, print_table, read_report, write_report
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_holo.conversion import HoloSurgeryConfig, apply_surgery
 from hf_holo.conversion.calibration import (
@@ -39,6 +41,13 @@ from hf_holo.conversion.sources import Source, Text, load_texts, load_tokenizer,
 from hf_holo.conversion.surgery import choose
 
 Method = Callable[[PreTrainedModel, float], None]  # converts in place, to this ratio
+CALIBRATED, PER_MATRIX, PLAIN, RANDOM = (
+    "calibrated",
+    "activation-aware SVD per matrix",
+    "plain SVD per matrix",
+    "random basis",
+)
+SCOPES = {"all": None, "attention": ["attn|attention"]}  # patterns of the linear layers that are converted
 
 
 def factors_of(model: PreTrainedModel, sites: Sequence[Site], statistics: Sequence[Statistics]) -> list[Factors]:
@@ -111,17 +120,67 @@ def finish(
     student.config.quantization_config = HoloSurgeryConfig(basis="data", layers=surgery_plan(sites, ranks, pivoted))
 
 
-def kept_on_disk(model: PreTrainedModel, student: PreTrainedModel) -> float:
-    """Share of the numbers of all linear layers in the blocks that the files of the student hold."""
-    names = choose(model, HoloSurgeryConfig())
-    with tempfile.TemporaryDirectory() as folder:
-        student.save_pretrained(folder)
-        stored = numbers_on_disk(Path(folder), names)
-    return stored / sum(p.numel() for name in names for p in model.get_submodule(name).parameters())
+class Trial(NamedTuple):
+    """A method, the layers that it is used on, and the share of their numbers that it keeps."""
+
+    method: str
+    scope: str  # a key of SCOPES
+    ratio: float
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder of the student."""
+        return f"{self.method}-{self.scope}-{self.ratio:.2f}".replace(" ", "-")
+
+
+def methods_for(model: PreTrainedModel, texts: Sequence[Text], args: argparse.Namespace) -> dict[tuple, Method]:
+    """All methods, by name and scope; all of them share what the calibration measures."""
+    windows = mixed(texts)
+    sites = find_sites(model, surgery_of("all", shared=True))
+    statistics = collect(model, sites, windows, windows[: args.fisher_tokens // args.window], args.seed)
+    single = find_sites(model, surgery_of("all"))
+    attention = {name for site in find_sites(model, surgery_of("attention")) for name in site.layers}
+    chosen = [pair for pair in zip(sites, statistics, strict=True) if pair[0].layers[0] in attention]
+    unweighted = [gram_without_activations(model, site) for site in single]
+    return {
+        (CALIBRATED, "all"): calibrated(model, sites, statistics),
+        (CALIBRATED, "attention"): calibrated(model, *zip(*chosen, strict=True)),
+        (PER_MATRIX, "all"): per_matrix(model, single, grams_per_matrix(model, sites, statistics)),
+        (PLAIN, "all"): per_matrix(model, single, unweighted),
+        (RANDOM, "all"): random_basis,
+    }
+
+
+def surgery_of(scope: str, **options: Any) -> HoloSurgeryConfig:
+    return HoloSurgeryConfig(modules=SCOPES[scope], **options)
+
+
+def kept_on_disk(model: PreTrainedModel, folder: Path, scope: str) -> float:
+    """Share of the numbers of the linear layers in this scope that the files of the student hold."""
+    names = choose(model, surgery_of(scope))
+    dense = sum(p.numel() for name in names for p in model.get_submodule(name).parameters())
+    return numbers_on_disk(folder, names) / dense
 
 
 def measured(model: PreTrainedModel, texts: Sequence[Text]) -> dict[str, float]:
     return {text.name: perplexity(model, text.held_out, text.name) for text in texts}
+
+
+def convert_all(
+    missing: Sequence[Trial],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Text],
+    folder: Path,
+    args: argparse.Namespace,
+) -> None:
+    """Save the student of every trial, with its tokenizer, in a folder of its own."""
+    methods = methods_for(model, texts, args)
+    for trial in missing:
+        student = copy.deepcopy(model)
+        methods[trial.method, trial.scope](student, trial.ratio)
+        student.save_pretrained(folder / trial.folder)
+        tokenizer.save_pretrained(folder / trial.folder)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -129,53 +188,63 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--text", nargs="+", required=True)
     parser.add_argument("--held_out", nargs="+", type=float, default=[0.1], help="share at the end of each text")
-    parser.add_argument("--ratios", nargs="+", type=float, default=[0.8, 0.9])
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.9, 0.8, 0.7, 0.6], help="of all linear layers")
+    parser.add_argument("--attention_ratios", nargs="+", type=float, default=[0.4], help="of those of attention alone")
+    parser.add_argument("--baseline_ratios", nargs="+", type=float, default=[0.8], help="of the methods to compare")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--fisher_tokens", type=int, default=4096)
-    parser.add_argument("--eval_windows", type=int, default=12, help="of each text; 0: all")
+    parser.add_argument("--eval_windows", type=int, default=64, help="of each text, evenly spaced; 0: all")
+    parser.add_argument("--students", type=Path, help="folder that keeps the converted models")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args(argv)
 
     start = time.perf_counter()
-    options = ConvertArguments(**{k: v for k, v in vars(args).items() if k not in ("model", "ratios", "results")})
+    own = ("model", "ratios", "attention_ratios", "baseline_ratios", "students", "results")
+    options = ConvertArguments(**{k: v for k, v in vars(args).items() if k not in own})
     options.check()
-    source = Source.find(args.model)
-    texts = load_texts(options, load_tokenizer(args.model), source)
+    source, tokenizer = Source.find(args.model), load_tokenizer(args.model)
+    texts = load_texts(options, tokenizer, source)
     model = source.load()
-    windows = mixed(texts)
-    fisher_windows = windows[: args.fisher_tokens // args.window]
-    sites, single = find_sites(model, HoloSurgeryConfig(shared=True)), find_sites(model, HoloSurgeryConfig())
-    statistics = collect(model, sites, windows, fisher_windows, args.seed)
-    methods = {
-        "calibrated": lambda: calibrated(model, sites, statistics),
-        "activation-aware SVD per matrix": lambda: per_matrix(
-            model, single, grams_per_matrix(model, sites, statistics)
-        ),
-        "plain SVD per matrix": lambda: per_matrix(model, single, [gram_without_activations(model, s) for s in single]),
-        "random basis": lambda: random_basis,
-    }
-    teacher = measured(model, texts)
-    rows = [{"method": "teacher", "kept": 1.0, **teacher, **{f"{name}, ratio": 1.0 for name in teacher}}]
-    for name, make in methods.items():
-        convert = make()
-        for ratio in args.ratios:
-            student = copy.deepcopy(model)
-            convert(student, ratio)
-            scores = measured(student, texts)
-            ratios = {f"{text}, ratio": scores[text] / teacher[text] for text in scores}
-            rows.append({"method": name, "kept": kept_on_disk(model, student), **scores, **ratios})
+    settings = settings_of(model, texts, options)
+    earlier = read_report("surgery", args.results)
+    rows, spent = [], 0.0
+    if settings.items() <= earlier["figures"].items():
+        rows, spent = earlier["figures"]["rows"], earlier["seconds"]
+
+    trials = [Trial(CALIBRATED, "all", ratio) for ratio in args.ratios]
+    trials += [Trial(CALIBRATED, "attention", ratio) for ratio in args.attention_ratios]
+    trials += [Trial(method, "all", ratio) for method in (PER_MATRIX, PLAIN, RANDOM) for ratio in args.baseline_ratios]
+    done = {(row["method"], row["scope"], row["ratio"]) for row in rows}
+    missing = [trial for trial in trials if trial not in done]
+    with tempfile.TemporaryDirectory() as scratch:
+        students = args.students or Path(scratch)
+        if missing:
+            convert_all(missing, model, tokenizer, texts, students, args)
+        if not rows:
+            teacher = measured(model, texts)
+            rows.append({**Trial("teacher", "all", 1.0)._asdict(), "kept": 1.0, **teacher, **ratios(teacher, teacher)})
+        for trial in missing:
+            folder = students / trial.folder
+            scores = measured(source.auto_class.from_pretrained(folder, dtype=torch.float32), texts)
+            kept = kept_on_disk(model, folder, trial.scope)
+            rows.append({**trial._asdict(), "kept": kept, **scores, **ratios(scores, rows[0])})
             print_table(rows[-1:])
-            seconds = time.perf_counter() - start
-            report = figures(model, texts, options, rows)  # after every row: the whole takes long
-            path = write_report("surgery", report, seed=args.seed, seconds=seconds, folder=args.results)
+            seconds = spent + time.perf_counter() - start
+            figures = settings | {"rows": rows}  # after every row: the whole takes long
+            write_report("surgery", figures, seed=args.seed, seconds=seconds, folder=args.results)
     print_table(rows)
-    print_footer(path, seconds)
+    print_footer(args.results / "surgery.json", spent + time.perf_counter() - start)
 
 
-def figures(model: PreTrainedModel, texts: Sequence[Text], options: ConvertArguments, rows: list[dict]) -> dict:
-    """What goes into the result file."""
+def ratios(scores: Mapping[str, float], teacher: Mapping[str, float]) -> dict[str, float]:
+    """Perplexities divided by the teacher's."""
+    return {f"{text}, ratio": scores[text] / teacher[text] for text in scores}
+
+
+def settings_of(model: PreTrainedModel, texts: Sequence[Text], options: ConvertArguments) -> dict[str, Any]:
+    """What all rows of the result file share."""
     return {
         "model": model.config.model_type,
         "parameters": model.num_parameters(),
@@ -183,7 +252,6 @@ def figures(model: PreTrainedModel, texts: Sequence[Text], options: ConvertArgum
         "calibration_tokens": options.tokens,
         "fisher_tokens": options.fisher_tokens,
         "held_out_windows": {text.name: len(text.held_out) for text in texts},
-        "rows": rows,
     }
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_holo.training.tokenizers import make_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks live in the repository only")
@@ -214,21 +217,70 @@ def test_holo_speed(run):
 
 def test_holo_curve(run, text, tmp_path, monkeypatch):
     image = tmp_path / "curve.png"
-    argv = (text, "--steps", 2, "--harmonics", 4, 8, "--image", image, *TINY_FIT)
+    rates = (0.002, 0.004)
+    argv = (text, "--steps", 2, "--harmonics", 4, 8, "--learning_rates", *rates, "--image", image, *TINY_FIT)
     report, printed = run("holo_curve", *argv)
     runs = report["figures"]["runs"]
     pairs = [(run["basis"], run["harmonics"]) for run in runs]
-    assert pairs == [("dense", None), ("random", 4), ("random", 8), ("data", 4), ("data", 8)]
-    dense, random, _, data, _ = runs
+    assert pairs == [("dense", None)] * 2 + [("random", 4)] * 2 + [("random", 8)] + [("data", 4)] * 2 + [("data", 8)]
+    chosen = importlib.import_module("holo_curve").best(runs)
+    assert [run["basis"] for run in chosen] == ["dense", "random", "random", "data", "data"]
+    assert chosen[1]["learning_rate"] == chosen[2]["learning_rate"]
+    dense, random, _, data, _ = chosen
     assert (
         random["block_parameters"] == data["block_parameters"] == pytest.approx(dense["block_parameters"] / 4, rel=0.2)
     )
     assert random["stored"] == random["block_parameters"] < data["stored"]
     gap = report["figures"]["above_dense_at_a_quarter"]["random"]
     assert gap == pytest.approx(random["loss"] - dense["loss"]) and "against the dense twin" in printed
-    assert len(list(csv.DictReader((tmp_path / "holo_curve.csv").open()))) == 5
+    assert len(list(csv.DictReader((tmp_path / "holo_curve.csv").open()))) == len(runs)
     assert image.read_bytes().startswith(b"\x89PNG")
 
-    monkeypatch.setattr("holo_curve.fit", lambda *_: pytest.fail("a finished run was repeated"))
+    trained = []
+    monkeypatch.setattr("holo_curve.fit", lambda model, *_: trained.append(model.config.attention_projections))
     again, _ = run("holo_curve", *argv)
-    assert again["figures"] == report["figures"]
+    assert again["figures"] == report["figures"] and trained == ["dense"]  # the twin alone: its directions are needed
+
+
+def test_gradient_norms(run, tmp_path):
+    image = tmp_path / "norms.png"
+    argv = ("--depths", 1, 2, "--lengths", 16, 32, "--width", 8, "--modes", 4, "--seeds", 1, "--image", image)
+    report, _ = run("gradient_norms", *argv)
+    assert [row["weights"] for row in report["figures"]["rows"]] == ["magnitude and phase", "real and imaginary"]
+    points = list(csv.DictReader((tmp_path / "gradient_norms.csv").open()))
+    for polar, plain in zip(points[::2], points[1::2], strict=True):  # the same filters
+        assert float(polar["loss"]) == pytest.approx(float(plain["loss"]), rel=1e-4)
+    assert image.read_bytes().startswith(b"\x89PNG")
+
+
+def test_surgery_and_distillation(run, text, tmp_path):
+    """What the first converts and keeps, the second brings nearer to the teacher."""
+    tokenizer = make_tokenizer("characters", [text.read_text()])
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.3, eos_token_id=None, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+
+    kept = tmp_path / "students"
+    windows = ("--window", 16, "--tokens", 128, "--fisher_tokens", 64, "--eval_windows", 2)
+    argv = (tmp_path / "model", "--text", text, *windows, "--students", kept)
+    report, _ = run("surgery", *argv, "--ratios", 0.5)
+    rows = report["figures"]["rows"]
+    surgery = importlib.import_module("surgery")
+    baselines = [surgery.PER_MATRIX, surgery.PLAIN, surgery.RANDOM]
+    assert [row["method"] for row in rows] == ["teacher", surgery.CALIBRATED, surgery.CALIBRATED, *baselines]
+    assert all(row["kept"] <= row["ratio"] for row in rows) and rows[2]["scope"] == "attention"
+    assert rows[1]["text.txt, ratio"] == pytest.approx(rows[1]["text.txt"] / rows[0]["text.txt"])
+    again, _ = run("surgery", *argv, "--ratios", 0.5, 0.7)
+    assert [row for row in again["figures"]["rows"] if row["ratio"] != 0.7] == rows  # what is there stays
+    assert len(again["figures"]["rows"]) == len(rows) + 1
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("{block_size: 16, learning_rate: 0.01, use_cpu: true, stages: [{match: logits}]}")
+    options = ("--recipe", recipe, "--steps", 20, "--ratios", 0.5, "--folder", tmp_path / "distilled")
+    report, _ = run("distillation", tmp_path / "model", kept, "--text", text, *options)
+    (row,) = report["figures"]["rows"]
+    assert row["steps"] == 20 and row["text.txt, ratio before"] == rows[1]["text.txt, ratio"]
+    assert row["text.txt, ratio"] != row["text.txt, ratio before"] and row["trained"] > 0
+    table = importlib.import_module("readme").table(tmp_path)
+    assert "50% of all linear layers kept" in table and "after distillation" in table

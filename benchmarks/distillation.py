@@ -1,0 +1,109 @@
+"""What distillation brings back: the models that `benchmarks/surgery.py` converted learn from the one they come from.
+
+    python benchmarks/surgery.py MODEL --students STUDENTS --text wikitext2-valid.txt tinyshakespeare.txt \\
+        --held_out 0.5 0.1
+    python benchmarks/distillation.py MODEL STUDENTS --text wikitext2-valid.txt tinyshakespeare.txt --held_out 0.5 0.1
+
+Every student is trained with `hf-holo distill distill-surgery` on the part of the texts that calibrated it, and its
+perplexity is measured on the windows that surgery.json names. The seconds are those of training, without scoring. What
+lies in `--folder` is used again, and rows that the result file holds already are not measured anew.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from report import RESULTS, print_footer, print_table, read_report, write_report
+from surgery import CALIBRATED, Trial, ratios
+from transformers import AutoModelForCausalLM
+
+from hf_holo.conversion.convert_arguments import ConvertArguments
+from hf_holo.conversion.distill import main as distill
+from hf_holo.conversion.evaluation import perplexity
+from hf_holo.conversion.sources import Source, Text, load_texts, load_tokenizer
+
+GLANCE = 2  # held-out windows that the distillation itself scores; here they are scored on many more
+
+
+def distilled(student: Path, folder: Path, args: argparse.Namespace) -> dict:
+    """Train this student, unless that has been done, and return what its report says about the training."""
+    if not (folder / "model.safetensors").exists():
+        arguments = {
+            "teacher": [args.model],
+            "student": [student],
+            "output_dir": [folder],
+            "train_files": args.text,
+            "validation_fraction": args.held_out,
+            "evaluation_windows": [GLANCE],
+            "overwrite": ["true"],
+            "bf16": [args.bf16],
+            "use_cpu": [not torch.cuda.is_available()],  # transformers asks for it before it takes bf16 there
+            "seed": [args.seed],
+        }
+        if args.steps:
+            arguments["max_steps"] = [args.steps]
+        words = (word for name, values in arguments.items() for word in (f"--{name}", *map(str, values)))
+        distill([args.recipe, *words])
+    (stage,) = json.loads((folder / "report.json").read_text(encoding="utf-8"))["stages"]
+    return {key: stage[key] for key in ("trained", "steps", "tokens", "seconds")}
+
+
+def measured(folder: Path, texts: Sequence[Text]) -> dict[str, float]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return {text.name: perplexity(model, text.held_out, text.name) for text in texts}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help="folder of the teacher")
+    parser.add_argument("students", metavar="STUDENTS", type=Path, help="folder of the converted models")
+    parser.add_argument("--text", nargs="+", required=True)
+    parser.add_argument("--held_out", nargs="+", type=float, default=[0.1], help="share at the end of each text")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.8, 0.7, 0.6, 0.4], help="students to distil")
+    parser.add_argument("--recipe", default="distill-surgery", help="of `hf-holo distill`, with a single stage")
+    parser.add_argument("--steps", type=int, help="of every distillation; default: those of the recipe")
+    parser.add_argument("--bf16", action="store_true", help="where the processor knows that type: half the time")
+    parser.add_argument("--folder", type=Path, default=Path("runs/distillation"), help="folder of the distilled models")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    args = parser.parse_args(argv)
+
+    start = time.perf_counter()
+    before = read_report("surgery", args.results)["figures"]
+    if not before:
+        parser.error(f"{args.results} holds no surgery.json: run benchmarks/surgery.py with --students first")
+    sizes = dict.fromkeys(("window", "tokens", "fisher_tokens"), before["window"])  # nothing is calibrated here
+    windows = max(before["held_out_windows"].values())
+    options = ConvertArguments(text=args.text, held_out=args.held_out, eval_windows=windows, **sizes)
+    texts = load_texts(options, load_tokenizer(args.model), Source.find(args.model))
+    teacher, *converted = before["rows"]
+    settings = {"recipe": args.recipe, "bf16": args.bf16, "teacher": teacher}
+    earlier = read_report("distillation", args.results)
+    rows, spent = [], 0.0
+    if settings.items() <= earlier["figures"].items():
+        rows, spent = earlier["figures"]["rows"], earlier["seconds"]
+    done = {(row["method"], row["scope"], row["ratio"]) for row in rows}
+    for row in converted:
+        trial = Trial(row["method"], row["scope"], row["ratio"])
+        student, folder = args.students / trial.folder, args.folder / trial.folder
+        if trial.method != CALIBRATED or trial.ratio not in args.ratios or trial in done or not student.is_dir():
+            continue
+        training = distilled(student, folder, args)
+        scores = measured(folder, texts)
+        zero_shot = {f"{name} before": row[name] for name in ratios(scores, teacher)}
+        rows.append({**trial._asdict(), "kept": row["kept"], **training, **zero_shot, **scores})
+        rows[-1] |= ratios(scores, teacher)
+        print_table(rows[-1:])
+        seconds = spent + time.perf_counter() - start
+        write_report("distillation", settings | {"rows": rows}, seed=args.seed, seconds=seconds, folder=args.results)
+    if not rows:
+        parser.error(f"{args.students} holds none of the models in surgery.json")
+    print_table(rows)
+    print_footer(args.results / "distillation.json", spent + time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main()
