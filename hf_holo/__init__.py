@@ -10,6 +10,7 @@ from typing import Any
 from .conversion import surgery  # noqa: F401  (it registers the quantizer "holo" with transformers)
 from .modeling.configuration_holo import HoloConfig
 from .modeling.configuration_hsn import HsnConfig
+from .modeling.configuration_resonance import ResonanceConfig
 from .modeling.tokenization_holo import HoloTokenizer
 from .registry import PRESETS, VARIANTS, architectures, load_plugins, preset_model, register_architecture
 
@@ -33,6 +34,7 @@ def _register_text_family(name: str, config: type) -> None:
 
 _register_text_family("hsn", HsnConfig)
 _register_text_family("holo", HoloConfig)
+_register_text_family("resonance", ResonanceConfig)
 
 # Public names that are imported when first asked for, by module. The registry adds the model classes and, for each
 # preset, a function that makes its model: `hsn_tiny(vocab_size=...)`.
@@ -44,13 +46,15 @@ _LAZY = {
     "modeling.cache": ["RecurrentCache"],
     "modeling.harmonics": ["HoloLinear", "SineActivation", "harmonic_basis"],
     "modeling.layers": ["GatedChannelMix", "LiteChannelMix", "RotaryEmbedding", "SpectralGate"],
+    "modeling.memory": ["HolographicMemory"],
     "modeling.mixers": ["HolographicMixer"],
     "modeling.modeling_holo": ["HoloAttention", "HoloTransformerBlock"],
     "modeling.modeling_hsn": ["HoloSpectralBlock", "fft_circular_conv", "fft_circular_corr"],
     "modeling.ops": ["bind", "unbind"],
+    "modeling.resonators": ["ChunkContext", "ResonatorBank"],
     "registry": ["Architecture", "Preset", "get_architecture", "preset_config", "presets"],
     "training.callbacks": ["CausalityCallback"],
-    "training.optim": ["MuonAdamW"],
+    "training.optim": ["MuonAdamW", "WhitenedAdamW"],
 }
 _ORIGIN = {name: f"{__name__}.{module}" for module, names in _LAZY.items() for name in names}
 for _architecture in architectures().values():

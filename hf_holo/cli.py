@@ -11,9 +11,10 @@ VERBS = {
     "train": ("hf_holo.training.train", "train a model; without arguments the recipe `quickstart`"),
     "generate": ("hf_holo.generation", "write text with a trained model"),
     "check": ("hf_holo.eval.conformance.command", "prove that a model does what it claims: causality, caches, saving"),
-    "convert": ("hf_holo.conversion.convert", "make the linear layers of a language model holographic"),
+    "convert": ("hf_holo.conversion.convert", "make linear layers or attention of a language model holographic"),
     "distill": ("hf_holo.conversion.distill", "a student learns from its teacher, in stages"),
     "scope": ("hf_holo.eval.scope", "decision boundaries of a ReLU and a holographic network on two spirals"),
+    "recall": ("hf_holo.eval.recall", "how many pairs a holographic memory recalls, against theory"),
     "list": ("hf_holo.eval.catalogue", "families, presets, parameters and capabilities"),
     "info": ("hf_holo.eval.cost", "state, FLOPs and memory of a preset or a checkpoint"),
 }

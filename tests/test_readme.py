@@ -12,7 +12,7 @@ README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding=
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-SIZES = {"hsn": "rank", "holo": "harmonics"}  # what the table shows beside width and layers
+SIZES = {"hsn": "rank", "holo": "harmonics", "resonance": "num_modes"}  # what the table shows beside width and layers
 
 
 def test_the_tables_of_presets_are_true():

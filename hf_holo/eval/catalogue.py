@@ -47,7 +47,7 @@ def catalogue(**overrides: Any) -> list[dict[str, Any]]:
                 "preset": name,
                 "vocab_size": config.vocab_size,
                 "parameters": sum(p.numel() for p in model.parameters()),
-                "embedding_parameters": model.get_input_embeddings().weight.numel(),
+                "embedding_parameters": sum(p.numel() for p in model.get_input_embeddings().parameters()),
                 "capabilities": sorted(architecture.capabilities),
             }
         )

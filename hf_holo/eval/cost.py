@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..errors import HoloError, Parser
+from ..modeling.vocabulary import HashEmbedding, collisions, vocabulary_parameters
 from ..registry import get_architecture, preset_config, presets
 
 LENGTHS = (128, 512, 2048)
@@ -80,14 +81,16 @@ def info(config: PretrainedConfig, lengths: Sequence[int] = LENGTHS) -> dict[str
         lengths: sequence lengths.
 
     Returns:
-        `model_type`, `vocab_size`, `parameters`, `parameter_bytes`, `state_bytes` (see [`state_bytes`]), `decode_flops`
-        (one more token) and `costs` (a record for each length, see [`Cost`]).
+        `model_type`, `vocab_size`, `vocabulary` (see [`vocabulary_record`]), `parameters`, `parameter_bytes`,
+        `state_bytes` (see [`state_bytes`]), `decode_flops` (one more token) and `costs` (a record for each length, see
+        [`Cost`]).
     """
     with FakeTensorMode():
         model = get_architecture(config.model_type).main_model(config)
         return {
             "model_type": config.model_type,
             "vocab_size": config.vocab_size,
+            "vocabulary": vocabulary_record(model),
             "parameters": sum(p.numel() for p in model.parameters()),
             "parameter_bytes": sum(p.nbytes for p in model.parameters()),
             "state_bytes": state_bytes(model),
@@ -102,6 +105,24 @@ def state_bytes(model: PreTrainedModel) -> int | None:
         return None
     shapes = [shape for layer in model.state_spec(model.config) for shape in layer.values()]
     return torch.float32.itemsize * sum(map(math.prod, shapes))
+
+
+def vocabulary_record(model: PreTrainedModel) -> dict[str, Any]:
+    """What embedding and head store together, against one dense table for both.
+
+    Returns:
+        `strategy`, `parameters`, `dense_parameters`, `compression` (how many times fewer) and, for a hashed vocabulary,
+        `collisions` (see [`collisions`]).
+    """
+    parameters, dense = vocabulary_parameters(model)
+    record = {
+        "strategy": getattr(model.config, "embedding_strategy", "standard"),
+        "parameters": parameters,
+        "dense_parameters": dense,
+        "compression": dense / parameters,
+    }
+    embedding = model.get_input_embeddings()
+    return record | ({"collisions": collisions(embedding)} if isinstance(embedding, HashEmbedding) else {})
 
 
 def _cost(model: PreTrainedModel, length: int) -> Cost:
@@ -165,6 +186,7 @@ def _print_record(name: str, record: dict[str, Any]) -> None:
     console = Console()
     console.print(f"{name} ({record['model_type']}, vocabulary {record['vocab_size']:,})")
     console.print(f"parameters        {record['parameters']:,} ({_size(record['parameter_bytes'])})")
+    _print_vocabulary(console, record["vocabulary"])
     if record["state_bytes"] is not None:
         console.print(f"recurrent state   {_size(record['state_bytes'])} per sequence, at any length")
     console.print(f"decoding          {record['decode_flops']:,} FLOPs per token")
@@ -175,6 +197,17 @@ def _print_record(name: str, record: dict[str, Any]) -> None:
         sizes = (_size(cost[key]) for key in ("cache_bytes", "inference_bytes", "training_bytes"))
         table.add_row(f"{cost['length']:,}", f"{cost['flops_per_token']:,.0f}", *sizes)
     console.print(table)
+
+
+def _print_vocabulary(console: Console, vocabulary: dict[str, Any]) -> None:
+    console.print(
+        f"vocabulary        {vocabulary['strategy']}, {vocabulary['parameters']:,} parameters in embedding and head; "
+        f"a dense tied table has {vocabulary['dense_parameters']:,} ({vocabulary['compression']:.2f} times as many)"
+    )
+    if "collisions" in vocabulary:
+        found = vocabulary["collisions"]
+        shared = f"{found['observed']:,} of {found['tokens']:,} tokens share all their buckets and signs with another"
+        console.print(f"hash collisions   {shared} (expected {found['expected']:,.1f})")
 
 
 def _size(count: int) -> str:

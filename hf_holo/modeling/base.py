@@ -19,13 +19,7 @@ from transformers.modeling_outputs import (
 from .cache import RecurrentCache
 from .layers import TokenLayout, make_norm
 from .ops import exporting
-
-
-class ScaledEmbedding(nn.Embedding):
-    """Embeddings times √D: small numbers for the tied head, unit variance for the first layer."""
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return super().forward(input_ids) * self.embedding_dim**0.5
+from .vocabulary import IGNORED, CompressedEmbedding, check_ids, dense_token_losses, language_loss, make_embedding
 
 
 class RecurrentPreTrainedModel(PreTrainedModel):
@@ -69,6 +63,21 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         """Number of parameters, a tied matrix counted once."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """As in transformers, for compressed vocabularies too; see [`CompressedEmbedding.resize`]."""
+        embedding = self.get_input_embeddings()
+        if not isinstance(embedding, CompressedEmbedding):
+            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        size = embedding.num_embeddings if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            size += -size % pad_to_multiple_of
+        if size != embedding.num_embeddings:
+            embedding.resize(size, mean_resizing)
+            self.config.vocab_size = size
+        return embedding
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Embedding):
@@ -92,7 +101,7 @@ class Backbone(RecurrentPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         config = self.config
-        self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = make_embedding(config)
         self.layers = nn.ModuleList([self.block_class(config, index) for index in range(config.num_hidden_layers)])
         self.norm = make_norm(config)
         self.gradient_checkpointing = False
@@ -148,15 +157,9 @@ class Backbone(RecurrentPreTrainedModel):
         x = self._embed(input_ids, inputs_embeds)
         cache = self._cache(past_key_values, use_cache)
         x, arguments, order = self.prepare(x, attention_mask, position_ids, seq_idx, cache)
-        hidden_states = []
-        for block in self.layers:
-            hidden_states.append(x)
-            x = block(x, past_key_values=cache, **arguments)
-        hidden_states.append(self.norm(x))
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if not output_hidden_states:
-            hidden_states = hidden_states[-1:]
+        hidden_states = self.run_blocks(x, cache, output_hidden_states, **arguments)
         if order is not None:
             restore = order[..., None].expand_as(x)
             hidden_states = [h.gather(1, restore) for h in hidden_states]
@@ -167,19 +170,21 @@ class Backbone(RecurrentPreTrainedModel):
         )
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
 
+    def run_blocks(self, x: torch.Tensor, cache: Cache | None, keep_all: bool, **arguments) -> list[torch.Tensor]:
+        """The hidden states behind the last norm, `[B, T, D]`, after those ahead of every block if `keep_all`."""
+        hidden_states = []
+        for block in self.layers:
+            if keep_all:
+                hidden_states.append(x)
+            x = block(x, past_key_values=cache, **arguments)
+        return [*hidden_states, self.norm(x)]
+
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is not None:
             return inputs_embeds
-        if input_ids.device.type == "cpu" and not exporting() and input_ids.numel():
-            low, high = input_ids.min().item(), input_ids.max().item()
-            size = self.embed_tokens.num_embeddings
-            if low < 0 or high >= size:
-                bad = low if low < 0 else high
-                raise ValueError(
-                    f"input_ids holds {bad}, outside the vocabulary of {size}: ids must be 0 to {size - 1}"
-                )
+        check_ids("input_ids", input_ids, self.embed_tokens.num_embeddings)
         return self.embed_tokens(input_ids)
 
     def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
@@ -288,7 +293,10 @@ class _LMHead(_Head):
 
     def __init__(self, config):
         super().__init__(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if isinstance(self.model.embed_tokens, CompressedEmbedding):  # it is its own head, and nothing is to be tied
+            self.lm_head = self._tied_weights_keys = None
+        else:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -296,6 +304,27 @@ class _LMHead(_Head):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
+
+    def predict(
+        self, hidden: torch.Tensor, labels: torch.Tensor | None, kept: slice | torch.Tensor = slice(None), **kwargs
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The loss of `[B, T]` labels, if there are any, and the logits at the kept positions `[B, k, vocab_size]`.
+
+        A family whose config offers an `embedding_strategy` may have a large vocabulary: it trains on a loss in pieces
+        and gives no logits then.
+        """
+        embedding = self.model.embed_tokens
+        if labels is not None and self.training and getattr(self.config, "embedding_strategy", None) is not None:
+            check_ids("labels", labels.masked_fill(labels == IGNORED, 0), embedding.num_embeddings)
+            if self.lm_head is None:
+                scorer = embedding.token_losses, embedding.scores_per_token
+            else:
+                scorer = dense_token_losses(self.lm_head), embedding.num_embeddings
+            return language_loss(*scorer, hidden, labels, shift=self.direction, **kwargs), None
+        logits = (embedding.logits if self.lm_head is None else self.lm_head)(hidden[:, kept])
+        if labels is None:
+            return None, logits
+        return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs), logits
 
 
 class CausalLMHead(_LMHead, GenerationMixin):
@@ -339,10 +368,7 @@ class CausalLMHead(_LMHead, GenerationMixin):
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        loss, logits = self.predict(output.last_hidden_state, labels, kept, **kwargs)
         result = CausalLMOutputWithPast(loss, logits, output.past_key_values, output.hidden_states)
         return result if wants_dict(self.config, return_dict) else result.to_tuple()
 
@@ -360,7 +386,7 @@ class RecurrentForCausalLM(CausalLMHead):
             model_kwargs["past_key_values"].activate_past_recording()
 
 
-class RecurrentForMaskedLM(_LMHead):
+class MaskedLMHead(_LMHead):
     """Bidirectional backbone that fills masked tokens."""
 
     direction = False
@@ -387,10 +413,7 @@ class RecurrentForMaskedLM(_LMHead):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        logits = self.lm_head(output.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        loss, logits = self.predict(output.last_hidden_state, labels, **kwargs)
         result = MaskedLMOutput(loss, logits, output.hidden_states)
         return result if wants_dict(self.config, return_dict) else result.to_tuple()
 
@@ -404,7 +427,7 @@ class _ClassificationHead(_Head):
         self.post_init()
 
 
-class RecurrentForSequenceClassification(_ClassificationHead):
+class SequenceClassificationHead(_ClassificationHead):
     """Class scores of the whole text: from its last real token if causal, else from the mean over its tokens."""
 
     def forward(
@@ -457,7 +480,7 @@ class RecurrentForSequenceClassification(_ClassificationHead):
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
 
 
-class RecurrentForTokenClassification(_ClassificationHead):
+class TokenClassificationHead(_ClassificationHead):
     """Class scores of every token."""
 
     def forward(

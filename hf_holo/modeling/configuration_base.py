@@ -3,36 +3,103 @@
 from transformers import PretrainedConfig
 
 FORMAT = 1  # rises when a config or checkpoint stops being readable by older releases
+HEAD_WIDTH = 32  # the default width of a head: wide enough to tell values apart, small enough to be quick on a CPU
 
 
 class RecurrentConfig(PretrainedConfig):
-    """Base of the configs of this package: refuses configs written in a newer format.
-
-    Every config has `causal`: None (what the head needs; True where it works with both), True or False.
+    """The arguments that the configs of all families share, and their checks.
 
     Args:
+        vocab_size: number of tokens.
+        hidden_size: width D of the residual stream.
+        num_hidden_layers: number of blocks.
+        causal: whether a token sees only the past. None: what the head needs (masked LM: False, all others: True).
+        hidden_dropout_prob: dropout on the output of every sublayer.
+        classifier_dropout: dropout ahead of a classification head.
+        max_position_embeddings: length that the model is meant for; information only, there is no limit.
+        initializer_range: standard deviation of the embeddings at the start; projections start at 0.7/√fan_in.
+        norm_eps: epsilon of the normalisations.
+        use_cache: whether to return the state (or keys and values) when not training.
+        tie_word_embeddings: whether the head shares the embedding matrix.
+        pad_token_id, bos_token_id, eos_token_id: special tokens; default: none.
         format_version: format of the saved config; set on saving, checked on loading.
+        kwargs: arguments of [`~transformers.PretrainedConfig`].
 
     Raises:
-        ValueError: `format_version` is newer than this release can read.
+        ValueError: a size is not positive, a dropout is outside [0, 1), `causal` is unknown, or `format_version` is
+            newer than this release can read.
     """
 
     keys_to_ignore_at_inference = ["past_key_values"]
     norm_type = "layer"  # what a family normalises with, unless its config says otherwise
 
-    def __init__(self, format_version: int = FORMAT, **kwargs):
+    def __init__(
+        self,
+        vocab_size: int = 32000,
+        hidden_size: int = 256,
+        num_hidden_layers: int = 6,
+        causal: bool | None = None,
+        hidden_dropout_prob: float = 0.0,
+        classifier_dropout: float = 0.0,
+        max_position_embeddings: int = 2048,
+        initializer_range: float = 0.02,
+        norm_eps: float = 1e-5,
+        use_cache: bool = True,
+        tie_word_embeddings: bool = True,
+        pad_token_id: int | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        format_version: int = FORMAT,
+        **kwargs,
+    ):
         if format_version > FORMAT:
             raise ValueError(
                 f"format_version={format_version} was written by a newer hf_holo; this release reads up to {FORMAT}: "
                 "upgrade with `pip install -U hf-holo`"
             )
+        check_positive(vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=num_hidden_layers)
+        check_choice("causal", causal, (None, True, False))
+        check_probability(hidden_dropout_prob=hidden_dropout_prob, classifier_dropout=classifier_dropout)
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.causal = causal
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.classifier_dropout = classifier_dropout
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        self.norm_eps = norm_eps
+        self.use_cache = use_cache
         self.format_version = format_version
-        super().__init__(**kwargs)
+        super().__init__(
+            tie_word_embeddings=tie_word_embeddings,
+            pad_token_id=pad_token_id,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            **kwargs,
+        )
 
     @property
     def is_causal(self) -> bool:
         """Whether a token sees only the past: True unless `causal` is False."""
         return self.causal is not False
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head, in a family that has heads."""
+        return self.hidden_size // self.num_attention_heads
+
+
+def default_heads(hidden_size: int, multiple: int = 1, least: int = HEAD_WIDTH) -> int:
+    """As many heads as there can be whose width is at least `least` and a multiple of `multiple`; one if none fits."""
+    widths = range(min(least, hidden_size), hidden_size + 1)
+    fitting = (width for width in widths if hidden_size % width == 0 and width % multiple == 0)
+    return hidden_size // next(fitting, hidden_size)
+
+
+def default_intermediate(hidden_size: int) -> int:
+    """Inner width of a gated channel mix: 8/3 of `hidden_size`, as a multiple of 8."""
+    return max(8, hidden_size * 8 // 3 // 8 * 8)
 
 
 def check_choice(name: str, value, choices: tuple) -> None:
@@ -46,6 +113,13 @@ def check_positive(**values: int) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r} must be a positive integer")
+
+
+def check_probability(**values: float) -> None:
+    """Raise ValueError unless every value lies in [0, 1)."""
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name}={value} must lie in [0, 1)")
 
 
 def check_divides(name: str, value: int, total_name: str, total: int) -> None:

@@ -1,23 +1,24 @@
 """Config of HoloSpectralNet."""
 
-from .configuration_base import RecurrentConfig, check_choice, check_divides, check_positive
-
-HEAD_WIDTH = 32  # the default width of a head: wide enough to bundle, small enough to be quick on a CPU
+from .configuration_base import (
+    RecurrentConfig,
+    check_choice,
+    check_divides,
+    check_positive,
+    default_heads,
+    default_intermediate,
+)
 
 
 class HsnConfig(RecurrentConfig):
     r"""Config of the HoloSpectralNet models (`HsnModel` and its heads).
 
     Args:
-        vocab_size: size of the vocabulary.
-        hidden_size: width D (`dim`).
-        num_hidden_layers: number of blocks (`depth`).
         num_heads: query heads; default: heads of the smallest width that divides `hidden_size` and is at least 32.
         num_key_heads: heads of keys, values and state; default: `num_heads`. Fewer share one state among queries.
         num_phases: phases P per head; default: half the head width.
         binding: `"dynamic"` (keys computed from the input) or `"static"` (one learned key per head).
         write: `"bundle"` (superpose) or `"cancel"` (subtract what the key recalls first); dynamic binding only.
-        causal: whether a token sees only the past. None: what the head needs (masked LM: False, all others: True).
         mixer_types: `"holographic"` or `"attention"` for every layer; default: holographic everywhere.
         channel_mix: `"factorized"` (D → rank → D with GELU) or `"gated"` (SwiGLU).
         rank: inner width of the factorized channel mix; default: hidden_size / 8.
@@ -26,16 +27,10 @@ class HsnConfig(RecurrentConfig):
             `"sublayer"` (a residual sublayer of its own).
         gate_taps: length K of the gate's kernel in tokens.
         drift_base: the phase drift runs from 1 radian a token down to 1/drift_base, evenly in the logarithm.
-        hidden_dropout_prob: dropout after every sublayer.
-        classifier_dropout: dropout ahead of a classification head.
-        max_position_embeddings: length that the model was trained for; information only, there is no limit.
-        initializer_range: standard deviation of the embeddings at the start; projections start at 0.7/√fan_in.
         norm_type: `"layer"` (LayerNorm without bias) or `"rms"` (RMSNorm, as Llama and Phi-3 have it).
-        norm_eps: epsilon of the normalisations.
         rotary_base: base of the rotary positions of attention layers, which are as in Llama; None: they have none.
-        use_cache: whether to return the recurrent state.
-        tie_word_embeddings: whether the head shares the embedding matrix.
-        kwargs: arguments of [`~transformers.PretrainedConfig`] and of the common base (`format_version`).
+        kwargs: what all families share, see [`RecurrentConfig`] (`vocab_size`, `hidden_size` or `dim`,
+            `num_hidden_layers` or `depth`, `causal`, ...), and arguments of [`~transformers.PretrainedConfig`].
 
     Raises:
         ValueError: a width is not positive or not divisible, or a choice is unknown.
@@ -51,15 +46,11 @@ class HsnConfig(RecurrentConfig):
 
     def __init__(
         self,
-        vocab_size: int = 32000,
-        hidden_size: int = 256,
-        num_hidden_layers: int = 6,
         num_heads: int | None = None,
         num_key_heads: int | None = None,
         num_phases: int | None = None,
         binding: str = "dynamic",
         write: str = "bundle",
-        causal: bool | None = None,
         mixer_types: list[str] | None = None,
         channel_mix: str = "factorized",
         rank: int | None = None,
@@ -67,29 +58,16 @@ class HsnConfig(RecurrentConfig):
         gate_placement: str = "mixer",
         gate_taps: int = 4,
         drift_base: float = 1000.0,
-        hidden_dropout_prob: float = 0.0,
-        classifier_dropout: float = 0.0,
-        max_position_embeddings: int = 2048,
-        initializer_range: float = 0.02,
         norm_type: str = "layer",
-        norm_eps: float = 1e-5,
         rotary_base: float | None = None,
-        use_cache: bool = True,
-        tie_word_embeddings: bool = True,
-        pad_token_id: int | None = None,
-        bos_token_id: int | None = None,
-        eos_token_id: int | None = None,
         **kwargs,
     ):
-        hidden_size = kwargs.pop("dim", hidden_size)
-        num_hidden_layers = kwargs.pop("depth", num_hidden_layers)
-        num_heads = kwargs.pop("num_attention_heads", num_heads)
-        num_key_heads = kwargs.pop("num_key_value_heads", num_key_heads)
-        check_positive(vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=num_hidden_layers)
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_heads = _default_heads(hidden_size) if num_heads is None else num_heads
+        kwargs = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
+        num_heads = kwargs.pop("num_heads", num_heads)
+        num_key_heads = kwargs.pop("num_key_heads", num_key_heads)
+        super().__init__(**kwargs)
+        hidden_size = self.hidden_size
+        self.num_heads = default_heads(hidden_size) if num_heads is None else num_heads
         self.num_key_heads = self.num_heads if num_key_heads is None else num_key_heads
         check_positive(num_heads=self.num_heads, num_key_heads=self.num_key_heads)
         check_divides("num_heads", self.num_heads, "hidden_size", hidden_size)
@@ -97,30 +75,16 @@ class HsnConfig(RecurrentConfig):
         self.num_phases = max(1, self.head_dim // 2) if num_phases is None else num_phases
         self.binding = binding
         self.write = write
-        self.causal = causal
-        self.mixer_types = ["holographic"] * num_hidden_layers if mixer_types is None else list(mixer_types)
+        self.mixer_types = ["holographic"] * self.num_hidden_layers if mixer_types is None else list(mixer_types)
         self.channel_mix = channel_mix
         self.rank = max(1, hidden_size // 8) if rank is None else rank
-        self.intermediate_size = _default_intermediate(hidden_size) if intermediate_size is None else intermediate_size
+        self.intermediate_size = default_intermediate(hidden_size) if intermediate_size is None else intermediate_size
         self.gate_placement = gate_placement
         self.gate_taps = gate_taps
         self.drift_base = drift_base
-        self.hidden_dropout_prob = hidden_dropout_prob
-        self.classifier_dropout = classifier_dropout
-        self.max_position_embeddings = max_position_embeddings
-        self.initializer_range = initializer_range
         self.norm_type = norm_type
-        self.norm_eps = norm_eps
         self.rotary_base = rotary_base
-        self.use_cache = use_cache
         self._check()
-        super().__init__(
-            tie_word_embeddings=tie_word_embeddings,
-            pad_token_id=pad_token_id,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            **kwargs,
-        )
 
     def _check(self) -> None:
         check_positive(
@@ -131,7 +95,6 @@ class HsnConfig(RecurrentConfig):
         )
         check_choice("binding", self.binding, ("dynamic", "static"))
         check_choice("write", self.write, ("bundle", "cancel"))
-        check_choice("causal", self.causal, (None, True, False))
         check_choice("channel_mix", self.channel_mix, ("factorized", "gated"))
         check_choice("gate_placement", self.gate_placement, ("mixer", "sublayer"))
         check_choice("norm_type", self.norm_type, ("layer", "rms"))
@@ -150,20 +113,3 @@ class HsnConfig(RecurrentConfig):
             raise ValueError(
                 f"rotary_base={self.rotary_base} must be above 1, and the width of a head ({self.head_dim}) even"
             )
-        for name in ("hidden_dropout_prob", "classifier_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
-
-    @property
-    def head_dim(self) -> int:
-        """Width V of the values of one head."""
-        return self.hidden_size // self.num_heads
-
-
-def _default_heads(hidden_size: int) -> int:
-    width = next(w for w in range(min(HEAD_WIDTH, hidden_size), hidden_size + 1) if hidden_size % w == 0)
-    return hidden_size // width
-
-
-def _default_intermediate(hidden_size: int) -> int:
-    return max(8, hidden_size * 8 // 3 // 8 * 8)

@@ -41,6 +41,16 @@ class TokenLayout:
         valid, document = cut
         return TokenLayout(tokens, valid, lengths, document, drift)
 
+    def slice(self, start: int, stop: int) -> "TokenLayout":
+        """The layout of the positions from `start` up to `stop`, continued from the state behind those before."""
+        stop = min(stop, self.length)
+        valid = None if self.valid is None else self.valid[:, start:stop]
+        lengths = None if self.lengths is None else (self.lengths - start).clamp(0, stop - start)
+        document = self.document
+        if document is not None:
+            document = document[:, start:stop] - (document[:, start - 1 : start] if start else 0)
+        return TokenLayout(stop - start, valid, lengths, document)
+
     def reversed(self) -> "TokenLayout":
         """The layout of the rows read from the end: padding first, documents numbered from the end."""
         valid = None if self.valid is None else self.valid.flip(1)
@@ -191,6 +201,11 @@ class LiteChannelMix(nn.Module):
         self.up_proj = nn.Linear(rank, dim, bias=False)
         self.scale = nn.Parameter(torch.ones(dim))
 
+    @property
+    def out_proj(self) -> nn.Linear:
+        """The projection back to the residual stream."""
+        return self.up_proj
+
     def reset_parameters(self) -> None:
         nn.init.ones_(self.scale)
 
@@ -212,10 +227,28 @@ class GatedChannelMix(nn.Module):
         self.gate_up_proj = nn.Linear(dim, 2 * intermediate, bias=False)
         self.down_proj = nn.Linear(intermediate, dim, bias=False)
 
+    @property
+    def out_proj(self) -> nn.Linear:
+        """The projection back to the residual stream."""
+        return self.down_proj
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, T, D]` to `[B, T, D]`."""
         gate, up = self.gate_up_proj(x).chunk(2, -1)
         return self.down_proj(F.silu(gate) * up)
+
+
+def make_channel_mix(config) -> nn.Module:
+    """The channel mix that `config.channel_mix` names: `[..., D]` to `[..., D]`."""
+    if config.channel_mix == "gated":
+        return GatedChannelMix(config.hidden_size, config.intermediate_size)
+    return LiteChannelMix(config.hidden_size, config.rank)
+
+
+def init_residual_(depth: int, *projections: nn.Linear) -> None:
+    """Start the last projections of a block so that the residual stream keeps its size over `depth` blocks."""
+    for projection in projections:
+        nn.init.normal_(projection.weight, std=0.7 * projection.in_features**-0.5 / math.sqrt(2 * depth))
 
 
 def make_norm(config) -> nn.Module:

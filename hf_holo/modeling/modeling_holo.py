@@ -11,10 +11,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .base import (
     Backbone,
     CausalLMHead,
-    RecurrentForMaskedLM,
-    RecurrentForSequenceClassification,
-    RecurrentForTokenClassification,
+    MaskedLMHead,
     RecurrentPreTrainedModel,
+    SequenceClassificationHead,
+    TokenClassificationHead,
 )
 from .configuration_base import check_choice, check_divides
 from .configuration_holo import HoloConfig
@@ -341,19 +341,19 @@ class HoloForCausalLM(HoloPreTrainedModel, CausalLMHead):
     backbone_class = HoloModel
 
 
-class HoloForMaskedLM(HoloPreTrainedModel, RecurrentForMaskedLM):
+class HoloForMaskedLM(HoloPreTrainedModel, MaskedLMHead):
     """Bidirectional HOLO that fills masked tokens."""
 
     backbone_class = HoloModel
 
 
-class HoloForSequenceClassification(HoloPreTrainedModel, RecurrentForSequenceClassification):
+class HoloForSequenceClassification(HoloPreTrainedModel, SequenceClassificationHead):
     """HOLO that classifies whole texts."""
 
     backbone_class = HoloModel
 
 
-class HoloForTokenClassification(HoloPreTrainedModel, RecurrentForTokenClassification):
+class HoloForTokenClassification(HoloPreTrainedModel, TokenClassificationHead):
     """HOLO that classifies every token."""
 
     backbone_class = HoloModel

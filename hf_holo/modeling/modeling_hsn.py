@@ -1,22 +1,29 @@
 """HoloSpectralNet: language models that bind, bundle and unbind instead of attending."""
 
-import math
-
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .base import (
+    MaskedLMHead,
     RecurrentBackbone,
     RecurrentForCausalLM,
-    RecurrentForMaskedLM,
-    RecurrentForSequenceClassification,
-    RecurrentForTokenClassification,
     RecurrentPreTrainedModel,
+    SequenceClassificationHead,
+    TokenClassificationHead,
 )
 from .cache import RecurrentCache
 from .configuration_hsn import HsnConfig
-from .layers import GatedChannelMix, LiteChannelMix, RotaryEmbedding, SpectralGate, TokenLayout, make_norm
+from .layers import (
+    GatedChannelMix,
+    LiteChannelMix,
+    RotaryEmbedding,
+    SpectralGate,
+    TokenLayout,
+    init_residual_,
+    make_channel_mix,
+    make_norm,
+)
 from .mixers import AttentionMixer, HolographicMixer
 from .ops import bind as fft_circular_conv
 from .ops import unbind as fft_circular_corr
@@ -44,8 +51,7 @@ class HoloSpectralBlock(GradientCheckpointingLayer):
         else:
             self.gate = None
         self.channel_norm = make_norm(config)
-        gated = config.channel_mix == "gated"
-        self.channel_mix = GatedChannelMix(dim, config.intermediate_size) if gated else LiteChannelMix(dim, config.rank)
+        self.channel_mix = make_channel_mix(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
@@ -88,10 +94,7 @@ class HsnPreTrainedModel(RecurrentPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, HoloSpectralBlock):  # the residual stream keeps its size at any depth
-            depth = math.sqrt(2 * self.config.num_hidden_layers)
-            last = "down_proj" if isinstance(module.channel_mix, GatedChannelMix) else "up_proj"
-            for projection in (module.mixer.out_proj, getattr(module.channel_mix, last)):
-                nn.init.normal_(projection.weight, std=0.7 * projection.in_features**-0.5 / depth)
+            init_residual_(self.config.num_hidden_layers, module.mixer.out_proj, module.channel_mix.out_proj)
 
 
 class HsnModel(HsnPreTrainedModel, RecurrentBackbone):
@@ -104,19 +107,19 @@ class HsnForCausalLM(HsnPreTrainedModel, RecurrentForCausalLM):
     backbone_class = HsnModel
 
 
-class HsnForMaskedLM(HsnPreTrainedModel, RecurrentForMaskedLM):
+class HsnForMaskedLM(HsnPreTrainedModel, MaskedLMHead):
     """Bidirectional HoloSpectralNet that fills masked tokens."""
 
     backbone_class = HsnModel
 
 
-class HsnForSequenceClassification(HsnPreTrainedModel, RecurrentForSequenceClassification):
+class HsnForSequenceClassification(HsnPreTrainedModel, SequenceClassificationHead):
     """HoloSpectralNet that classifies whole texts."""
 
     backbone_class = HsnModel
 
 
-class HsnForTokenClassification(HsnPreTrainedModel, RecurrentForTokenClassification):
+class HsnForTokenClassification(HsnPreTrainedModel, TokenClassificationHead):
     """HoloSpectralNet that classifies every token."""
 
     backbone_class = HsnModel

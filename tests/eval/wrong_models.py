@@ -23,31 +23,23 @@ from hf_holo.modeling.configuration_base import RecurrentConfig
 from hf_holo.modeling.layers import LiteChannelMix, at_least_float32
 
 CHUNK, BLOCK = 32, 16
+TOY_SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "norm_eps": 1e-6,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
 
 
 # ---------------------------------------------------------------------------------------------- the honest toy
 class ToyConfig(RecurrentConfig):
     model_type = "conformance-toy"
 
-    def __init__(
-        self,
-        vocab_size: int = 61,
-        hidden_size: int = 32,
-        num_hidden_layers: int = 2,
-        sublayers: Sequence[str] = ("Recurrence",),
-        tie_word_embeddings: bool = True,
-        pad_token_id: int | None = 0,
-        **kwargs,
-    ):
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
+    def __init__(self, sublayers: Sequence[str] = ("Recurrence",), **kwargs):
+        super().__init__(**TOY_SIZES | kwargs)
         self.sublayers = list(sublayers)
-        self.causal = None
-        self.use_cache = True
-        self.norm_eps = 1e-6
-        self.initializer_range = 0.2
-        super().__init__(tie_word_embeddings=tie_word_embeddings, pad_token_id=pad_token_id, **kwargs)
 
 
 class Recurrence(nn.Module):

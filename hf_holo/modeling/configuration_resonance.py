@@ -1,0 +1,102 @@
+"""Config of Resonance."""
+
+import math
+
+from .configuration_base import (
+    RecurrentConfig,
+    check_choice,
+    check_divides,
+    check_positive,
+    default_heads,
+    default_intermediate,
+)
+from .configuration_vocabulary import lay_out_vocabulary
+
+BANK_WIDTH = 8  # channels that share one damping, unless the config says otherwise
+
+
+class ResonanceConfig(RecurrentConfig):
+    """Config of the Resonance models for text (`ResonanceModel` and its heads).
+
+    Args:
+        num_banks: banks of resonators G, a divisor of `hidden_size`; the channels of a bank share its damping.
+            Default: banks of the smallest width that divides `hidden_size` and is at least 8.
+        num_modes: damped modes K per bank, the first of which does not turn.
+        lowest_frequency, highest_frequency: of the other modes, in radians a token; they lie between the two, evenly in
+            the logarithm. Default: one turn in 512 tokens, and one turn in two.
+        interference: whether the output gate hears all resonators, so that modes multiply modes, or the input alone.
+        chunk_length: tokens of a chunk of the hierarchical context; None: no such context.
+        segment_length: a longer text is read in segments of so many tokens where no gradients are recorded, which
+            bounds the memory and changes no result.
+        gate_taps: length of the spectral gate ahead of the mixer's projections, in tokens.
+        channel_mix: `"gated"` (SwiGLU) or `"factorized"` (D → rank → D with GELU).
+        intermediate_size: inner width of the gated channel mix; default: 8/3 hidden_size, a multiple of 8.
+        rank: inner width of the factorized channel mix; default: hidden_size / 8.
+        embedding_strategy: how tokens are stored: `"standard"`, `"frequency_compressed"`, `"adaptive"` or `"hash"`.
+            Default: by the size of the vocabulary, see [`lay_out_vocabulary`].
+        embedding_options: sizes of the tables of a compressed vocabulary that differ from the defaults, see there.
+        kwargs: what all families share, see [`RecurrentConfig`] (`vocab_size`, `hidden_size`, `num_hidden_layers`,
+            `causal`, ...), and arguments of [`~transformers.PretrainedConfig`].
+
+    Raises:
+        ValueError: a size is not positive or does not divide what it must, a choice is unknown, the tables do not fit
+            the vocabulary, or the frequencies are not positive, not in order or above π.
+    """
+
+    model_type = "resonance"
+
+    def __init__(
+        self,
+        num_banks: int | None = None,
+        num_modes: int = 16,
+        lowest_frequency: float = 2 * math.pi / 512,
+        highest_frequency: float = math.pi,
+        interference: bool = False,
+        chunk_length: int | None = None,
+        segment_length: int = 4096,
+        gate_taps: int = 4,
+        channel_mix: str = "gated",
+        intermediate_size: int | None = None,
+        rank: int | None = None,
+        embedding_strategy: str | None = None,
+        embedding_options: dict | None = None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        hidden_size = self.hidden_size
+        self.num_banks = default_heads(hidden_size, least=BANK_WIDTH) if num_banks is None else num_banks
+        self.num_modes = num_modes
+        self.lowest_frequency = lowest_frequency
+        self.highest_frequency = highest_frequency
+        self.interference = interference
+        self.chunk_length = chunk_length
+        self.segment_length = segment_length
+        self.gate_taps = gate_taps
+        self.channel_mix = channel_mix
+        self.intermediate_size = default_intermediate(hidden_size) if intermediate_size is None else intermediate_size
+        self.rank = max(1, hidden_size // 8) if rank is None else rank
+        self.embedding_strategy, self.embedding_options = lay_out_vocabulary(
+            self.vocab_size, embedding_strategy, embedding_options
+        )
+        self._check()
+
+    def _check(self) -> None:
+        check_positive(
+            num_banks=self.num_banks,
+            num_modes=self.num_modes,
+            segment_length=self.segment_length,
+            gate_taps=self.gate_taps,
+            intermediate_size=self.intermediate_size,
+            rank=self.rank,
+        )
+        if self.chunk_length is not None:
+            check_positive(chunk_length=self.chunk_length)
+        check_divides("num_banks", self.num_banks, "hidden_size", self.hidden_size)
+        check_choice("channel_mix", self.channel_mix, ("gated", "factorized"))
+        for name in ("lowest_frequency", "highest_frequency"):
+            if not 0 < getattr(self, name) <= math.pi:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive and at most π radians a token")
+        if self.lowest_frequency > self.highest_frequency:
+            raise ValueError(
+                f"lowest_frequency={self.lowest_frequency} is above highest_frequency={self.highest_frequency}"
+            )

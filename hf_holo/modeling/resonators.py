@@ -1,0 +1,415 @@
+"""Resonator banks: causal filters made of damped modes, and the context of past chunks that is built on them.
+
+A mode is one complex number z that turns and fades, z_t = λ z_{t-1} + u_t with λ = e^{-α + iω}, and a channel reads all
+modes of its bank with complex weights: y_t = Σ_k m_k Re(e^{iφ_k} z_{t,k}). Written out that is a convolution with
+h[t] = Σ_k m_k e^{-α_k t} cos(ω_k t + φ_k). Sizes in the shape tags: B batch, T tokens, D channels, G banks of W
+channels each, K modes, N segments of L tokens, S chunks of a row. Complex numbers are real vectors `[..., 2K]`, real
+parts first.
+
+Sources: state-space models with diagonal complex states (Gu et al., 2022, S4D) for the convolution and the recurrence
+of one filter; overlap-add (Oppenheim & Schafer, Discrete-Time Signal Processing), whose tail the modes carry exactly.
+"""
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .cache import RecurrentLayer
+from .layers import TokenLayout, at_least_float32, init_copy_
+from .ops import drift_angles, exporting, short_causal_conv
+
+SEGMENT = 512  # tokens handled by one FFT
+CHUNK = 64  # tokens handled by one matrix product where there is no FFT
+DOCUMENT_CHUNK = 16  # the same where documents meet and every lag is masked by itself
+MIN_DAMPING = 1e-5  # a memory of 100,000 tokens: the longest that float32 carries step by step
+
+
+# ---------------------------------------------------------------------------------------------- one bank, three forms
+def resonate(
+    u: torch.Tensor,
+    damping: torch.Tensor,
+    omega: torch.Tensor,
+    magnitude: torch.Tensor,
+    phase: torch.Tensor,
+    state: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    document: torch.Tensor | None = None,
+    segment: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Filter every channel with its resonators: by FFT inside segments, by the state of the modes between them.
+
+    Where a graph is recorded, matrix products take the place of the FFT; a single token is one step of the recurrence.
+
+    Args:
+        u: `[B, T, D]`, zeros at padding, which stands behind the real tokens.
+        damping: α `[G, K]`, positive; the D / G channels of a bank share it.
+        omega: ω `[K]`, radians a token, float64; gets no gradient.
+        magnitude, phase: m and φ `[D, K]`.
+        state: `[B, D, 2K]` or None for zeros.
+        lengths: `[B]` number of real tokens, after which the state is wanted; default: T.
+        document: `[B, T]` document index as for [`interference_scan`]: a new document begins with an empty state.
+        segment: tokens handled at once; changes time and memory, not the result. Default: what is quickest.
+
+    Returns:
+        y `[B, T, D]` and the state after the last real token `[B, D, 2K]`.
+    """
+    if u.shape[1] == 1 and not exporting():
+        return resonate_step(u, damping, omega, magnitude, phase, state, lengths, document)
+    if segment is None:
+        segment = DOCUMENT_CHUNK if document is not None else CHUNK if exporting() else SEGMENT
+    if not exporting():
+        segment = min(segment, u.shape[1])
+    length, powers_of = u.shape[1], partial(modal_powers, damping, omega)
+    powers = powers_of(torch.arange(segment + 1, device=u.device))  # [G, 2K, L + 1]
+    weights = complex_weights(magnitude, phase)  # [D, 2K]
+    u, document = _to_segments(u, document, segment)  # [B, N, L, D] and [B, N, L]
+    rows = u.permute(3, 0, 1, 2).contiguous()  # [D, B, N, L]
+    y = _convolve(rows, _per_bank(conjugate(weights), powers[..., :-1]), u, document)
+    before = None
+    if exporting() or state is not None or rows.shape[2] > 1:
+        before = _carry(rows, powers, powers_of, state, document)  # [D, B, N, 2K]
+        read = _per_bank(conjugate(multiply(weights[:, None, None], before)), powers[..., 1:])  # [D, B, N, L]
+        y = y + (read if document is None else read * (document == _carried(document)[..., None]))
+    y = y.permute(1, 2, 3, 0).flatten(1, 2)[:, :length]  # [B, T, D]
+    return y, _final_state(length, lengths, rows, before, powers, document)
+
+
+def resonate_naive(u, damping, omega, magnitude, phase, state=None, lengths=None, document=None):
+    """Twin of [`resonate`]: the recurrence, token by token."""
+    if state is None:
+        state = u.new_zeros(u.shape[0], u.shape[2], 2 * magnitude.shape[1])
+    current = torch.zeros(u.shape[0], dtype=torch.long)
+    rows, wanted = [], state
+    for t in range(u.shape[1]):
+        label = current if document is None else document[:, t]
+        y, state = resonate_step(
+            u[:, t, None], damping, omega, magnitude, phase, state, None, (label - current)[:, None]
+        )
+        wanted = state if lengths is None else torch.where((lengths > t)[:, None, None], state, wanted)
+        current = label
+        rows.append(y)
+    return torch.cat(rows, 1), wanted
+
+
+def resonate_step(
+    u: torch.Tensor,
+    damping: torch.Tensor,
+    omega: torch.Tensor,
+    magnitude: torch.Tensor,
+    phase: torch.Tensor,
+    state: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    document: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`resonate`] for a single token: one complex multiply-add per mode. Shapes as there, with T = 1."""
+    banks, modes = damping.shape
+    step = modal_powers(damping, omega, torch.ones(1, dtype=torch.long, device=u.device))[..., 0]  # [G, 2K]
+    new = F.pad(u[:, 0, :, None].expand(-1, -1, modes), (0, modes))  # [B, D, 2K], real
+    if state is not None:
+        kept = state if document is None else state * (document == 0)[..., None].to(state.dtype)
+        new = new + multiply(kept, step.repeat_interleave(u.shape[2] // banks, 0))
+    y = (new * conjugate(complex_weights(magnitude, phase))).sum(-1)
+    if lengths is not None:  # a padded row keeps its state
+        before = torch.zeros_like(new) if state is None else state
+        new = torch.where((lengths > 0)[:, None, None], new, before)
+    return y[:, None], new
+
+
+def modal_powers(damping: torch.Tensor, omega: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """λ^n of all modes, `[G, 2K, L]`, for damping `[G, K]`, omega `[K]` and whole n ≥ 0, `[L]`.
+
+    The angles are taken in float64, modulo 2π.
+    """
+    angle = drift_angles(omega[None], steps)[:, 0].T  # [K, L]
+    envelope = torch.exp(-damping[..., None] * steps)
+    return torch.cat([envelope * angle.cos().to(envelope.dtype), envelope * angle.sin().to(envelope.dtype)], 1)
+
+
+def complex_weights(magnitude: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
+    """w = m e^{iφ}, `[..., K]` to `[..., 2K]`; Re(w z) is the product of its conjugate with z, as real vectors."""
+    return torch.cat([magnitude * phase.cos(), magnitude * phase.sin()], -1)
+
+
+def conjugate(a: torch.Tensor) -> torch.Tensor:
+    """Complex conjugate of `[..., 2K]`."""
+    real, imaginary = a.chunk(2, -1)
+    return torch.cat([real, -imaginary], -1)
+
+
+def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Product of complex numbers, both `[..., 2K]`."""
+    (a_real, a_imaginary), (b_real, b_imaginary) = a.chunk(2, -1), b.chunk(2, -1)
+    return torch.cat([a_real * b_real - a_imaginary * b_imaginary, a_real * b_imaginary + a_imaginary * b_real], -1)
+
+
+# ---------------------------------------------------------------------------------------------- parts of the fast form
+def _to_segments(
+    u: torch.Tensor, document: torch.Tensor | None, segment: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[B, T, D] to [B, N, L, D], padded with zeros; [B, T] to [B, N, L], padded with the last document."""
+    missing = (segment - u.shape[1] % segment) % segment
+    if document is not None:
+        more = document[:, -1:].expand(-1, segment)
+        document = torch.cat([document, more], 1)[:, : u.shape[1] + missing].unflatten(1, (-1, segment))
+    return F.pad(u, (0, 0, 0, missing)).unflatten(1, (-1, segment)), document
+
+
+def _per_bank(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """Every channel times the matrix of its bank: [D, ..., X] and [G, X, Y] to [D, ..., Y]."""
+    banks = matrices.shape[0]
+    y = x.unflatten(0, (banks, -1)).flatten(1, -2) @ matrices
+    return y.view(*x.shape[:-1], -1)
+
+
+def _carried(document: torch.Tensor) -> torch.Tensor:
+    """[B, N, L] to the document [B, N] that the state before every segment belongs to."""
+    return F.pad(document[..., -1], (1, 0))[:, :-1]
+
+
+def _convolve(rows: torch.Tensor, kernel: torch.Tensor, u: torch.Tensor, document: torch.Tensor | None) -> torch.Tensor:
+    """One-sided convolution inside every segment, rows [D, B, N, L] with kernel [D, L]; u [B, N, L, D] is rows too."""
+    length = kernel.shape[-1]
+    if document is not None:
+        y = short_causal_conv(u.flatten(0, 1), kernel, None, document.flatten(0, 1))  # [B·N, L, D]
+        return y.permute(2, 0, 1).reshape(rows.shape)
+    if exporting():
+        at = torch.arange(length, device=kernel.device)
+        lag = at - at[:, None]  # [source, target]
+        toeplitz = kernel[:, lag.clamp_min(0)] * (lag >= 0).to(kernel.dtype)  # [D, L, L]
+        return (rows.flatten(1, 2) @ toeplitz).view(rows.shape)
+    room = 2 * length  # for the whole linear convolution: nothing wraps around
+    spectrum = torch.fft.rfft(rows, n=room) * torch.fft.rfft(kernel, n=room)[:, None, None]
+    return torch.fft.irfft(spectrum, n=room)[..., :length]
+
+
+def _carry(rows, powers, powers_of, state, document):
+    """State before every segment, [D, B, N, 2K]."""
+    if state is None:
+        state = rows.new_zeros(*rows.shape[:2], powers.shape[1])
+    else:
+        state = state.transpose(0, 1)  # [D, B, 2K]
+    if document is not None:
+        rows = rows * (document == document[..., -1:])
+    written = _per_bank(rows, powers[..., :-1].flip(-1).mT)  # [D, B, N, 2K]
+    carried = None if document is None else _carried(document)
+    if exporting():
+        return _carry_by_product(torch.cat([state[:, :, None], written[:, :, :-1]], 2), rows, powers_of, carried)
+    across = _of_channels(powers[..., -1], rows)[:, None]  # [D, 1, 2K]
+    before = [state]
+    for n in range(written.shape[2] - 1):
+        kept = state if document is None else state * (document[:, n, -1] == carried[:, n])[:, None]
+        state = multiply(kept, across) + written[:, :, n]
+        before.append(state)
+    return torch.stack(before, 2)
+
+
+def _carry_by_product(sources, rows, powers_of, carried):
+    """Twin of the loop in [`_carry`] as one masked product over segments: quadratic in their number, but loop-free."""
+    at = torch.arange(sources.shape[2], device=sources.device)
+    lag = at[:, None] - at  # [segment, source]
+    powers = powers_of((lag.clamp_min(0) * rows.shape[-1]).flatten()).unflatten(-1, lag.shape)  # [G, 2K, N, N]
+    seen = (lag >= 0)[None] if carried is None else (lag >= 0) & (carried[:, :, None] == carried[:, None])  # [B, N, N]
+    real, imaginary = powers.chunk(2, 1)
+    parts = sources.unflatten(0, (powers.shape[0], -1)).chunk(2, -1)  # [G, W, B, N, K] each
+    product = "gkij,bij,gwbjk->gwbik"
+    rr, ri, ir, ii = (
+        torch.einsum(product, p, seen.to(p.dtype).expand(sources.shape[1], -1, -1), x)
+        for p in (real, imaginary)
+        for x in parts
+    )
+    return torch.cat([rr - ii, ri + ir], -1).flatten(0, 1)
+
+
+def _of_channels(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[G, ...] to [D, ...]: the channels of a bank share it."""
+    return x.repeat_interleave(rows.shape[0] // x.shape[0], 0)
+
+
+def _final_state(length, lengths, rows, before, powers, document):
+    """The state `[B, D, 2K]` after `lengths` tokens `[B]`, or after all `length` of them if it is None."""
+    size, each = rows.shape[-1], torch.arange(rows.shape[1], device=rows.device)
+    last = (torch.full((1,), length, device=rows.device) if lengths is None else lengths) - 1
+    segment = last.clamp_min(0) // size
+    inside = last - segment * size  # -1 where there is no token
+
+    def pick(x: torch.Tensor) -> torch.Tensor:
+        """The segment in which every row ends: [D, B, N, ...] to [D, B, ...], without a copy where it is the last."""
+        return x[:, :, -1] if lengths is None else x[:, each, segment]
+
+    lag = inside[:, None] - torch.arange(size, device=rows.device)  # [B or 1, L]
+    seen = lag >= 0
+    if document is not None:
+        labels = document[each, segment]  # [B, L]
+        current = labels[each, inside.clamp_min(0)][:, None]  # [B, 1]
+        seen = seen & (labels == current)
+        lag = lag.expand(labels.shape)
+    fading = powers[..., lag.clamp_min(0)] * seen.to(powers.dtype)  # [G, 2K, B or 1, L]
+    inputs = pick(rows).unflatten(0, (powers.shape[0], -1)).transpose(1, 2)  # [G, B, W, L]
+    state = (inputs @ fading.permute(0, 2, 3, 1)).transpose(1, 2).flatten(0, 1)  # [D, B, 2K]
+    if before is not None:
+        kept = pick(before)  # [D, B, 2K]
+        if document is not None:
+            kept = kept * (_carried(document)[each, segment][:, None] == current).to(kept.dtype)
+        across = _of_channels(powers[..., inside + 1].transpose(1, 2), rows)  # [D, B or 1, 2K]
+        state = state + multiply(kept, across)
+    return state.transpose(0, 1).contiguous()
+
+
+# ---------------------------------------------------------------------------------------------- modules
+class ResonatorBank(nn.Module):
+    """Banks of damped modes at fixed frequencies that filter every channel, [`resonate`] with its parameters.
+
+    The frequencies run from `lowest` to `highest`, evenly in the logarithm, after a first mode that does not turn. The
+    modes of a bank fade with learned damping, which stays above `MIN_DAMPING` whatever an optimizer does; every channel
+    reads them with learned magnitudes and phases.
+
+    Args:
+        dim: channels D.
+        banks: number of banks G, a divisor of `dim`; channels of one bank share its damping.
+        modes: modes K per bank.
+        lowest, highest: frequencies in radians a token.
+    """
+
+    DAMPING = (0.003, 0.5)  # where banks start: a memory of 333 tokens in the first, of 2 in the last
+
+    def __init__(self, dim: int, banks: int, modes: int, lowest: float, highest: float):
+        super().__init__()
+        self.modes, self.lowest, self.highest = modes, lowest, highest
+        self.raw_damping = nn.Parameter(torch.empty(banks, modes))
+        self.magnitude = nn.Parameter(torch.empty(dim, modes))
+        self.phase = nn.Parameter(torch.empty(dim, modes))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        banks = len(self.raw_damping)
+        slow, fast = (math.log(damping) for damping in self.DAMPING)
+        damping = torch.linspace(slow, fast, banks).exp()[:, None]  # [G, 1]
+        init_copy_(self.raw_damping, (damping - MIN_DAMPING).expm1().log().expand_as(self.raw_damping))
+        # noise of unit variance comes out with unit variance, however long a bank remembers
+        largest = (12 * damping / self.modes).sqrt().repeat_interleave(len(self.magnitude) // banks, 0)  # [D, 1]
+        init_copy_(self.magnitude, largest * torch.rand_like(largest.expand(-1, self.modes)))
+        nn.init.uniform_(self.phase, 0.0, 2 * math.pi)
+
+    def state_spec(self, name: str) -> dict[str, tuple[int, ...]]:
+        return {name: (self.magnitude.shape[0], 2 * self.modes)}
+
+    def omega(self, device: torch.device | None = None) -> torch.Tensor:
+        """Radians a token `[K]`, in float64: computed anew, so that no cast or meta device can spoil them."""
+        steps = torch.arange(self.modes - 1, dtype=torch.float64, device=device) / max(1, self.modes - 2)
+        return F.pad(self.lowest * (self.highest / self.lowest) ** steps, (1, 0))
+
+    def damping(self) -> torch.Tensor:
+        """How fast the modes fade, `[G, K]` per token, in at least float32."""
+        raw = self.raw_damping
+        return MIN_DAMPING + F.softplus(raw.to(at_least_float32(raw.dtype)))
+
+    def weights(self) -> torch.Tensor:
+        """What every channel reads the modes with, m e^{iφ}: `[D, 2K]` in at least float32."""
+        dtype = at_least_float32(self.magnitude.dtype)
+        return complex_weights(self.magnitude.to(dtype), self.phase.to(dtype))
+
+    def kernel(self, length: int) -> torch.Tensor:
+        """The first `length` taps of the filter of every channel, `[D, length]`."""
+        damping = self.damping()
+        steps = torch.arange(length, device=damping.device)
+        return _per_bank(conjugate(self.weights()), modal_powers(damping, self.omega(steps.device), steps))
+
+    def read(self, state: torch.Tensor) -> torch.Tensor:
+        """What the channels hear of a state `[B, D, 2K]`: `[B, D]`."""
+        return (conjugate(self.weights()) * state).sum(-1)
+
+    def forward(
+        self,
+        u: torch.Tensor,
+        state: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
+        document: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[`resonate`] with these parameters; `u` `[B, T, D]` is in at least float32."""
+        magnitude, phase = self.magnitude.to(u.dtype), self.phase.to(u.dtype)
+        omega, damping = self.omega(u.device), self.damping().to(u.dtype)
+        return resonate(u, damping, omega, magnitude, phase, state, lengths, document)
+
+
+class ChunkContext(nn.Module):
+    """Hierarchical context: a coarse bank over the means of past chunks, which every later token hears.
+
+    Chunks count the real tokens of a document, however the text is padded or cut; a token hears the chunks that were
+    complete before its own began.
+
+    Args:
+        chunk_length: tokens of a chunk.
+        bank: the coarse bank; its steps are chunks.
+    """
+
+    def __init__(self, chunk_length: int, bank: ResonatorBank):
+        super().__init__()
+        self.chunk_length, self.bank = chunk_length, bank
+
+    def state_spec(self) -> dict[str, tuple[int, ...]]:
+        return {"chunk": (len(self.bank.magnitude) + 1,)} | self.bank.state_spec("context")
+
+    def forward(self, u: torch.Tensor, layout: TokenLayout, cache: RecurrentLayer | None = None) -> torch.Tensor:
+        """`[B, T, D]`, zeros at padding, to `[B, T, D]`; continues from `cache` and updates it, if given."""
+        names = ("chunk", "context")
+        before = [None if cache is None else cache.get(name) for name in names]
+        context, states = self._scan(u, layout, *before)
+        if cache is not None:
+            for index, name in enumerate(names):
+
+                def replay(tokens: int, index: int = index) -> torch.Tensor:
+                    return self._scan(u[:, :tokens], layout.first(tokens), *before)[1][index]
+
+                cache.put(name, states[index], layout.length, replay)
+        return context
+
+    def _scan(self, u, layout: TokenLayout, running: torch.Tensor | None, coarse: torch.Tensor | None):
+        """What every token hears [B, T, D]; the sum and the number of the tokens in the last chunk [B, D + 1], zeros
+        if it is complete; and the coarse state of the complete ones [B, D, 2K]."""
+        ones = u.new_ones(u.shape[:2]) if layout.valid is None else layout.valid.to(u.dtype)
+        chunk = self._chunks(ones.long(), layout.document, None if running is None else running[:, -1])  # [B, T]
+        sums = u.new_zeros(u.shape[0], self._most(chunk, layout), u.shape[2] + 1)
+        sums = sums.scatter_add(1, chunk[..., None].expand(-1, -1, sums.shape[2]), torch.cat([u, ones[..., None]], -1))
+        if running is not None:
+            sums = torch.cat([sums[:, :1] + running[:, None], sums[:, 1:]], 1)
+        document = None  # of every chunk, [B, S]
+        if layout.document is not None:
+            document = torch.zeros_like(sums[..., 0], dtype=torch.long).scatter(1, chunk, layout.document)
+            document = document.cummax(1).values
+        last = chunk[:, -1:]
+        complete = sums[..., -1].gather(1, last) > self.chunk_length - 0.5
+        done = last + complete  # [B, 1]
+        means = sums[..., :-1] / self.chunk_length
+        heard, state = self.bank(means, coarse, done[:, 0], document)
+        first = torch.zeros_like(heard[:, 0]) if coarse is None else self.bank.read(coarse)
+        heard = torch.cat([first[:, None], heard[:, :-1]], 1)  # [B, S, D], by the tokens of every chunk
+        if document is not None:
+            earlier = F.pad(document, (1, 0))
+            heard = heard * (document == earlier[:, :-1])[..., None]
+            state = state * (document.gather(1, last) == earlier.gather(1, done))[..., None]
+        running = sums.gather(1, last[..., None].expand(-1, -1, sums.shape[2]))[:, 0] * ~complete
+        return heard.gather(1, chunk[..., None].expand(-1, -1, u.shape[2])), (running, state)
+
+    def _chunks(self, ones, document: torch.Tensor | None, begun: torch.Tensor | None) -> torch.Tensor:
+        """The chunk of every token, counted from the one that goes on: [B, T], from real tokens `ones` [B, T] and the
+        number of tokens in the chunk that goes on [B]. A new document begins a new chunk."""
+        position = ones.cumsum(1) - 1  # in the document
+        starts = torch.zeros_like(ones, dtype=torch.bool)
+        if document is not None:
+            starts = document != F.pad(document, (1, 0))[:, :-1]
+            position = position - torch.where(starts, position, 0).cummax(1).values
+        position = position.clamp_min(0)
+        if begun is not None:
+            more = begun.round().long()[:, None]
+            position = position + (more if document is None else more * (document == 0))
+        number = position // self.chunk_length
+        return (starts | (number != F.pad(number, (1, 0))[:, :-1])).long().cumsum(1)
+
+    def _most(self, chunk: torch.Tensor, layout: TokenLayout) -> int:
+        """A number of chunks that is enough for every row."""
+        if not exporting():
+            return int(chunk.max()) + 1
+        return layout.length + 1 if layout.document is not None else layout.length // self.chunk_length + 2
