@@ -52,6 +52,7 @@ _LAZY = {
     "modeling.modeling_hsn": ["HoloSpectralBlock", "fft_circular_conv", "fft_circular_corr"],
     "modeling.ops": ["bind", "unbind"],
     "modeling.resonators": ["ChunkContext", "ResonatorBank"],
+    "modeling.vocabulary": ["AdaptiveEmbedding", "FrequencyCompressedEmbedding", "HashEmbedding"],
     "registry": ["Architecture", "Preset", "get_architecture", "preset_config", "presets"],
     "training.callbacks": ["CausalityCallback"],
     "training.optim": ["MuonAdamW", "WhitenedAdamW"],

@@ -253,6 +253,16 @@ def test_gradient_norms(run, tmp_path):
     assert image.read_bytes().startswith(b"\x89PNG")
 
 
+def test_vocabulary(run, text):
+    sizes = {"vocab_size": 300, "large_vocab_size": 5000, "large_width": 32, "width": 32, "depth": 1, "rows": 2}
+    sizes |= {"steps": 2, "length": 16, "validation_tokens": 32}
+    report, _ = run("vocabulary", text, *(word for name, value in sizes.items() for word in (f"--{name}", value)))
+    rows, large = report["figures"]["runs"], report["figures"]["large_step"]
+    assert [row["strategy"] for row in rows] == ["standard", "frequency_compressed", "adaptive", "hash"]
+    assert all(row["excess"] == pytest.approx(row["loss"] - rows[0]["loss"]) for row in rows)
+    assert large["compression"] > 5 and 0 < large["peak_gib"] < 4
+
+
 def test_surgery_and_distillation(run, text, tmp_path):
     """What the first converts and keeps, the second brings nearer to the teacher."""
     tokenizer = make_tokenizer("characters", [text.read_text()])

@@ -45,6 +45,7 @@ class HoloConfig(RecurrentConfig):
 
     def __init__(
         self,
+        *,
         num_attention_heads: int | None = None,
         num_key_value_heads: int | None = None,
         intermediate_size: int | None = None,

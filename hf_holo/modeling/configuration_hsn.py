@@ -46,6 +46,7 @@ class HsnConfig(RecurrentConfig):
 
     def __init__(
         self,
+        *,
         num_heads: int | None = None,
         num_key_heads: int | None = None,
         num_phases: int | None = None,

@@ -47,6 +47,7 @@ class ResonanceConfig(RecurrentConfig):
 
     def __init__(
         self,
+        *,
         num_banks: int | None = None,
         num_modes: int = 16,
         lowest_frequency: float = 2 * math.pi / 512,

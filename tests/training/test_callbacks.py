@@ -97,7 +97,9 @@ def llama() -> LlamaForCausalLM:
 
 def hsn() -> HsnForCausalLM:
     torch.manual_seed(0)
-    return HsnForCausalLM(HsnConfig(VOCABULARY, hidden_size=WIDTH, num_hidden_layers=2, hidden_dropout_prob=0.1))
+    return HsnForCausalLM(
+        HsnConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=2, hidden_dropout_prob=0.1)
+    )
 
 
 def with_adapters(model: PreTrainedModel, *targets: str) -> nn.Module:
