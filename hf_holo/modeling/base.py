@@ -102,10 +102,17 @@ class Backbone(RecurrentPreTrainedModel):
         super().__init__(config)
         config = self.config
         self.embed_tokens = make_embedding(config)
+        self.train_head(False)
         self.layers = nn.ModuleList([self.block_class(config, index) for index in range(config.num_hidden_layers)])
         self.norm = make_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def train_head(self, mode: bool) -> None:
+        """Whether the numbers train that a compressed vocabulary keeps for its head alone."""
+        if isinstance(self.embed_tokens, CompressedEmbedding):
+            for parameter in self.embed_tokens.head_parameters():
+                parameter.requires_grad_(mode)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
@@ -295,6 +302,7 @@ class _LMHead(_Head):
         super().__init__(config)
         if isinstance(self.model.embed_tokens, CompressedEmbedding):  # it is its own head, and nothing is to be tied
             self.lm_head = self._tied_weights_keys = None
+            self.model.train_head(True)
         else:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

@@ -88,6 +88,10 @@ class CompressedEmbedding(nn.Module):
         """
         raise NotImplementedError
 
+    def head_parameters(self) -> list[nn.Parameter]:
+        """What only the head reads; a model without one leaves it untrained."""
+        return []
+
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
@@ -134,6 +138,9 @@ class TwoLevelEmbedding(CompressedEmbedding):
         )
         of_dense = sum(1 / rank for rank in range(1, self.frequent_tokens + 1)) / self.frequent_tokens
         init_copy_(self.group_bias, (of_group / of_dense).log())
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        return [self.group_bias]
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         grouped, place = self._grouped(ids)
@@ -257,6 +264,9 @@ class FrequencyCompressedEmbedding(TwoLevelEmbedding):
         nn.init.normal_(self.members.weight, std=self.initializer_range)
         nn.init.normal_(self.gates.weight)
         nn.init.zeros_(self.bias)
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        return [*super().head_parameters(), self.bias]
 
     @property
     def scores_per_token(self) -> int:
