@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from report import RESULTS, print_footer, print_table, read_report, write_report
+from report import RESULTS, earlier_rows, print_footer, print_table, read_report, write_report
 from surgery import CALIBRATED, Trial, ratios
 from transformers import AutoModelForCausalLM
 
@@ -81,10 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts = load_texts(options, load_tokenizer(args.model), Source.find(args.model))
     teacher, *converted = before["rows"]
     settings = {"recipe": args.recipe, "bf16": args.bf16, "teacher": teacher}
-    earlier = read_report("distillation", args.results)
-    rows, spent = [], 0.0
-    if settings.items() <= earlier["figures"].items():
-        rows, spent = earlier["figures"]["rows"], earlier["seconds"]
+    rows, spent = earlier_rows("distillation", settings, args.results)
     done = {(row["method"], row["scope"], row["ratio"]) for row in rows}
     for row in converted:
         trial = Trial(row["method"], row["scope"], row["ratio"])

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from report import RESULTS, print_footer, print_table, write_csv, write_report
+from report import RESULTS, print_footer, print_table, write_report
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_holo.files import replacing
+from hf_holo.files import replacing, write_csv
 from hf_holo.modeling.resonators import ResonatorBank, resonate
 
 NAME = "gradient_norms"

@@ -22,10 +22,10 @@ import torch
 from characters import CharacterText, windowed_loss
 from fitting import Fit, fit
 from matplotlib.figure import Figure
-from report import RESULTS, print_footer, print_table, read_report, write_csv, write_report
+from report import RESULTS, print_footer, print_table, read_report, write_report
 from torch import nn
 
-from hf_holo.files import replacing
+from hf_holo.files import replacing, write_csv
 from hf_holo.modeling.configuration_holo import HoloConfig
 from hf_holo.modeling.harmonics import HoloLinear
 from hf_holo.modeling.modeling_holo import HoloForCausalLM

@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from characters import CharacterText
 from fitting import Fit, fit
 from matplotlib.figure import Figure
-from report import RESULTS, print_footer, print_table, write_csv, write_report
+from report import RESULTS, print_footer, print_table, write_report
 from torch import nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from hf_holo import SpectralGate
 from hf_holo.eval.conformance import check_causality
-from hf_holo.files import replacing
+from hf_holo.files import replacing, write_csv
 from hf_holo.modeling.ops import interpolate_gate
 
 NAME = "leaking_gate"

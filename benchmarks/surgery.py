@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from report import RESULTS, print_footer, print_table, read_report, write_report
+from report import RESULTS, earlier_rows, print_footer, print_table, write_report
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -208,10 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts = load_texts(options, tokenizer, source)
     model = source.load()
     settings = settings_of(model, texts, options)
-    earlier = read_report("surgery", args.results)
-    rows, spent = [], 0.0
-    if settings.items() <= earlier["figures"].items():
-        rows, spent = earlier["figures"]["rows"], earlier["seconds"]
+    rows, spent = earlier_rows("surgery", settings, args.results)
 
     trials = [Trial(CALIBRATED, "all", ratio) for ratio in args.ratios]
     trials += [Trial(CALIBRATED, "attention", ratio) for ratio in args.attention_ratios]

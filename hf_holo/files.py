@@ -1,9 +1,12 @@
 """Files that appear complete or not at all."""
 
+import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from .errors import HoloError
 
 
 @contextmanager
@@ -25,3 +28,25 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8, complete or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_csv(rows: Sequence[Mapping[str, object]], path: Path) -> None:
+    """Write rows with the same keys as a table, complete or not at all."""
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def output_folder(name: str) -> Path:
+    """The folder that `--output_dir` names, made if it is not there.
+
+    Raises:
+        HoloError: it cannot be made.
+    """
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HoloError(f"output_dir={name!r} cannot be a folder: {error.strerror}") from error
+    return folder

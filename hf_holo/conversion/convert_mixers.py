@@ -1,6 +1,5 @@
 """Attention becomes holographic mixers: a Llama or Phi-3 turns into a HoloSpectralNet, to be distilled."""
 
-import csv
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, set_seed
 
+from ..files import write_csv
 from .conversion import Conversion, size_in_bytes
 from .convert_arguments import ConvertArguments
 from .sources import Source, Text
@@ -74,8 +74,4 @@ class MixerTransfer(Conversion):
         )
 
     def write_layers(self, result: Path) -> None:
-        with (result / "layers.csv").open("w", newline="", encoding="utf-8") as file:
-            rows = [{**asdict(part), "fresh": part.fresh} for part in self.parts]
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv([{**asdict(part), "fresh": part.fresh} for part in self.parts], result / "layers.csv")

@@ -6,7 +6,6 @@ replaces older ones there.
 """
 
 import argparse
-import csv
 import json
 import math
 import time
@@ -20,7 +19,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from ..errors import HoloError, Parser
-from ..files import replacing, write_text
+from ..files import output_folder, replacing, write_csv, write_text
 from ..modeling.memory import HolographicMemory, phasors, recall_theory
 
 DIMENSIONS = (256, 512, 1024, 2048)
@@ -50,18 +49,15 @@ def main(argv: list[str]) -> None:
         HoloError: bad input; the message is one line that says what to do.
     """
     args = _parse(argv)
-    folder = Path(args.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise HoloError(f"output_dir={args.output_dir!r} cannot be a folder: {error.strerror}") from error
+    folder = output_folder(args.output_dir)
     start = time.perf_counter()
     points = measure(args.dimensions, args.pairs, args.codes, args.rounds, args.reads, args.seed)
     seconds = time.perf_counter() - start
     settings = {"codes": args.codes, "rounds": args.rounds, "seed": args.seed}
-    record = settings | {"seconds": round(seconds, 1), "points": [asdict(point) for point in points]}
+    rows = [asdict(point) for point in points]
+    record = settings | {"seconds": round(seconds, 1), "points": rows}
     write_text(folder / "recall.json", json.dumps(record, indent=2) + "\n")
-    write_csv(points, folder / "recall.csv")
+    write_csv(rows, folder / "recall.csv")
     plot(points, args.codes, args.rounds, folder / "recall.png")
     Console().print(summary(points))
     print(f"{seconds:.0f} s; written to {folder / 'recall.png'}, recall.csv and recall.json beside it")
@@ -167,14 +163,6 @@ def plot(points: list[Point], codes: int, rounds: int, path: Path) -> None:
     figure.axes[0].set_ylabel("recalled (%)")
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-
-
-def write_csv(points: list[Point], path: Path) -> None:
-    """One row for each point."""
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, asdict(points[0]))
-        writer.writeheader()
-        writer.writerows(map(asdict, points))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -22,7 +22,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import HoloError, Parser
-from ..files import replacing, write_text
+from ..files import output_folder, replacing, write_text
 from ..modeling.harmonics import HoloLinear, SineActivation
 
 TURNS, NOISE, POINTS = 4, 0.02, 1000  # of a spiral; in units of its radius; for training, and as many for testing
@@ -56,11 +56,7 @@ def main(argv: list[str]) -> None:
         HoloError: bad input; the message is one line that says what to do.
     """
     args = _parse(argv)
-    folder = Path(args.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise HoloError(f"output_dir={args.output_dir!r} cannot be a folder: {error.strerror}") from error
+    folder = output_folder(args.output_dir)
     views = compare(args.seed, args.steps)
     test = spirals(POINTS, args.seed + 1)
     record = {"seed": args.seed, "steps": args.steps, "points": POINTS, "networks": [view.record() for view in views]}
