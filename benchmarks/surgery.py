@@ -35,8 +35,9 @@ from hf_holo.conversion.calibration import (
     stacked_weight,
     surgery_plan,
 )
-from hf_holo.conversion.convert_arguments import ConvertArguments
+from hf_holo.conversion.convert_arguments import REFIT_FROM, ConvertArguments
 from hf_holo.conversion.evaluation import numbers_on_disk, perplexity
+from hf_holo.conversion.refit import enough, refit
 from hf_holo.conversion.sources import Source, Text, load_texts, load_tokenizer, mixed
 from hf_holo.conversion.surgery import choose
 
@@ -55,13 +56,19 @@ def factors_of(model: PreTrainedModel, sites: Sequence[Site], statistics: Sequen
     return [factorise(site, stacked_weight(model, site), numbers) for site, numbers in pairs]
 
 
-def calibrated(model: PreTrainedModel, sites: Sequence[Site], statistics: Sequence[Statistics]) -> Method:
-    """`hf-holo convert`: shared and pivoted bases, Fisher weights, ranks chosen together."""
+def calibrated(
+    model: PreTrainedModel, sites: Sequence[Site], statistics: Sequence[Statistics], windows: torch.Tensor
+) -> Method:
+    """`hf-holo convert`: shared and pivoted bases, Fisher weights, ranks chosen together, small ratios refitted."""
     factors = factors_of(model, sites, statistics)
 
     def convert(student: PreTrainedModel, ratio: float) -> None:
         ranks = allocate(sites, [f.loss for f in factors], ratio)
-        finish(student, sites, factors, ranks, pivoted=True)
+        if ratio <= REFIT_FROM:
+            refit(student, sites, ranks, [numbers.fisher for numbers in statistics], enough(windows, sites))
+            student.config.quantization_config = surgery_with(sites, ranks, pivoted=True)
+        else:
+            finish(student, sites, factors, ranks, pivoted=True)
 
     return convert
 
@@ -117,7 +124,11 @@ def finish(
     for site, numbers, rank in zip(sites, factors, ranks, strict=True):
         if rank is not None:
             install(student, site, numbers, rank, pivoted)
-    student.config.quantization_config = HoloSurgeryConfig(basis="data", layers=surgery_plan(sites, ranks, pivoted))
+    student.config.quantization_config = surgery_with(sites, ranks, pivoted)
+
+
+def surgery_with(sites: Sequence[Site], ranks: Sequence[int | None], pivoted: bool) -> HoloSurgeryConfig:
+    return HoloSurgeryConfig(basis="data", layers=surgery_plan(sites, ranks, pivoted))
 
 
 class Trial(NamedTuple):
@@ -143,8 +154,8 @@ def methods_for(model: PreTrainedModel, texts: Sequence[Text], args: argparse.Na
     chosen = [pair for pair in zip(sites, statistics, strict=True) if pair[0].layers[0] in attention]
     unweighted = [gram_without_activations(model, site) for site in single]
     return {
-        (CALIBRATED, "all"): calibrated(model, sites, statistics),
-        (CALIBRATED, "attention"): calibrated(model, *zip(*chosen, strict=True)),
+        (CALIBRATED, "all"): calibrated(model, sites, statistics, windows),
+        (CALIBRATED, "attention"): calibrated(model, *zip(*chosen, strict=True), windows),
         (PER_MATRIX, "all"): per_matrix(model, single, grams_per_matrix(model, sites, statistics)),
         (PLAIN, "all"): per_matrix(model, single, unweighted),
         (RANDOM, "all"): random_basis,
@@ -192,8 +203,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--attention_ratios", nargs="+", type=float, default=[0.4], help="of those of attention alone")
     parser.add_argument("--baseline_ratios", nargs="+", type=float, default=[0.8], help="of the methods to compare")
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--fisher_tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--fisher_tokens", type=int, default=16384)
     parser.add_argument("--eval_windows", type=int, default=64, help="of each text, evenly spaced; 0: all")
     parser.add_argument("--students", type=Path, help="folder that keeps the converted models")
     parser.add_argument("--seed", type=int, default=0)

@@ -405,7 +405,14 @@ def _topped_up(
 
 
 @torch.no_grad()
-def install(model: PreTrainedModel, site: Site, factors: Factors, harmonics: int, pivoted: bool = True) -> None:
+def install(
+    model: PreTrainedModel,
+    site: Site,
+    factors: Factors,
+    harmonics: int,
+    pivoted: bool = True,
+    weight: torch.Tensor | None = None,
+) -> None:
     """Put the projected weights of one site into the model as folded [`HoloLinear`] layers with a shared "data" basis.
 
     Args:
@@ -414,8 +421,9 @@ def install(model: PreTrainedModel, site: Site, factors: Factors, harmonics: int
         factors: of the site.
         harmonics: rank r.
         pivoted: store the basis pivoted. (The scale of its rows then drops out.)
+        weight: what is projected, `[m, n]`; default: the weights of the site.
     """
-    weight = stacked_weight(model, site).double()
+    weight = stacked_weight(model, site).double() if weight is None else weight
     synthesis, analysis = factors.synthesis[:, :harmonics].double(), factors.analysis[:harmonics].double()
     if site.projects_outputs:
         coefficients, basis = synthesis, analysis @ weight

@@ -45,7 +45,7 @@ class Conversion(ABC):
         """Learn from the dense teacher and the texts, into the work folder."""
 
     @abstractmethod
-    def apply(self, model: PreTrainedModel, work: WorkFolder) -> PreTrainedModel:
+    def apply(self, model: PreTrainedModel, texts: list[Text], work: WorkFolder) -> PreTrainedModel:
         """Make the student; the teacher may be used up."""
 
     @abstractmethod

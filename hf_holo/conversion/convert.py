@@ -27,6 +27,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import HoloError
+from ..hub.code import add_code
 from .conversion import Conversion
 from .convert_arguments import ConvertArguments, parse
 from .convert_linears import CalibratedSurgery, RegeneratedSurgery
@@ -129,11 +130,12 @@ def convert(teacher: str, out: Path, options: ConvertArguments, overwrite: bool 
             with timed(seconds, "teacher"):
                 before = judge(model, job, work, "teacher")
             with timed(seconds, "surgery"):
-                model = conversion.apply(model, work)
+                model = conversion.apply(model, job.texts, work)
             with timed(seconds, "student"):
                 after = judge(model, job, work, "student")
             result = work.new_result()
             model.save_pretrained(result)
+            add_code(result)
             if job.tokenizer is not None:
                 job.tokenizer.save_pretrained(result)
     figures = conversion.figures(result)

@@ -11,11 +11,12 @@ from .surgery import HoloSurgeryConfig
 
 PREFIX = "convert-"  # of the recipes in the package
 RATIO = 0.8  # of a calibrated conversion
+REFIT_FROM = 0.7  # ratio: with more left of the layers, refitting gains little
 
 # What says nothing about the other kind of conversion.
 OF_LINEAR_LAYERS = (
     *("method", "ratio", "harmonics", "basis", "modules", "exclude", "keep_first", "keep_last"),
-    *("tokens", "fisher_tokens", "memory"),
+    *("tokens", "fisher_tokens", "refit", "memory"),
 )
 OF_MIXERS = ("layers",)
 
@@ -60,8 +61,12 @@ class ConvertArguments:
         metadata={"help": "Share at the end of each text that is only measured on; one for all, or one for each."},
     )
     window: int = described("Tokens in a window of text.", 512)
-    tokens: int = described("Calibration tokens for the activations.", 16384)
-    fisher_tokens: int = described("How many of them for the gradients too.", 4096)
+    tokens: int = described("Calibration tokens for the activations.", 65536)
+    fisher_tokens: int = described("How many of them for the gradients too.", 16384)
+    refit: bool | None = described(
+        "With calibrated: fit every block again to the inputs that the student itself produces; default: from a ratio "
+        f"of {REFIT_FROM} down."
+    )
     eval_windows: int = described("Held-out windows of each text to measure perplexity on; 0: all.", 32)
     memory: float = described("GiB that the statistics may take at a time; with less the text is read more often.", 4.0)
     prompt: str | None = described("Start of the sample; default: the start of the first held-out text.")
@@ -131,6 +136,9 @@ class ConvertArguments:
                 raise HoloError(f"harmonics={self.harmonics} is chosen by the calibration itself; give --ratio instead")
             if not 0 < self.ratio < 1:
                 raise HoloError(f"ratio={self.ratio} must lie between 0 and 1")
+            self.refit = self.ratio <= REFIT_FROM if self.refit is None else self.refit
+        elif self.refit:
+            raise HoloError("refit=True needs the calibrated method, which fits layers to a text")
         for name in ("tokens", "fisher_tokens"):
             if getattr(self, name) < self.window:
                 raise HoloError(f"{name}={getattr(self, name)} must be at least one window={self.window}")

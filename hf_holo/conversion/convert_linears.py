@@ -27,6 +27,7 @@ from .conversion import Conversion, size_in_bytes
 from .convert_arguments import ConvertArguments
 from .evaluation import numbers_on_disk
 from .linear_report import LayerRow, plot_layers, print_coverage, write_layers
+from .refit import check_refit, enough, refit
 from .sources import Source, Text, mixed
 from .surgery import apply_surgery, choose, plan
 from .work_folder import WorkFolder
@@ -61,7 +62,7 @@ class RegeneratedSurgery(Conversion):
     def measure(self, model: PreTrainedModel, texts: list[Text], work: WorkFolder) -> None:
         """The bases depend on no text."""
 
-    def apply(self, model: PreTrainedModel, work: WorkFolder) -> PreTrainedModel:
+    def apply(self, model: PreTrainedModel, texts: list[Text], work: WorkFolder) -> PreTrainedModel:
         apply_surgery(model, self.surgery)
         for name, entry in model.config.quantization_config.layers.items():
             layer = model.get_submodule(name)
@@ -94,6 +95,8 @@ class CalibratedSurgery(RegeneratedSurgery):
     def _check(self) -> None:
         self.sites = find_sites(self.twin, self.surgery)
         check_ratio(self.sites, self.options.ratio)
+        if self.options.refit:
+            check_refit(self.twin, self.sites)
         self.disk += 4 * sum(2 * site.size**2 for site in self.sites)
 
     def print_coverage(self) -> None:
@@ -122,21 +125,31 @@ class CalibratedSurgery(RegeneratedSurgery):
             for number in tqdm(batch, desc="factors", unit="site"):
                 if not work.has_tensors(_factors(number)):
                     factorise_into(work, model, self.sites[number], number)
-                work.drop_tensors(_statistics(number))
+                if not options.refit:
+                    work.drop_tensors(_statistics(number))
 
-    def apply(self, model: PreTrainedModel, work: WorkFolder) -> PreTrainedModel:
+    def apply(self, model: PreTrainedModel, texts: list[Text], work: WorkFolder) -> PreTrainedModel:
         """Choose the ranks and convert, in place, with the factors in the work folder."""
-        losses = [work.load_tensors(_factors(number), "loss")["loss"] for number in range(len(self.sites))]
+        numbers = range(len(self.sites))
+        losses = [work.load_tensors(_factors(number), "loss")["loss"] for number in numbers]
         ranks = allocate(self.sites, losses, self.options.ratio)
-        for number, (site, rank) in enumerate(zip(tqdm(self.sites, desc="surgery", unit="site"), ranks, strict=True)):
-            factors = Factors(**work.load_tensors(_factors(number)))
-            if rank is not None:
-                install(model, site, factors, rank)
-            row = LayerRow(site.layers, rank, site.size, site.numbers, site.stored(rank), factors.error(rank))
-            self.rows.append(row)
+        if self.options.refit:
+            fishers = [work.load_tensors(_statistics(number), "fisher")["fisher"] for number in numbers]
+            errors = refit(model, self.sites, ranks, fishers, enough(mixed(texts), self.sites))
+        else:
+            errors = [self._install(model, number, ranks[number], work) for number in tqdm(numbers, desc="surgery")]
+        for site, rank, error in zip(self.sites, ranks, errors, strict=True):
+            self.rows.append(LayerRow(site.layers, rank, site.size, site.numbers, site.stored(rank), error))
         self.surgery.layers = surgery_plan(self.sites, ranks)
         model.config.quantization_config = self.surgery
         return model
+
+    def _install(self, model: PreTrainedModel, number: int, rank: int | None, work: WorkFolder) -> float:
+        """Convert one site; returns its error."""
+        factors = Factors(**work.load_tensors(_factors(number)))
+        if rank is not None:
+            install(model, self.sites[number], factors, rank)
+        return factors.error(rank)
 
 
 def factorise_into(work: WorkFolder, model: PreTrainedModel, site: Site, number: int) -> None:

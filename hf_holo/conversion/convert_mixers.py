@@ -54,7 +54,7 @@ class MixerTransfer(Conversion):
     def measure(self, model: PreTrainedModel, texts: list[Text], work: WorkFolder) -> None:
         """The weights say it all."""
 
-    def apply(self, model: PreTrainedModel, work: WorkFolder) -> PreTrainedModel:
+    def apply(self, model: PreTrainedModel, texts: list[Text], work: WorkFolder) -> PreTrainedModel:
         set_seed(self.options.seed)
         return self._transfer(model)
 

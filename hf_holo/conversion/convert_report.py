@@ -124,6 +124,8 @@ from transformers import {auto_class}
 model = {auto_class}.from_pretrained("{name}")
 ```
 
+Where hf_holo is not installed, the code in this folder does, with `trust_remote_code=True`.
+
 {next_step}
 `layers.csv` shows each layer, `sample.txt` (if a text was given) what both models write, `report.json` the figures.
 Limits and licence are those of {teacher}.

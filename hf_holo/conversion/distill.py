@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ..errors import HoloError
 from ..files import write_text
 from ..generation import generate_text
+from ..hub.code import add_code
 from ..modeling.harmonics import HoloLinear
 from ..training.callbacks import CausalityCallback
 from ..training.data import Collator, Splits, read_documents, split_documents, text_splits
@@ -96,6 +97,8 @@ def distill(run: Distillation) -> PreTrainedModel | PeftModel:
         report.write()
         print(f"\nafter the stage {stage.name!r}: {report.line(entry)}")
     student.save_pretrained(folder)
+    if isinstance(student, PreTrainedModel):  # adapters alone have no config.json
+        add_code(folder)
     tokenizer.save_pretrained(folder)
     print(f"\nThe student lies in {folder}; figures in report.json, losses.csv and losses.png")
     return student

@@ -8,7 +8,6 @@ import copy
 import functools
 import json
 import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -19,11 +18,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import HoloError
-from ..modeling.harmonics import BASES, HarmonicBasis, HoloLinear, named_seed
+from ..modeling.harmonics import BASES, HarmonicBasis, HoloLinear
+from ..modeling.quantizer import PlanQuantizer, checksum_of_bases, dense_shape, is_linear, swap
 
 # How transformers marks a model that a quantizer has made, and its config.
 QUANTIZED = ("is_quantized", "hf_quantizer", "quantization_method", "quantization_config", "_pre_quantization_dtype")
@@ -169,13 +168,6 @@ def resolved(model: nn.Module, config: HoloSurgeryConfig) -> HoloSurgeryConfig:
     return config
 
 
-def checksum_of_bases(model: nn.Module) -> int | None:
-    """Of all bases that are made and not stored, in the order of their names; None if there is none, or on meta."""
-    bases = {name: module for name, module in model.named_modules() if isinstance(module, HarmonicBasis)}
-    sums = [bases[name].checksum for name in sorted(bases) if bases[name].checksum is not None]
-    return zlib.crc32(repr(sums).encode()) if sums else None
-
-
 def plan(model: nn.Module, config: HoloSurgeryConfig) -> dict[str, dict[str, Any]]:
     """How each chosen layer is converted, by name: `harmonics`, `basis`, `folded`, `pivoted`, and `lender`, the layer
     whose basis it uses (or None)."""
@@ -225,11 +217,6 @@ def _matches(name: str, patterns: list[str]) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether it is a dense linear layer that can be converted."""
-    return isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, HoloLinear)
-
-
 def block_list(model: nn.Module) -> str:
     """Name of the list of blocks: the `ModuleList` with the most parameters.
 
@@ -258,11 +245,6 @@ def shared_inputs() -> dict[str, list[list[str]]]:
     return {family: entry["groups"] for entry in entries for family in entry["families"]}
 
 
-def dense_shape(layer: nn.Module) -> tuple[int, int]:
-    """Outputs and inputs of a linear layer."""
-    return tuple(layer.weight.shape[::-1] if isinstance(layer, Conv1D) else layer.weight.shape)
-
-
 def _harmonics(name: str, layer: nn.Module, config: HoloSurgeryConfig) -> int:
     outputs, inputs = dense_shape(layer)
     if config.ratio is None:
@@ -279,43 +261,6 @@ def _harmonics(name: str, layer: nn.Module, config: HoloSurgeryConfig) -> int:
             f"give at least {(per_harmonic + bias) / (outputs * inputs + bias):.3g}"
         )
     return harmonics
-
-
-def swap(model: nn.Module, config: HoloSurgeryConfig) -> dict[str, HoloLinear]:
-    """Put new layers in the places that the plan names, and return them by name.
-
-    Raises:
-        HoloError: the model has no layer of a name in the plan; no layer has been replaced then.
-    """
-    modules, new = dict(model.named_modules()), {}
-    lenders_first = sorted(config.layers.items(), key=lambda item: item[1]["lender"] is not None)  # JSON sorts by name
-    for name, entry in lenders_first:
-        old = modules.get(name)
-        if old is None or not is_linear(old):
-            raise HoloError(
-                f"layers: {type(model).__name__} has no linear layer {name!r}; was it converted with another release "
-                "of transformers?"
-            )
-        outputs, inputs = dense_shape(old)
-        basis: str | HarmonicBasis = new[entry["lender"]].basis if entry["lender"] else entry["basis"]
-        new[name] = HoloLinear(
-            inputs,
-            outputs,
-            entry["harmonics"],
-            basis,
-            bias=old.bias is not None,
-            seed=named_seed(config.seed, name),
-            folded=entry["folded"],
-            pivoted=entry["pivoted"] and not entry["lender"],
-            device=old.weight.device,
-            dtype=old.weight.dtype,
-        )
-    for name, layer in new.items():  # only now, when none was refused
-        for module in layer.modules():
-            module._is_hf_initialized = True  # the model's own initialisation must not take it for its nn.Linear
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer.train(model.training))
-    return new
 
 
 @torch.no_grad()
@@ -400,42 +345,13 @@ def _compare(before: _Census, after: _Census) -> SurgeryReport:
 
 # ---------------------------------------------------------------------------------------------- in transformers
 @register_quantizer("holo")
-class HoloQuantizer(HfQuantizer):
-    """Swaps layers while `from_pretrained` builds a model, and makes the bases when the weights are there."""
-
-    requires_parameters_quantization = False
+class HoloQuantizer(PlanQuantizer):
+    """The quantizer where hf_holo is installed: it also plans the surgery of a dense checkpoint."""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         config = self.quantization_config
         if not self.pre_quantized and config.basis == "data" and config.layers is None:
             raise HoloError("basis='data' has to be fitted to activations: use `hf-holo convert --method calibrated`")
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        config = self.quantization_config = model.config.quantization_config = resolved(model, self.quantization_config)
-        swap(model, config)
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for module in model.modules():
-            if isinstance(module, HoloLinear):
-                module.basis.regenerate(next(module.parameters()).device)  # 4.57 leaves it on meta
-                if not self.pre_quantized:
-                    module.reset_parameters()
-        config, checksum = self.quantization_config, checksum_of_bases(model)
-        if config.checksum not in (None, checksum):
-            raise HoloError(
-                f"checksum={config.checksum} of the bases that the model was made with is not that of those made here "
-                f"({checksum}): its weights would mean something else"
-            )
-        config.checksum = checksum
-        return model
-
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        return True  # without it Trainer refuses the model
+    def resolve(self, model: PreTrainedModel) -> HoloSurgeryConfig:
+        return resolved(model, self.quantization_config)

@@ -188,6 +188,22 @@ def test_little_memory_gives_the_same_model(saved, texts, tmp_path):
     assert torch.equal(logits(load(tmp_path / "roomy")), logits(load(tmp_path / "tight")))
 
 
+def test_little_that_is_kept_is_refitted(saved, texts, tmp_path):
+    teacher = saved()
+    choices = {"by default": [], "asked for": ["--refit", "true"], "not": ["--refit", "false"]}
+    students = {}
+    for name, choice in choices.items():
+        run(teacher, tmp_path / name, "--ratio", "0.6", *choice, "--text", *texts)
+        students[name] = logits(load(tmp_path / name))
+    assert torch.equal(students["by default"], students["asked for"])
+    assert not torch.allclose(students["by default"], students["not"], atol=1e-3)
+
+
+def test_only_calibrated_layers_can_be_refitted(saved, tmp_path):
+    with pytest.raises(HoloError, match="refit"):
+        run(saved(), tmp_path / "out", "--method", "harmonic", "--refit", "true")
+
+
 @pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks live in the repository only")
 def test_benchmark_compares_at_the_same_share(saved, texts, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)

@@ -1,0 +1,269 @@
+"""Refitting: each layer learns to give the teacher's outputs from the inputs that the student itself produces.
+
+Calibration fits every layer to what the teacher feeds it. In the student the layers ahead have changed those inputs,
+and where much is removed the errors add up. So the blocks are converted from first to last, and before a site is
+projected, its weights W are replaced by those that make up best for what was lost so far: with the teacher's inputs x
+and the student's x̃ at the same tokens,
+
+    W̃ = argmin E‖W x + e - W̃ x̃‖² + λ‖W̃ - W‖².
+
+e is zero but for a layer that writes into the residual stream: there it is what the student's stream lacks. Ranks and
+Fisher weights stay as calibration found them.
+
+Source: layer-wise least squares on the student's own inputs, as in GPTQ (Frantar et al., 2023), for low rank in SVD-LLM
+(Wang et al., 2024).
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..errors import HoloError
+from .calibration import Site, Statistics, factorise, install, stacked_weight
+from .surgery import block_list, dense_shape, is_linear
+
+DAMPING = 0.03  # λ, as a share of the mean eigenvalue of E[x̃ x̃ᵀ]
+TOKENS_PER_INPUT = 10  # of the widest layer: with fewer, refitting fits noise; it reads each of them ten times
+MOST_WRITERS = 3  # linear layers of one block that write into the residual stream
+SAME = 1e-2  # relative difference up to which two sums of activations are taken for the same, in half precision too
+
+
+@torch.no_grad()
+def refit(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    ranks: Sequence[int | None],
+    fishers: Sequence[torch.Tensor | None],
+    windows: torch.Tensor,
+    pivoted: bool = True,
+) -> list[float]:
+    """Convert in place, block after block, with weights fitted anew to the student's own inputs.
+
+    Memory: beside the model a copy of one block, and the hidden states of all windows twice.
+
+    Args:
+        model: with all its dense layers, in eval mode.
+        sites: inside the blocks, see [`check_refit`].
+        ranks: harmonics of each site; None stays dense.
+        fishers: G of each site, see [`Statistics`].
+        windows: token ids `[N, T]`, see [`enough`].
+        pivoted: as in [`install`].
+
+    Returns:
+        The error of each site, see [`Factors.error`].
+
+    Raises:
+        HoloError: a site lies outside the blocks.
+    """
+    check_refit(model, sites)
+    name = block_list(model)
+    blocks = model.get_submodule(name)
+    calls = _record_calls(model, blocks, windows[0])
+    theirs = [call.hidden for call in (_record_calls(model, blocks[:1], window)[0] for window in windows)]
+    ours = theirs
+    errors = [0.0] * len(sites)
+    for index, (block, call) in enumerate(zip(tqdm(blocks, desc="refit", unit="block"), calls, strict=True)):
+        teacher, prefix = copy.deepcopy(block), f"{name}.{index}."
+        numbers = {
+            site.layers[0].removeprefix(prefix): number
+            for number, site in enumerate(sites)
+            if site.layers[0].startswith(prefix) and ranks[number] is not None
+        }
+        writers = residual_writers(teacher, call, theirs[0])
+        for layer in _in_order(teacher, call, theirs[0], list(numbers)):
+            number = numbers[layer]
+            site, weight = sites[number], stacked_weight(model, sites[number])
+            weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            passages = zip(
+                (_arrive(teacher, call, hidden, layer, writers) for hidden in theirs),
+                (_arrive(block, call, hidden, layer, writers) for hidden in ours),
+                strict=True,
+            )
+            fitted, gram = fit(weight, passages, layer in writers)  # [m, n] and [n, n]
+            moments = fitted @ gram @ fitted.T if site.projects_outputs else gram
+            factors = factorise(site, fitted, Statistics(moments, fishers[number]))
+            install(model, site, factors, ranks[number], pivoted, fitted)
+            errors[number] = factors.error(ranks[number])
+        theirs = [call(teacher, hidden) for hidden in theirs]
+        ours = [call(block, hidden) for hidden in ours]
+    return errors
+
+
+def enough(windows: torch.Tensor, sites: Sequence[Site]) -> torch.Tensor:
+    """The first quarter of the windows `[N, T]`, more if the sites have too many inputs for that. The start of mixed
+    texts is a mixture too, see [`~hf_holo.conversion.sources.mixed`]."""
+    wanted = math.ceil(TOKENS_PER_INPUT * max(site.inputs for site in sites) / windows.shape[1])
+    return windows[: max(wanted, len(windows) // 4)]
+
+
+def check_refit(model: PreTrainedModel, sites: Sequence[Site]) -> None:
+    """Raises HoloError if a site lies outside the blocks, where no order of layers is known."""
+    prefix = f"{block_list(model)}."
+    outside = next((layer for site in sites for layer in site.layers if not layer.startswith(prefix)), None)
+    if outside is not None:
+        raise HoloError(
+            f"refit=True fits layers inside the blocks {prefix!r}, not {outside!r}; exclude it, or refit nothing"
+        )
+
+
+# Weights ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What comes to a layer.
+
+    Attributes:
+        x: its input `[tokens, n]`.
+        stream: the residual stream so far `[tokens, D]`.
+    """
+
+    x: torch.Tensor
+    stream: torch.Tensor
+
+
+def fit(
+    weight: torch.Tensor, passages: Iterator[tuple[Arrival, Arrival]], writes: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """W̃ of the module's formula.
+
+    Args:
+        weight: W `[m, n]`, in at least float32.
+        passages: what came to the layer in the teacher and in the student, window by window.
+        writes: whether its output is added to the residual stream, so that it can make up for what that lacks.
+
+    Returns:
+        W̃ `[m, n]` and E[x̃ x̃ᵀ] `[n, n]`, both in float64.
+    """
+    gram, cross, tokens = 0.0, 0.0, 0
+    for theirs, ours in passages:
+        x = ours.x.to(weight.dtype)  # [tokens, n]
+        target = theirs.x.to(weight.dtype) @ weight.T  # [tokens, m]
+        if writes:
+            target = target + theirs.stream - ours.stream
+        gram, cross, tokens = gram + x.T @ x, cross + target.T @ x, tokens + len(x)
+    gram, cross, weight = gram.double() / tokens, cross.double() / tokens, weight.double()
+    damping = DAMPING * gram.trace() / len(gram)
+    damped = gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(damped, (cross + damping * weight).T).T, gram
+
+
+# Blocks -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model calls a block: the hidden states `[1, T, D]`, and what it gives beside them."""
+
+    hidden: torch.Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """The block's output for other hidden states of the same length."""
+        output = block(hidden, *self.args, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+class _Reached(Exception):
+    """All has been seen that was looked for; the rest of the forward pass is not needed."""
+
+
+def _record_calls(model: PreTrainedModel, blocks: Sequence[nn.Module], window: torch.Tensor) -> list[Call]:
+    """How the model calls these blocks when it reads a window."""
+    calls: list[Call] = []
+
+    def record(block: nn.Module, args: tuple, kwargs: dict) -> None:
+        kwargs = dict(kwargs)
+        hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
+        calls.append(Call(hidden, tuple(rest), kwargs))
+        if len(calls) == len(blocks):
+            raise _Reached
+
+    hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
+    use_cache, model.config.use_cache = model.config.use_cache, False  # a block is called many times over
+    try:
+        with _hooked(*hooks):
+            model(input_ids=window[None].to(model.device))
+    finally:
+        model.config.use_cache = use_cache
+    return calls
+
+
+def _arrive(block: nn.Module, call: Call, hidden: torch.Tensor, layer: str, writers: Sequence[str]) -> Arrival:
+    """Run the block up to a layer."""
+    arrivals, stream = [], hidden
+
+    def add(writer: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        nonlocal stream
+        stream = stream + output
+
+    def arrive(module: nn.Module, args: tuple[torch.Tensor]) -> None:
+        arrivals.append(Arrival(args[0].flatten(0, -2), stream.flatten(0, -2)))
+        raise _Reached
+
+    hooks = [block.get_submodule(name).register_forward_hook(add) for name in writers]
+    with _hooked(*hooks, block.get_submodule(layer).register_forward_pre_hook(arrive)):
+        call(block, hidden)
+    return arrivals[0]
+
+
+def _in_order(block: nn.Module, call: Call, hidden: torch.Tensor, layers: list[str]) -> list[str]:
+    """The layers in the order in which the block calls them."""
+    order: list[str] = []
+    hooks = [
+        block.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: order.append(name))
+        for name in layers
+    ]
+    with _hooked(*hooks):
+        call(block, hidden)
+    return order
+
+
+def residual_writers(block: nn.Module, call: Call, hidden: torch.Tensor) -> tuple[str, ...]:
+    """The linear layers whose outputs a block adds to what it reads; none if it does more than add them.
+
+    They are found by their outputs: those of the layers of the stream's width that sum up to what the block adds. (A
+    block that normalises its sum, as BERT's does, has none.)
+
+    Args:
+        block: a block of the model.
+        call: how it is called.
+        hidden: what it reads `[1, T, D]`.
+    """
+    width = hidden.shape[-1]
+    linears = {name: m for name, m in block.named_modules() if is_linear(m) and dense_shape(m)[0] == width}
+    outputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, output: torch.Tensor) -> None:
+        outputs[name] = output.double()
+
+    hooks = [m.register_forward_hook(lambda m, args, out, name=name: keep(name, out)) for name, m in linears.items()]
+    with _hooked(*hooks):
+        added = call(block, hidden).double() - hidden.double()
+    for count in range(1, MOST_WRITERS + 1):
+        for names in combinations(outputs, count):
+            if (sum(outputs[name] for name in names) - added).norm() <= SAME * added.norm():
+                return names
+    return ()
+
+
+@contextmanager
+def _hooked(*handles: Any) -> Iterator[None]:
+    """Remove the hooks at the end, which may have come early."""
+    try:
+        yield
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()

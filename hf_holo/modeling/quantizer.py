@@ -1,0 +1,136 @@
+"""What turns a converted checkpoint back into a model: `from_pretrained` swaps layers before it reads their weights.
+
+It is a quantizer of transformers (`quant_method` "holo") that follows the plan in the config of the checkpoint.
+"""
+
+import copy
+import zlib
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .harmonics import HarmonicBasis, HoloLinear, named_seed
+
+
+class SurgeryPlan(QuantizationConfigMixin):
+    """Which layers are holographic, as a checkpoint says it.
+
+    Args:
+        layers: by module name: `harmonics`, `basis`, `folded`, `pivoted` and `lender`, see `apply_surgery`.
+        seed: of random bases.
+        checksum: of the bases that are made anew, or None.
+        kwargs: kept as they are.
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, dict[str, Any]] | None = None,
+        seed: int = 0,
+        checksum: int | None = None,
+        **kwargs,
+    ):
+        vars(self).update(kwargs, quant_method="holo", layers=layers, seed=seed, checksum=checksum)
+
+
+class PlanQuantizer(HfQuantizer):
+    """Swaps layers while `from_pretrained` builds a model, and makes the bases when the weights are there."""
+
+    requires_parameters_quantization = False
+
+    def resolve(self, model: PreTrainedModel) -> QuantizationConfigMixin:
+        """The config with the plan for this model.
+
+        Raises:
+            ValueError: it holds none.
+        """
+        if self.quantization_config.layers is None:
+            raise ValueError("layers=None: a surgery is planned by hf_holo, which is not imported")
+        return copy.deepcopy(self.quantization_config)
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        config = self.quantization_config = model.config.quantization_config = self.resolve(model)
+        swap(model, config)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for module in model.modules():
+            if isinstance(module, HoloLinear):
+                module.basis.regenerate(next(module.parameters()).device)  # 4.57 leaves it on meta
+                if not self.pre_quantized:
+                    module.reset_parameters()
+        config, checksum = self.quantization_config, checksum_of_bases(model)
+        if config.checksum not in (None, checksum):
+            raise ValueError(
+                f"checksum={config.checksum} of the bases that the model was made with is not that of those made here "
+                f"({checksum}): its weights would mean something else"
+            )
+        config.checksum = checksum
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True  # without it Trainer refuses the model
+
+
+def swap(model: nn.Module, config: QuantizationConfigMixin) -> dict[str, HoloLinear]:
+    """Put new layers in the places that the plan names, and return them by name.
+
+    Raises:
+        ValueError: the model has no layer of a name in the plan; no layer has been replaced then.
+    """
+    modules, new = dict(model.named_modules()), {}
+    lenders_first = sorted(config.layers.items(), key=lambda item: item[1]["lender"] is not None)  # JSON sorts by name
+    for name, entry in lenders_first:
+        old = modules.get(name)
+        if old is None or not is_linear(old):
+            raise ValueError(
+                f"layers: {type(model).__name__} has no linear layer {name!r}; was it converted with another release "
+                "of transformers?"
+            )
+        outputs, inputs = dense_shape(old)
+        basis: str | HarmonicBasis = new[entry["lender"]].basis if entry["lender"] else entry["basis"]
+        new[name] = HoloLinear(
+            inputs,
+            outputs,
+            entry["harmonics"],
+            basis,
+            bias=old.bias is not None,
+            seed=named_seed(config.seed, name),
+            folded=entry["folded"],
+            pivoted=entry["pivoted"] and not entry["lender"],
+            device=old.weight.device,
+            dtype=old.weight.dtype,
+        )
+    for name, layer in new.items():  # only now, when none was refused
+        for module in layer.modules():
+            module._is_hf_initialized = True  # the model's own initialisation must not take it for its nn.Linear
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer.train(model.training))
+    return new
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a dense linear layer that can be converted."""
+    return isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, HoloLinear)
+
+
+def dense_shape(layer: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a linear layer."""
+    return tuple(layer.weight.shape[::-1] if isinstance(layer, Conv1D) else layer.weight.shape)
+
+
+def checksum_of_bases(model: nn.Module) -> int | None:
+    """Of all bases that are made and not stored, in the order of their names; None if there is none, or on meta."""
+    bases = {name: module for name, module in model.named_modules() if isinstance(module, HarmonicBasis)}
+    sums = [bases[name].checksum for name in sorted(bases) if bases[name].checksum is not None]
+    return zlib.crc32(repr(sums).encode()) if sums else None
