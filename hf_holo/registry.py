@@ -79,8 +79,14 @@ class Architecture:
 
     @property
     def main_model(self) -> type[PreTrainedModel]:
-        """The model class that presets are made of: the causal language model if there is one, else the first."""
+        """The causal language model if there is one, else the first model class."""
         return self.models["AutoModelForCausalLM" if "AutoModelForCausalLM" in self.models else next(iter(self.models))]
+
+    def model_for(self, config: PretrainedConfig) -> type[PreTrainedModel]:
+        """The model class that a preset with this config is made of: where `causal` is False, the masked language model
+        if there is one, else the main model."""
+        bidirectional = getattr(config, "causal", None) is False and "AutoModelForMaskedLM" in self.models
+        return self.models["AutoModelForMaskedLM"] if bidirectional else self.main_model
 
 
 class Preset(NamedTuple):
@@ -201,7 +207,7 @@ def preset_config(preset: str, **overrides: Any) -> PretrainedConfig:
 def preset_model(preset: str, **overrides: Any) -> PreTrainedModel:
     """A new model of a preset with random weights; arguments and errors as in [`preset_config`]."""
     config = preset_config(preset, **overrides)
-    return get_architecture(config.model_type).main_model(config)
+    return get_architecture(config.model_type).model_for(config)(config)
 
 
 def load_plugins() -> None:

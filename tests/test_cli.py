@@ -72,6 +72,13 @@ def test_info_of_attention_grows_with_the_length():
     assert long["cache_bytes"] == 4 * short["cache_bytes"]
 
 
+def test_info_of_a_model_that_fills_masks_says_nothing_of_decoding():
+    record = cost.info(hf_holo.preset_config("hsn-tiny", num_hidden_layers=1, causal=False), (16,))
+    (row,) = record["costs"]
+    assert record["decode_flops"] is None is record["state_bytes"] and row["cache_bytes"] == 0
+    assert record["parameter_bytes"] < row["inference_bytes"] < row["training_bytes"]
+
+
 def test_info_of_a_checkpoint(capsys, tmp_path):
     hf_holo.hsn_tiny(vocab_size=33, num_hidden_layers=1).save_pretrained(tmp_path)
     record = json.loads(output(capsys, "info", str(tmp_path), *LENGTHS))

@@ -137,6 +137,12 @@ def test_presets_are_copies():
     assert preset_config("hsn-tiny").hidden_size == 128
 
 
+def test_a_bidirectional_preset_is_made_into_a_model_that_fills_masks():
+    assert type(preset_model("python-code", hidden_size=16)).__name__ == "ResonanceForMaskedLM"
+    assert type(preset_model("python-code-completion", hidden_size=16)).__name__ == "ResonanceForCausalLM"
+    assert type(preset_model("hsn-tiny", causal=False)).__name__ == "HsnForMaskedLM"
+
+
 def test_an_unknown_preset_names_the_nearest():
     with pytest.raises(HoloError, match=r"unknown preset 'hsn-tyni': did you mean 'hsn-tiny'\? known are .*hsn-small"):
         preset_config("hsn-tyni")

@@ -40,7 +40,7 @@ def catalogue(**overrides: Any) -> list[dict[str, Any]]:
     for name, (architecture, _) in presets().items():
         config = preset_config(name, **overrides)
         with torch.device("meta"):
-            model = architecture.main_model(config)
+            model = architecture.model_for(config)(config)
         rows.append(
             {
                 "family": architecture.name,
@@ -56,7 +56,8 @@ def catalogue(**overrides: Any) -> list[dict[str, Any]]:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    table = Table("family", "preset")
+    table = Table("family")
+    table.add_column("preset", no_wrap=True)
     for title in ("vocabulary", "parameters", "without embedding"):
         table.add_column(title, justify="right")
     for row in rows:

@@ -35,7 +35,7 @@ class Cost:
     """What one sequence of `length` tokens costs."""
 
     length: int
-    flops_per_token: float  # of reading the sequence and predicting one token
+    flops_per_token: float  # of reading the sequence and predicting one token, or every token if it cannot generate
     cache_bytes: int  # what decoding has to keep after the sequence
     inference_bytes: int  # most bytes alive in that pass, weights included
     training_bytes: int  # most bytes alive in a forward and backward pass, gradients included
@@ -77,24 +77,25 @@ def info(config: PretrainedConfig, lengths: Sequence[int] = LENGTHS) -> dict[str
     """All figures for one config.
 
     Args:
-        config: config of a registered family of causal language models.
+        config: config of a registered family.
         lengths: sequence lengths.
 
     Returns:
         `model_type`, `vocab_size`, `vocabulary` (see [`vocabulary_record`]), `parameters`, `parameter_bytes`,
         `state_bytes` (see [`state_bytes`]), `decode_flops` (one more token) and `costs` (a record for each length, see
-        [`Cost`]).
+        [`Cost`]). A model that fills masks does not decode: its `state_bytes` and `decode_flops` are None.
     """
     with FakeTensorMode():
-        model = get_architecture(config.model_type).main_model(config)
+        model = get_architecture(config.model_type).model_for(config)(config)
+        generates = model.can_generate()
         return {
             "model_type": config.model_type,
             "vocab_size": config.vocab_size,
             "vocabulary": vocabulary_record(model),
             "parameters": sum(p.numel() for p in model.parameters()),
             "parameter_bytes": sum(p.nbytes for p in model.parameters()),
-            "state_bytes": state_bytes(model),
-            "decode_flops": _run(model, 1)[0],
+            "state_bytes": state_bytes(model) if generates else None,
+            "decode_flops": _run(model, 1)[0] if generates else None,
             "costs": [asdict(_cost(model, length)) for length in lengths],
         }
 
@@ -135,8 +136,8 @@ def _run(model: PreTrainedModel, length: int) -> tuple[int, int, int]:
     model.eval()
     x = torch.zeros(1, length, model.config.hidden_size)  # not ids: a check of their values would need data
     with torch.no_grad(), FlopCounterMode(display=False) as flops, LiveBytes() as live:
-        output = model(inputs_embeds=x, use_cache=True, logits_to_keep=1)
-    return flops.get_total_flops(), _tensor_bytes(output.past_key_values), live.peak
+        output = model(inputs_embeds=x, **({"use_cache": True, "logits_to_keep": 1} if model.can_generate() else {}))
+    return flops.get_total_flops(), _tensor_bytes(output.get("past_key_values")), live.peak
 
 
 def _train(model: PreTrainedModel, length: int) -> int:
@@ -150,7 +151,9 @@ def _train(model: PreTrainedModel, length: int) -> int:
 
 
 def _tensor_bytes(cache: Any) -> int:
-    """Bytes of the tensors in the layers of a cache."""
+    """Bytes of the tensors in the layers of a cache, if there is one."""
+    if cache is None:
+        return 0
     tensors = [x for layer in cache.layers for x in tree_leaves(vars(layer)) if isinstance(x, torch.Tensor)]
     return sum({x.untyped_storage(): x.untyped_storage().nbytes() for x in tensors}.values())
 
@@ -189,7 +192,8 @@ def _print_record(name: str, record: dict[str, Any]) -> None:
     _print_vocabulary(console, record["vocabulary"])
     if record["state_bytes"] is not None:
         console.print(f"recurrent state   {_size(record['state_bytes'])} per sequence, at any length")
-    console.print(f"decoding          {record['decode_flops']:,} FLOPs per token")
+    if record["decode_flops"] is not None:
+        console.print(f"decoding          {record['decode_flops']:,} FLOPs per token")
     table = Table()
     for title in ("tokens", "FLOPs per token", "cache", "memory, inference", "memory, training"):
         table.add_column(title, justify="right")

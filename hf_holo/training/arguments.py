@@ -27,8 +27,11 @@ def described(help: str, default: Any = None, **metadata: Any) -> Any:
 
 @dataclass
 class ModelArguments:
-    """Which model to train."""
+    """Which model to train, and for what."""
 
+    task: Literal["causal", "masked"] | None = described(
+        "Predict the next token, or masked ones; default: what the direction of the model's config asks for."
+    )
     preset: str | None = described("Start a new model from this preset; `hf-holo list` shows them.")
     model_name_or_path: str | None = described("Start from this checkpoint instead, with its tokenizer.")
     model: list[str] = field(
@@ -42,16 +45,23 @@ class DataArguments:
     """What to train it on."""
 
     train_file: str | None = described("Text file, folder, or parquet, JSON, JSON-lines or CSV file.")
-    dataset_name: str | None = described("Dataset on the Hub, or `python-help`.")
+    dataset_name: str | None = described("Dataset on the Hub, `python-help`, or `python-stdlib`.")
     dataset_config_name: str | None = described("Configuration of the Hub dataset.")
     text_column: str = described("Column of a table that holds the text.", "text")
     data_format: Literal["text", "alpaca"] = described("Plain text, or instructions in the Alpaca format.", "text")
-    validation_fraction: float = described("Share of the data, taken from its end, that is held out.", 0.1)
+    documents: Literal["joined", "apart"] = described(
+        "joined: one text, whose end is held out. apart: no window holds parts of two, and whole ones are held out.",
+        "joined",
+    )
+    validation_fraction: float = described("Share of the data that is held out.", 0.1)
+    mlm_probability: float = described("Share of the tokens that the task `masked` hides.", 0.15)
     block_size: int = described("Tokens in a training window.", 256)
     stride: int | None = described("Distance between the starts of training windows; default: block_size.")
     tokenizer: str | None = described("characters (default), bytes, bpe, or the folder of a saved tokenizer.")
     vocab_size: int = described("Size of the vocabulary that bpe learns.", 4096)
-    sample_prompt: str | None = described("Start of the sample; default: the start of the validation text.")
+    sample_prompt: str | None = described(
+        "Start of the sample, or text to fill (at its end, or where it says <|mask|>); default: validation text."
+    )
     sample_tokens: int = described("Tokens to generate for the sample and for each answer.", 400)
     num_answers: int = described("Held-out instructions to answer in answers.txt.", 8)
 

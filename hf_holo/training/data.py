@@ -1,22 +1,27 @@
 """Training data: text packed into windows, and instructions with the loss on the response only."""
 
-from collections.abc import Iterable, Iterator
+import sysconfig
+import tokenize
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import HoloError
 
 IGNORED = -100  # the label that transformers' losses leave out
 TABLE_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
 RESPONSE_MARK = "### Response:\n"
+NOT_WRITTEN = ("encodings", "pydoc_data", "_sysconfigdata")  # tables that programs have made
+TESTS = ("test", "tests", "idle_test")
 
 
 def python_help() -> list[str]:
@@ -25,7 +30,36 @@ def python_help() -> list[str]:
     return ["\n\n".join(topics[name] for name in sorted(topics))]
 
 
-BUILT_IN_TEXTS = {"python-help": python_help}
+def stdlib_sources() -> dict[str, str]:
+    """The source of the running Python's standard library: `"email/charset.py"` to its text, in the order of names.
+
+    Only what can be imported and what people have written: no tests, no installed packages, no tables that programs
+    have made, no empty files.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    sources = ((name, _source_text(root / name)) for name in names if _is_library(name))
+    return {name: text for name, text in sources if text}
+
+
+def _is_library(name: str) -> bool:
+    *folders, module = name.removesuffix(".py").split("/")
+    importable = all(part.isidentifier() for part in (*folders, module))  # "site-packages" and its like are not
+    return importable and not set(folders) & set(TESTS) and not name.startswith(NOT_WRITTEN)
+
+
+@cache  # ten megabytes that are asked for again and again
+def _source_text(path: Path) -> str:
+    with tokenize.open(path) as file:  # in the encoding that the file declares
+        return file.read()
+
+
+def python_stdlib() -> list[str]:
+    """The files of [`stdlib_sources`]: about ten million characters of code that need no download."""
+    return list(stdlib_sources().values())
+
+
+BUILT_IN_TEXTS = {"python-help": python_help, "python-stdlib": python_stdlib}
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -155,6 +189,28 @@ def split_documents(documents: list[str], fraction: float) -> tuple[list[str], l
     return [text for text in train if text], [text for text in validation if text]
 
 
+def hold_out_documents(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
+    """Hold out whole documents, drawn with a fixed seed, until they make up `fraction` of the characters.
+
+    Raises:
+        HoloError: `fraction` is out of range, or one of the two parts would be empty.
+    """
+    if not 0.0 < fraction < 1.0:
+        raise HoloError(f"validation_fraction: {fraction} is not between 0 and 1")
+    order = np.random.default_rng(0).permutation(len(documents))
+    before = np.cumsum([0, *(len(documents[i]) for i in order)])  # characters ahead of every document
+    held_out = set(order[before[:-1] < fraction * before[-1]].tolist())
+    if len(held_out) == len(documents):
+        raise HoloError(
+            f"validation_fraction: {fraction} of {len(documents)} whole documents leaves none to train on; "
+            "give more documents, or documents: joined"
+        )
+    parts: tuple[list[str], list[str]] = ([], [])
+    for number, text in enumerate(documents):
+        parts[number in held_out].append(text)
+    return parts
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> np.ndarray:
     """Token ids of the documents as one `[N]` int32 array, with the end token (if there is one) between documents."""
     parts: list[list[int]] = []
@@ -180,7 +236,7 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[lis
 
 
 class Windows(Dataset):
-    """Windows of `block_size` token ids; `training_windows` and `scoring_windows` make them.
+    """Windows of `block_size` token ids.
 
     Args:
         ids: `[N]` token ids.
@@ -188,7 +244,7 @@ class Windows(Dataset):
         starts: where the windows start.
     """
 
-    def __init__(self, ids: np.ndarray, block_size: int, starts: range) -> None:
+    def __init__(self, ids: np.ndarray, block_size: int, starts: Sequence[int]) -> None:
         self.ids, self.block_size, self.starts = ids, block_size, starts
 
     def __len__(self) -> int:
@@ -196,25 +252,43 @@ class Windows(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         start = self.starts[index]
-        window = torch.from_numpy(self.ids[start : start + self.block_size].astype(np.int64))
+        return {"input_ids": torch.from_numpy(self.ids[start : start + self.block_size].astype(np.int64))}
+
+
+class CausalWindows(Windows):
+    """Windows in which every id but the first is to be predicted from those ahead of it."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        window = super().__getitem__(index)["input_ids"]
         labels = window.clone()
         labels[0] = IGNORED  # nothing precedes it; transformers 4 would count it as a target all the same
         return {"input_ids": window, "labels": labels}
 
 
-def training_windows(ids: np.ndarray, block_size: int, stride: int) -> Windows:
-    """A full window every `stride` ids.
+def window_starts(length: int, block_size: int, stride: int) -> range:
+    """Where full windows start in a text of `length` ids; the ids behind the last one are left over.
 
     `stride == block_size` packs the text without overlap. A smaller stride shows every token `block_size / stride`
     times per epoch, each time at another place of its window, which regularises better than repeating the same
     windows, and leaves order, seed and resume to Trainer's sampler.
     """
-    return Windows(ids, block_size, range(0, len(ids) - block_size + 1, stride))
+    return range(0, length - block_size + 1, stride)
 
 
-def scoring_windows(ids: np.ndarray, block_size: int) -> Windows:
+def document_starts(length: int, block_size: int, stride: int) -> list[int]:
+    """The same for a text that no window may leave: one more window covers its end, and a short text is a window."""
+    last = max(length - block_size, 0)
+    return sorted({*window_starts(length, block_size, stride), last})
+
+
+def training_windows(ids: np.ndarray, block_size: int, stride: int) -> CausalWindows:
+    """Windows of one long text, see [`window_starts`]."""
+    return CausalWindows(ids, block_size, window_starts(len(ids), block_size, stride))
+
+
+def scoring_windows(ids: np.ndarray, block_size: int) -> CausalWindows:
     """Windows in which every id but the very first is predicted exactly once: neighbours share one id."""
-    return Windows(ids, block_size, range(0, len(ids) - 1, block_size - 1))
+    return CausalWindows(ids, block_size, range(0, len(ids) - 1, block_size - 1))
 
 
 # Instructions -------------------------------------------------------------------------------------------------------
@@ -289,14 +363,14 @@ class Splits:
     Attributes:
         train, validation: datasets of `input_ids` and `labels`.
         tokens: number of validation tokens that are scored.
-        characters: number of characters that they stand for.
+        characters: number of characters that they stand for; None: they stand for no whole text.
         prompt: text to start a sample from.
     """
 
     train: Dataset
     validation: Dataset
     tokens: int
-    characters: int
+    characters: int | None
     prompt: str
 
 
@@ -307,24 +381,14 @@ def text_splits(
     block_size: int,
     stride: int | None = None,
 ) -> Splits:
-    """Pack texts into windows.
+    """Pack texts into windows that go on from one document into the next.
 
     Raises:
         HoloError: the training text is shorter than one window, or a size is out of range.
     """
-    if block_size < 2:
-        raise HoloError(f"block_size: {block_size} is too small; at least 2 tokens")
-    stride = block_size if stride is None else stride
-    if not 1 <= stride <= block_size:
-        raise HoloError(f"stride: {stride} is not between 1 and block_size = {block_size}")
+    stride = check_windows(block_size, stride)
     train_ids, validation_ids = encode(tokenizer, train), encode(tokenizer, validation)
-    if len(train_ids) < block_size:
-        raise HoloError(
-            f"block_size: the training text has {len(train_ids)} tokens, fewer than one block of {block_size}; "
-            "give more text or a smaller block_size"
-        )
-    if len(validation_ids) < 2:
-        raise HoloError("validation_fraction: fewer than two tokens are left for validation; give more text")
+    check_length(train_ids, validation_ids, block_size)
     characters = sum(map(len, validation)) - len(tokenizer.decode(validation_ids[:1]))
     return Splits(
         training_windows(train_ids, block_size, stride),
@@ -333,6 +397,62 @@ def text_splits(
         characters,
         prompt=tokenizer.decode(validation_ids[:32]),
     )
+
+
+def document_splits(
+    train: list[str],
+    validation: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    stride: int | None = None,
+) -> Splits:
+    """Cut every document into windows of its own. End tokens stand ahead of it and behind it, so that a model learns
+    how one begins and where it ends.
+
+    Raises:
+        HoloError: the tokenizer has no end token, or a size is out of range.
+    """
+    stride = check_windows(block_size, stride)
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise HoloError("documents: to keep them apart, the tokenizer needs an end-of-sequence token")
+
+    def encoded(texts: list[str]) -> list[np.ndarray]:
+        return [np.concatenate([[end], encode(tokenizer, [text]), [end]]).astype(np.int32) for text in texts]
+
+    train_ids, validation_ids = encoded(train), encoded(validation)
+    return Splits(
+        ConcatDataset([CausalWindows(i, block_size, document_starts(len(i), block_size, stride)) for i in train_ids]),
+        ConcatDataset([scoring_windows(ids, block_size) for ids in validation_ids]),
+        sum(len(ids) - 1 for ids in validation_ids),
+        sum(map(len, validation)),
+        prompt=tokenizer.decode(validation_ids[0][1:-1][:32]),
+    )
+
+
+def check_windows(block_size: int, stride: int | None) -> int:
+    """The distance between windows, by default their length.
+
+    Raises:
+        HoloError: a size is out of range.
+    """
+    if block_size < 2:
+        raise HoloError(f"block_size: {block_size} is too small; at least 2 tokens")
+    stride = block_size if stride is None else stride
+    if not 1 <= stride <= block_size:
+        raise HoloError(f"stride: {stride} is not between 1 and block_size = {block_size}")
+    return stride
+
+
+def check_length(train_ids: np.ndarray, validation_ids: np.ndarray, block_size: int) -> None:
+    """Raise HoloError unless there is a window to train on and a token to predict."""
+    if len(train_ids) < block_size:
+        raise HoloError(
+            f"block_size: the training text has {len(train_ids)} tokens, fewer than one block of {block_size}; "
+            "give more text or a smaller block_size"
+        )
+    if len(validation_ids) < 2:
+        raise HoloError("validation_fraction: fewer than two tokens are left for validation; give more text")
 
 
 def instruction_splits(

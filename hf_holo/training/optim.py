@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Muon, Optimizer
 
 
@@ -58,7 +59,7 @@ class MuonAdamW(Optimizer):
         eps: AdamW's epsilon.
 
     Raises:
-        ValueError: a group without a known `"rule"`, or a parameter under Muon that is no matrix.
+        ValueError: a group without a known `"rule"`, or a parameter under Muon that is no matrix, or sharded.
     """
 
     def __init__(
@@ -112,6 +113,8 @@ class MuonAdamW(Optimizer):
         super().add_param_group(param_group)
         if param_group["rule"] == "muon" and any(p.ndim != 2 for p in param_group["params"]):
             raise ValueError("params: Muon takes matrices only; give vectors and kernels the rule 'adamw'")
+        if param_group["rule"] == "muon" and any(isinstance(p, DTensor) for p in param_group["params"]):
+            raise ValueError("params: Muon takes whole matrices, and these are sharded; use AdamW")
         for option, value in self._rules[param_group["rule"]].defaults.items():
             param_group.setdefault(option, value)
 

@@ -1,7 +1,6 @@
 """The traces of a run: metrics.csv, loss.png and the console lines."""
 
 import csv
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ COLUMNS = {
     "epoch": "epoch",
     "train_loss": "loss",
     "validation_loss": "eval_loss",
+    "validation_perplexity": "eval_perplexity",
+    "validation_accuracy": "eval_accuracy",
     "validation_bits_per_character": "eval_bits_per_character",
     "learning_rate": "learning_rate",
     "grad_norm": "grad_norm",
@@ -66,9 +67,11 @@ def plot_losses(history: list[dict[str, float]], path: Path) -> None:
 
 
 def loss_line(metrics: dict[str, float], tokens: int, label: str) -> str:
-    """One line with the loss in nats per token and bits per character."""
+    """One line with the loss in nats per token, in bits per character if they are known, and what else is scored."""
+    bits = metrics.get("eval_bits_per_character")
     return (
         f"{label}: {metrics['eval_loss']:.4f} nats per token, "
-        f"{metrics['eval_bits_per_character']:.4f} bits per character, perplexity {math.exp(metrics['eval_loss']):.2f} "
+        + ("" if bits is None else f"{bits:.4f} bits per character, ")
+        + f"perplexity {metrics['eval_perplexity']:.2f}, {metrics['eval_accuracy']:.1%} right "
         f"({tokens:,} tokens, each scored once)"
     )

@@ -4,11 +4,12 @@ from collections.abc import Iterable
 from itertools import chain
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import HoloError
 from ..modeling.tokenization_holo import HoloTokenizer
 
-PAD, UNKNOWN, END = "<|pad|>", "<|unk|>", "<|end|>"
+PAD, UNKNOWN, END, MASK = "<|pad|>", "<|unk|>", "<|end|>", "<|mask|>"
 KINDS = ("characters", "bytes", "bpe")
 
 
@@ -50,15 +51,29 @@ def bpe_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> HoloTokenizer
     return _wrap(tokenizer)
 
 
-def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 4096) -> HoloTokenizer:
-    """Make a tokenizer of `kind` ("characters", "bytes" or "bpe") for `texts`; `vocab_size` is for BPE."""
+def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 4096, masked: bool = False) -> HoloTokenizer:
+    """Make a tokenizer of `kind` ("characters", "bytes" or "bpe") for `texts`.
+
+    Args:
+        vocab_size: number of tokens of BPE, the mask token included.
+        masked: with a mask token, behind all others.
+    """
     if kind == "characters":
-        return character_tokenizer(texts)
-    if kind == "bytes":
-        return byte_tokenizer()
-    if kind == "bpe":
-        return bpe_tokenizer(texts, vocab_size)
-    raise HoloError(f"tokenizer: {kind!r} is unknown; choose {', '.join(KINDS)} or the folder of a saved tokenizer")
+        tokenizer = character_tokenizer(texts)
+    elif kind == "bytes":
+        tokenizer = byte_tokenizer()
+    elif kind == "bpe":
+        tokenizer = bpe_tokenizer(texts, vocab_size - masked)
+    else:
+        raise HoloError(f"tokenizer: {kind!r} is unknown; choose {', '.join(KINDS)} or the folder of a saved tokenizer")
+    return add_mask(tokenizer) if masked else tokenizer
+
+
+def add_mask(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer with a mask token; in a text, `<|mask|>` stands for one token with the space ahead of it."""
+    if tokenizer.mask_token is None:
+        tokenizer.add_special_tokens({"mask_token": MASK})
+    return tokenizer
 
 
 def _byte_level(model: models.BPE, use_regex: bool) -> Tokenizer:

@@ -9,35 +9,53 @@ import yaml
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
 
 from ..errors import HoloError, first_line
+from ..eval.conformance.causality import CausalityReport, check_causality
+from ..eval.conformance.checks import Violation
 from ..files import write_text
 from ..generation import generate_text
+from ..hub.card import write_card
 from ..registry import preset_config
 from .arguments import DataArguments, Run, parse
-from .callbacks import CausalityCallback
+from .callbacks import LENGTHS, CausalityCallback
 from .data import (
     Collator,
     Responses,
     Splits,
     alpaca_prompt,
+    document_splits,
+    hold_out_documents,
     instruction_splits,
     read_documents,
     read_records,
     split_documents,
     text_splits,
 )
+from .masking import Masking, MaskingCollator, filled_sample, masked_splits
 from .optim import MuonAdamW
 from .report import RunReport, loss_line, plot_losses, write_metrics
-from .tokenizers import KINDS, make_tokenizer
+from .tokenizers import KINDS, add_mask, make_tokenizer
 from .trainer import HoloTrainer, complete_checkpoints
 
-RUN_FILES = ("recipe.yaml", "metrics.csv", "loss.png", "sample.txt", "answers.txt", "config.json", "model.safetensors")
+TASKS = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
+RUN_FILES = (
+    "recipe.yaml",
+    "metrics.csv",
+    "loss.png",
+    "sample.txt",
+    "answers.txt",
+    "README.md",
+    "config.json",
+    "model.safetensors",
+)
 
 
 def main(argv: list[str]) -> None:
@@ -67,6 +85,7 @@ def train(run: Run) -> HoloTrainer:
             "--overwrite to delete it, or name another --output_dir"
         )
     set_seed(run.training.seed)
+    settle_task(run)
     tokenizer, data = load_data(run, checkpoint)
     model = load_model(run, tokenizer)
     use_cache = model.config.use_cache
@@ -111,24 +130,67 @@ def remains_of_a_run(folder: Path) -> list[Path]:
     return [folder / name for name in RUN_FILES if (folder / name).exists()] + list(folder.glob("checkpoint-*"))
 
 
+def load_config(run: Run) -> PretrainedConfig:
+    """The config of the preset or the checkpoint that the run names.
+
+    Raises:
+        HoloError: none is named, or there is none.
+    """
+    preset, source = run.model.preset, run.model.model_name_or_path
+    if not preset and not source:
+        raise HoloError("preset: name a --preset for a new model, or a checkpoint with --model_name_or_path")
+    if not source:
+        return preset_config(preset)
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise HoloError(f"model_name_or_path: {source!r} holds no model: {first_line(error)}") from None
+
+
+def settle_task(run: Run) -> None:
+    """Choose the task that the run leaves open, and refuse one that the model's family has no head for.
+
+    Raises:
+        HoloError: there is no such head, or the data are of another kind.
+    """
+    config = load_config(run)
+    if run.model.task is None:
+        causal = run.model_overrides.get("causal", getattr(config, "causal", None))
+        run.model.task = "masked" if causal is False else "causal"
+    known = [task for task, auto_class in TASKS.items() if type(config) in auto_class._model_mapping]
+    if run.model.task not in known:
+        raise HoloError(
+            f"task: {config.model_type!r} has no model for the task {run.model.task!r}, only for "
+            f"{', '.join(map(repr, known)) or 'others'}"
+        )
+    if run.model.task == "masked" and run.data.data_format == "alpaca":
+        raise HoloError("task: 'masked' hides tokens of plain text; instructions are learned with --task causal")
+
+
 def load_data(run: Run, checkpoint: Path | None) -> tuple[PreTrainedTokenizerBase, Splits]:
     """Read, split and encode the data, with the tokenizer of the checkpoint if there is one, else a new one."""
-    data = run.data
+    data, masked, apart = run.data, run.model.task == "masked", run.data.documents == "apart"
     saved = checkpoint or run.model.model_name_or_path
     if data.data_format == "alpaca":
         records = read_records(data.train_file, data.dataset_name, data.dataset_config_name)
         tokenizer = load_tokenizer(data, saved, [alpaca_prompt(r) + r["output"] for r in records])
         return tokenizer, instruction_splits(records, tokenizer, data.block_size, data.validation_fraction)
     documents = read_documents(data.train_file, data.dataset_name, data.dataset_config_name, data.text_column)
-    train_texts, validation_texts = split_documents(documents, data.validation_fraction)
-    tokenizer = load_tokenizer(data, saved, train_texts)
-    return tokenizer, text_splits(train_texts, validation_texts, tokenizer, data.block_size, data.stride)
+    parts = (hold_out_documents if apart else split_documents)(documents, data.validation_fraction)
+    tokenizer = load_tokenizer(data, saved, parts[0], masked)
+    sizes = tokenizer, data.block_size, data.stride
+    if not masked:
+        return tokenizer, (document_splits if apart else text_splits)(*parts, *sizes)
+    return tokenizer, masked_splits(*parts, *sizes, apart, data.mlm_probability)
 
 
-def load_tokenizer(data: DataArguments, saved: str | Path | None, texts: list[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer in the folder `saved`, or else the one that the arguments ask for, made from `texts`."""
+def load_tokenizer(
+    data: DataArguments, saved: str | Path | None, texts: list[str], masked: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer in the folder `saved`, or else the one that the arguments ask for, made from `texts`; if `masked`,
+    it has a mask token."""
     if saved is None and (data.tokenizer is None or data.tokenizer in KINDS):
-        return make_tokenizer(data.tokenizer or "characters", texts, data.vocab_size)
+        return make_tokenizer(data.tokenizer or "characters", texts, data.vocab_size, masked)
     folder = str(saved or data.tokenizer)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=saved is None)
@@ -140,29 +202,27 @@ def load_tokenizer(data: DataArguments, saved: str | Path | None, texts: list[st
         ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return add_mask(tokenizer) if masked else tokenizer
 
 
 def load_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The checkpoint's model, or a new one made from the preset, with the config values changed that the run names.
 
     Raises:
-        HoloError: no model is named, there is none, a config value is unknown, or the vocabulary is too small.
+        HoloError: a config value is unknown or does not suit the task, or the vocabulary is too small.
     """
     preset, source, overrides = run.model.preset, run.model.model_name_or_path, run.model_overrides
-    if not preset and not source:
-        raise HoloError("preset: name a --preset for a new model, or a checkpoint with --model_name_or_path")
+    config, auto_class = load_config(run), TASKS[run.model.task]
+    for name in overrides:
+        if not hasattr(config, name):
+            raise HoloError(f"model: the config of {source or preset} has no value {name!r}")
     try:
-        config = AutoConfig.from_pretrained(source) if source else preset_config(preset)
-        for name in overrides:
-            if not hasattr(config, name):
-                raise HoloError(f"model: the config of {source or preset} has no value {name!r}")
         if source:
-            model = AutoModelForCausalLM.from_pretrained(source, **overrides)
+            model = auto_class.from_pretrained(source, **overrides)
         else:
             tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
             config = preset_config(preset, **{"vocab_size": len(tokenizer), **tokens, **overrides})
-            model = AutoModelForCausalLM.from_config(config)
+            model = auto_class.from_config(config)
     except (OSError, ValueError) as error:
         where = f"model_name_or_path: cannot load {source!r}: " if source else ""
         raise HoloError(where + first_line(error)) from None
@@ -184,17 +244,23 @@ def make_trainer(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         optimizer = MuonAdamW.for_model(
             model, args.learning_rate, args.muon_lr_ratio, args.weight_decay, betas, args.adam_epsilon
         )
+    causal, pad = run.model.task == "causal", tokenizer.pad_token_id or 0
+    if causal:
+        collator = Collator(pad)
+    else:
+        collator = MaskingCollator(Masking(tokenizer, run.data.mlm_probability), pad, args.seed)
     return HoloTrainer(
         model,
         args,
-        data_collator=Collator(tokenizer.pad_token_id or 0),
+        data_collator=collator,
         train_dataset=data.train,
         eval_dataset=data.validation,
         processing_class=tokenizer,
         optimizers=(optimizer, None),
-        callbacks=[RunReport(), *([CausalityCallback()] if args.causality_check else [])],
+        callbacks=[RunReport(), *([CausalityCallback()] if causal and args.causality_check else [])],
         characters=data.characters,
         ema_decay=args.ema_decay,
+        shift=causal,
     )
 
 
@@ -206,6 +272,7 @@ def finish(trainer: HoloTrainer, run: Run, data: Splits) -> None:
     save_final(trainer.model, trainer.processing_class, folder)
     write_metrics(trainer.state.log_history, folder / "metrics.csv")
     plot_losses(trainer.state.log_history, folder / "loss.png")
+    write_card(folder, judge_causality(trainer.model, run))
 
     set_seed(run.training.seed)
     if isinstance(data.validation, Responses):
@@ -214,15 +281,39 @@ def finish(trainer: HoloTrainer, run: Run, data: Splits) -> None:
         print("\n" + loss_line(before, data.tokens, "held-out response loss before training"))
         print(loss_line(metrics, data.tokens, "held-out response loss after training"))
     else:
-        prompt = data.prompt if run.data.sample_prompt is None else run.data.sample_prompt
-        sample = generate_text(trainer.model, trainer.processing_class, prompt, run.data.sample_tokens)
-        write_text(folder / "sample.txt", sample)
+        sample = write_sample(trainer, run, data, folder / "sample.txt")
         print(f"\nA sample ({folder / 'sample.txt'}):\n{sample[:400]}\n")
         print(loss_line(metrics, data.tokens, "validation loss"))
+    auto_class = TASKS[run.model.task].__name__
     print(f"\nThe model lies in {folder}. To load it:\n")
     print("    import hf_holo")
-    print("    from transformers import AutoModelForCausalLM")
-    print(f'    model = AutoModelForCausalLM.from_pretrained("{folder}")')
+    print(f"    from transformers import {auto_class}")
+    print(f'    model = {auto_class}.from_pretrained("{folder}")')
+
+
+def judge_causality(model: PreTrainedModel, run: Run) -> CausalityReport | None:
+    """What the probes say of the final weights; None where they do not apply, were turned off, or cannot judge."""
+    if run.model.task != "causal" or not run.training.causality_check:
+        return None
+    try:
+        return check_causality(model, LENGTHS)
+    except Violation as violation:
+        print(f"The causality of the final weights cannot be judged: {violation}")
+        return None
+
+
+def write_sample(trainer: HoloTrainer, run: Run, data: Splits, path: Path) -> str:
+    """Let the model go on from the prompt or fill it; without one, the start of the validation text."""
+    model, tokenizer, prompt = trainer.model, trainer.processing_class, run.data.sample_prompt
+    if run.model.task == "causal":
+        sample = generate_text(model, tokenizer, data.prompt if prompt is None else prompt, run.data.sample_tokens)
+    elif prompt is None:
+        sample = filled_sample(model, tokenizer, **data.validation[0])
+    else:
+        prompt = prompt if tokenizer.mask_token in prompt else prompt + tokenizer.mask_token
+        sample = filled_sample(model, tokenizer, tokenizer(prompt, return_tensors="pt").input_ids[0])
+    write_text(path, sample)
+    return sample
 
 
 def write_answers(trainer: HoloTrainer, data: DataArguments, held_out: Responses, path: Path) -> None:

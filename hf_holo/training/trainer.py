@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,37 +74,55 @@ def _updated(optimizer: Optimizer) -> Iterator[tuple[torch.nn.Parameter, dict[st
                 yield parameter, optimizer.state[parameter]
 
 
-def summed_losses(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
-    """Loss of each row and the number of tokens it is summed over: `[B, T, V], [B, T] -> [B, 2]`."""
+def aligned(logits: torch.Tensor | tuple, labels: torch.Tensor, shift: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and the labels that they are to predict; `shift`: those of the next position."""
     logits = logits[0] if isinstance(logits, tuple) else logits
-    targets = labels[:, 1:]
-    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    return (logits[:, :-1], labels[:, 1:]) if shift else (logits, labels)
+
+
+def summed_losses(logits: torch.Tensor | tuple, labels: torch.Tensor, shift: bool = True) -> torch.Tensor:
+    """Loss of each row and the number of tokens it is summed over: `[B, T, V], [B, T] -> [B, 2]`."""
+    logits, targets = aligned(logits, labels, shift)
+    losses = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
     return torch.stack([losses.sum(1), (targets != IGNORED).sum(1)], dim=1)
+
+
+def summed_scores(logits: torch.Tensor | tuple, labels: torch.Tensor, shift: bool = True) -> torch.Tensor:
+    """[`summed_losses`], and the number of tokens that were the model's first guess: `[B, 3]`."""
+    guesses, targets = aligned(logits, labels, shift)
+    hits = (guesses.argmax(-1) == targets).sum(1, keepdim=True)  # an ignored label is no token's id
+    return torch.cat([summed_losses(logits, labels, shift), hits], dim=1)
 
 
 class HoloTrainer(Trainer):
     """Trainer whose `eval_loss` is the mean over all validation tokens, each counted once.
 
-    (Trainer's own is a mean of the means of batches, which depends on the batch size.) It adds
-    `eval_bits_per_character`. With `ema_decay`, evaluation sees the averaged weights; checkpoints keep both.
+    (Trainer's own is a mean of the means of batches, which depends on the batch size.) It adds `eval_perplexity`,
+    `eval_accuracy` (the share of tokens that were the model's first guess) and `eval_bits_per_character`. With
+    `ema_decay`, evaluation sees the averaged weights; checkpoints keep both.
 
     Args:
         characters: number of characters that the scored validation tokens stand for; None: no bits per character.
         ema_decay: decay of the weight average, 0 for none.
+        shift: whether a label belongs to the logits of the position before, as for causal models.
     """
 
-    def __init__(self, *args: Any, characters: int | None = None, ema_decay: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, characters: int | None = None, ema_decay: float = 0.0, shift: bool = True, **kwargs: Any
+    ) -> None:
         self.characters = characters
         self.average = WeightAverage(ema_decay) if ema_decay else None
-        super().__init__(*args, compute_metrics=self.mean_loss, preprocess_logits_for_metrics=summed_losses, **kwargs)
+        scores = partial(summed_scores, shift=shift)
+        super().__init__(*args, compute_metrics=self.means, preprocess_logits_for_metrics=scores, **kwargs)
         if self.average:
             self.add_callback(self.average)
 
-    def mean_loss(self, prediction: EvalPrediction) -> dict[str, float]:
-        """The metrics of a whole evaluation, from the rows of `summed_losses`."""
-        nats, tokens = prediction.predictions.astype(np.float64).sum(0)
+    def means(self, prediction: EvalPrediction) -> dict[str, float]:
+        """The metrics of a whole evaluation, from the rows of [`summed_scores`]."""
+        nats, tokens, hits = prediction.predictions.astype(np.float64).sum(0)
         per_character = {"bits_per_character": nats / self.characters / math.log(2)} if self.characters else {}
-        return {"loss": nats / tokens, **per_character}
+        loss = nats / tokens
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": hits / tokens, **per_character}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate the averaged weights if there are any, else the trained ones."""

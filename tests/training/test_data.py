@@ -1,6 +1,8 @@
 """Data: what is read, how it is split, that each token is scored once, and that only responses carry loss."""
 
+import inspect
 import json
+import textwrap
 
 import numpy as np
 import pytest
@@ -12,13 +14,18 @@ from hf_holo.training.data import (
     Collator,
     Responses,
     alpaca_prompt,
+    document_splits,
+    document_starts,
     encode,
+    hold_out_documents,
     instruction_splits,
     python_help,
+    python_stdlib,
     read_documents,
     read_records,
     scoring_windows,
     split_documents,
+    stdlib_sources,
     text_splits,
     training_windows,
 )
@@ -58,6 +65,16 @@ def test_python_help_is_prose():
     (text,) = python_help()
     assert len(text) > 200_000
     assert text.count(" the ") > 1_000
+
+
+def test_the_standard_library_is_written_code_in_a_fixed_order():
+    sources = stdlib_sources()
+    names = list(sources)
+    assert names == sorted(names) and len(names) > 300
+    assert {"json/decoder.py", "textwrap.py"} <= set(names)
+    assert sources["textwrap.py"] == inspect.getsource(textwrap)
+    assert not [name for name in names if {"test", "tests", "site-packages"} & set(name.split("/"))]
+    assert python_stdlib() == list(sources.values()) == read_documents(dataset_name="python-stdlib")
 
 
 @pytest.mark.parametrize(
@@ -117,6 +134,31 @@ def test_bad_fraction(fraction):
         split_documents(["text"], fraction)
 
 
+@pytest.mark.parametrize("fraction", [0.1, 0.5])
+def test_whole_documents_are_held_out_the_same_ones_each_time(fraction):
+    documents = [f"{number} " * (1 + number % 7) for number in range(60)]
+    train, validation = hold_out_documents(documents, fraction)
+    assert sorted(train + validation) == sorted(documents) and train == [t for t in documents if t in train]
+    share = sum(map(len, validation)) / sum(map(len, documents))
+    assert fraction <= share <= fraction + 0.1
+    assert hold_out_documents(documents, fraction) == (train, validation)
+    assert train[-1] != documents[len(train) - 1]  # not simply the last ones
+
+
+def test_whole_documents_cannot_be_held_out_of_one():
+    with pytest.raises(HoloError, match=r"0\.1 of 1 whole documents leaves none"):
+        hold_out_documents(["text"], 0.1)
+    with pytest.raises(HoloError, match="validation_fraction: 0"):
+        hold_out_documents(["text", "more"], 0)
+
+
+@pytest.mark.parametrize("length, starts", [(3, [0]), (8, [0]), (9, [0, 1]), (16, [0, 8]), (21, [0, 8, 13])])
+def test_windows_of_a_document_reach_its_end(length, starts):
+    assert document_starts(length, 8, 8) == starts
+    covered = {i for start in document_starts(length, 8, 5) for i in range(start, min(start + 8, length))}
+    assert covered == set(range(length))
+
+
 def test_documents_are_joined_by_the_end_token():
     tokenizer = character_tokenizer(["abc"])
     ids = encode(tokenizer, ["ab", "c"])
@@ -162,6 +204,19 @@ def test_splits_count_tokens_and_characters():
     assert splits.tokens == splits.characters == 99
     assert sum((w["labels"] != IGNORED).sum().item() for w in splits.validation) == 99
     assert splits.prompt == text[900:932]
+
+
+def test_documents_kept_apart_have_windows_of_their_own_between_end_tokens():
+    train, validation = ["ab" * 20, "c"], ["ba" * 9, "d"]
+    tokenizer = character_tokenizer(["abcd"])
+    end = tokenizer.eos_token_id
+    splits = document_splits(train, validation, tokenizer, block_size=16, stride=8)
+    shown = [splits.train[i]["input_ids"].tolist() for i in range(len(splits.train))]
+    assert shown[0][0] == shown[-2][-1] == end and shown[-1] == [end, *tokenizer("c").input_ids, end]
+    assert all(end not in window[1:-1] for window in shown)
+    scored = [label for window in splits.validation for label in window["labels"].tolist() if label != IGNORED]
+    assert scored == [*tokenizer(validation[0]).input_ids, end, *tokenizer("d").input_ids, end]
+    assert splits.tokens == len(scored) and splits.characters == len(scored) - 2 and splits.prompt == validation[0]
 
 
 @pytest.mark.parametrize(

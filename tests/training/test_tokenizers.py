@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 from hf_holo import HsnConfig
 from hf_holo.errors import HoloError
 from hf_holo.modeling.tokenization_holo import HoloTokenizer
-from hf_holo.training.tokenizers import KINDS, bpe_tokenizer, character_tokenizer, make_tokenizer
+from hf_holo.training.tokenizers import KINDS, add_mask, bpe_tokenizer, character_tokenizer, make_tokenizer
 
 AWKWARD = "  two  spaces , a comma 's\n\n\ttab\r\nand é, 漢字, 🙂 \n"
 
@@ -53,6 +53,21 @@ def test_auto_tokenizer_loads_it(kind, tmp_path):
     assert loaded.decode(loaded(AWKWARD).input_ids) == AWKWARD
     for token in ("pad", "eos", "unk", "bos"):
         assert getattr(loaded, f"{token}_token") == getattr(tokenizer, f"{token}_token")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mask_token_comes_last_and_is_saved(kind, tmp_path):
+    plain, masked = (make_tokenizer(kind, [AWKWARD], vocab_size=300, masked=m) for m in (False, True))
+    assert plain.mask_token is None and masked.mask_token_id == len(masked) - 1
+    assert masked(AWKWARD).input_ids == plain(AWKWARD).input_ids or kind == "bpe"  # that has one merge fewer
+    assert len(masked) == (300 if kind == "bpe" and len(plain) == 300 else len(plain) + 1)
+    masked.save_pretrained(tmp_path)
+    HsnConfig(vocab_size=len(masked)).save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    text = f"two{loaded.mask_token} a"
+    assert loaded.mask_token_id == masked.mask_token_id in loaded(text).input_ids
+    assert loaded.decode(loaded(text).input_ids) == text
+    assert add_mask(loaded).mask_token_id == masked.mask_token_id and len(loaded) == len(masked)
 
 
 def test_padding_and_batches():

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_holo.errors import HoloError
 from hf_holo.training.arguments import parse, recipe_names
-from hf_holo.training.data import IGNORED
+from hf_holo.training.data import IGNORED, hold_out_documents, read_documents
 from hf_holo.training.train import main
 
-from .conftest import TINY
+from .conftest import TINY, prose
 
 
 def test_a_run_writes_all_it_promises(tiny_run, tmp_path, capsys):
@@ -42,6 +42,7 @@ def test_a_run_writes_all_it_promises(tiny_run, tmp_path, capsys):
     said = capsys.readouterr().out
     last = float(rows[-1]["validation_loss"])
     assert f"validation loss: {last:.4f} nats per token, {last / math.log(2):.4f} bits per character" in said
+    assert float(rows[-1]["validation_perplexity"]) == pytest.approx(math.exp(last))
     assert f'model = AutoModelForCausalLM.from_pretrained("{folder}")' in said
 
 
@@ -61,13 +62,15 @@ def test_the_resolved_recipe_repeats_the_run(tiny_run, tmp_path):
 
 def test_the_reported_loss_is_that_of_every_token_once(tiny_run):
     trainer = tiny_run("--per_device_eval_batch_size", "3")
-    total, count = 0.0, 0
+    total, count, hits = 0.0, 0, 0
     with torch.no_grad():
         for window in trainer.eval_dataset:
             logits = trainer.model.eval()(window["input_ids"][None]).logits[0, :-1]
             total += F.cross_entropy(logits, window["labels"][1:], reduction="sum").item()
+            hits += (logits.argmax(-1) == window["labels"][1:]).sum().item()
             count += len(logits)
     metrics = trainer.evaluate()
+    assert metrics["eval_accuracy"] == pytest.approx(hits / count)
     assert metrics["eval_loss"] == pytest.approx(total / count, rel=1e-5)
     assert metrics["eval_bits_per_character"] == pytest.approx(total / count / math.log(2), rel=1e-5)
 
@@ -102,6 +105,17 @@ def test_averages_are_evaluated_and_saved_while_training_goes_on_without_them(ti
     name = "model.embed_tokens.weight"
     assert torch.equal(trained[name], plain[name])
     assert not torch.equal(averaged[name], plain[name])
+
+
+def test_documents_kept_apart(tiny_run, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number:02}.txt").write_text(prose(20 + 9 * number, number))
+    trainer = tiny_run("--documents", "apart", "--train_file", str(folder), "--validation_fraction", "0.2")
+    (_, held_out) = hold_out_documents(read_documents(str(folder)), 0.2)
+    assert len(trainer.eval_dataset.datasets) == len(held_out) < 12
+    assert trainer.characters == sum(map(len, held_out))
 
 
 def test_alpaca_starts_from_a_checkpoint_and_lowers_the_held_out_loss(tiny_run, tmp_path, capsys):

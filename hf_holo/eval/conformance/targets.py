@@ -32,7 +32,7 @@ def subjects_of(target: str, quick: bool = False, seed: int = 0, trust_remote_co
     if target in presets():
         open_size = {} if "vocab_size" in presets()[target].kwargs else {"vocab_size": VOCABULARY}
         config = preset_config(target, **open_size)
-        return [Subject(architectures()[config.model_type].main_model, config, name=target, seed=seed)]
+        return [Subject(architectures()[config.model_type].model_for(config), config, name=target, seed=seed)]
     if not (Path(target).is_dir() or "/" in target):
         raise unknown("family or preset", target, [*architectures(), *presets()])
     return [Subject(load_checkpoint(target, trust_remote_code), seed=seed)]
