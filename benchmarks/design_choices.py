@@ -1,8 +1,9 @@
-"""Design choices of HSN at equal time: each variant trains for the same number of seconds on the same windows.
+"""Design choices of a family: each variant trains on the same windows, for equal time or for equal steps.
 
     python benchmarks/design_choices.py tinyshakespeare.txt --seconds 600
+    python benchmarks/design_choices.py tinyshakespeare.txt --family resonance --steps 300
 
-What a variant costs per step is thereby part of its figure.
+In equal time, what a variant costs per step is part of its figure. All variants have the learning rate of the default.
 """
 
 import argparse
@@ -14,23 +15,56 @@ import torch
 from characters import CharacterText, windowed_loss
 from fitting import Fit, fit
 from report import RESULTS, print_footer, print_table, read_report, write_report
+from transformers import PreTrainedModel
 
-from hf_holo import HsnConfig, HsnForCausalLM
+from hf_holo import SpectralGate
+from hf_holo.registry import get_architecture
 
-NAME = "design_choices"
 VARIANTS = {
-    "default": {},
-    "write=cancel": {"write": "cancel"},
-    "binding=static": {"binding": "static"},
-    "gate=sublayer": {"gate_placement": "sublayer"},
+    "hsn": {
+        "default": {},
+        "write=cancel": {"write": "cancel"},
+        "binding=static": {"binding": "static"},
+        "gate=sublayer": {"gate_placement": "sublayer"},
+    },
+    "resonance": {
+        "default": {},
+        "interference": {"interference": True},
+        "context of 64": {"chunk_length": 64},
+        "context of 256": {"chunk_length": 256},
+        "memory of 64": {"memory_dimension": 64, "memory_chunk_length": 32},
+        "8 modes": {"num_modes": 8},
+        "32 modes": {"num_modes": 32},
+        "4 banks": {"num_banks": 4},
+        "64 banks": {"num_banks": 64},
+        "no delayed taps": {"delayed": 0},
+        "no filter": {"gate_taps": 1},
+    },
 }
+
+
+def report_name(family: str) -> str:
+    return "design_choices" if family == "hsn" else f"design_choices_{family}"
+
+
+def make(family: str, delayed: int | None = None, **options) -> PreTrainedModel:
+    """A model of these options of its config; `delayed` is how many channels the filters of its mixers delay."""
+    architecture = get_architecture(family)
+    model = architecture.main_model(architecture.config(channel_mix="gated", **options))
+    for module in model.modules():
+        if isinstance(module, SpectralGate) and delayed is not None:
+            module.delayed = delayed
+    return model
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, help="text file; the last tenth validates")
-    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=tuple(VARIANTS))
-    parser.add_argument("--seconds", type=float, default=600.0, help="of training, per variant")
+    parser.add_argument("--family", choices=tuple(VARIANTS), default="hsn")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="default: all of the family")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--seconds", type=float, help="of training, per variant (default: 600)")
+    budget.add_argument("--steps", type=int, help="of training, per variant, instead of seconds")
     parser.add_argument("--learning_rate", type=float, default=0.004)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--depth", type=int, default=4)
@@ -39,37 +73,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args(argv)
+    if args.steps is None and args.seconds is None:
+        args.seconds = 600.0
+    variants = VARIANTS[args.family]
+    for variant in args.variants or ():
+        if variant not in variants:
+            parser.error(f"--variants: {variant!r} is no variant of {args.family}; choose from {', '.join(variants)}")
 
+    name = report_name(args.family)
     text = CharacterText(args.text)
-    names = ("seconds", "learning_rate", "width", "depth", "rows", "length", "seed")
-    settings = {name: getattr(args, name) for name in names} | {"characters": len(text.train) + len(text.validation)}
-    earlier = read_report(NAME, args.results)
+    names = ("seconds", "steps", "learning_rate", "width", "depth", "rows", "length", "seed")
+    settings = {key: getattr(args, key) for key in names if getattr(args, key) is not None}
+    settings["characters"] = len(text.train) + len(text.validation)
+    earlier = read_report(name, args.results)
     same = earlier["figures"].get("settings") == settings
     runs, seconds = (earlier["figures"]["runs"], earlier["seconds"]) if same else ([], 0.0)
 
-    how = Fit(args.learning_rate, seconds=args.seconds, rows=args.rows, length=args.length, seed=args.seed)
-    for variant in args.variants:
+    how = Fit(args.learning_rate, "muon", args.steps, args.seconds, args.rows, args.length, args.seed)
+    for variant in args.variants or variants:
         if any(run["variant"] == variant for run in runs):
             continue
         print(variant, flush=True)
         start = time.perf_counter()
         torch.manual_seed(args.seed)
-        config = HsnConfig(
-            vocab_size=text.vocab_size,
-            hidden_size=args.width,
-            num_hidden_layers=args.depth,
-            channel_mix="gated",
-            **VARIANTS[variant],
-        )
-        model = HsnForCausalLM(config)
+        sizes = {"vocab_size": text.vocab_size, "hidden_size": args.width, "num_hidden_layers": args.depth}
+        model = make(args.family, **sizes, **variants[variant])
         steps = fit(model, text, how)
-        loss = windowed_loss(model, text.validation, args.length)
-        runs.append({"variant": variant, "parameters": model.num_parameters(), "steps": steps, "loss": loss})
+        trained = time.perf_counter() - start
+        run = {"variant": variant, "parameters": model.num_parameters(), "steps": steps}
+        run |= {"seconds_per_step": trained / steps, "loss": windowed_loss(model, text.validation, args.length)}
+        runs.append(run)
         seconds += time.perf_counter() - start
-        write_report(NAME, {"settings": settings, "runs": runs}, seed=args.seed, seconds=seconds, folder=args.results)
+        write_report(name, {"settings": settings, "runs": runs}, seed=args.seed, seconds=seconds, folder=args.results)
 
     print_table(runs)
-    print_footer(args.results / f"{NAME}.json", seconds)
+    print_footer(args.results / f"{name}.json", seconds)
 
 
 if __name__ == "__main__":

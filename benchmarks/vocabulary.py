@@ -11,14 +11,12 @@ the same held-out tokens; the excess over dense is that of the first strategy. T
 import argparse
 import json
 import math
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from apart import measured_apart, peak_gib
 from characters import windowed_loss
 from fitting import make_optimizer
 from report import RESULTS, print_footer, print_table, write_report
@@ -104,7 +102,7 @@ def large_step(vocab_size: int, width: int, rows: int, length: int) -> dict:
     loss.backward()
     optimizer.step()
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_gib()
     stored, dense = vocabulary_parameters(model)
     return {
         "vocab_size": vocab_size,
@@ -114,15 +112,9 @@ def large_step(vocab_size: int, width: int, rows: int, length: int) -> dict:
         "compression": dense / stored,
         "loss": loss.item(),
         "seconds": seconds,
-        "peak_gib": peak / 2**20 / (2**10 if sys.platform == "darwin" else 1),  # bytes there, KiB elsewhere
+        "peak_gib": peak,
         "collisions": collisions(model.get_input_embeddings()),
     }
-
-
-def measured_apart(**arguments: int) -> dict:
-    """[`large_step`] in a process of its own, whose memory is then that of the step."""
-    command = [sys.executable, __file__, "--large_step", json.dumps(arguments)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def flat(row: dict) -> dict:
@@ -146,16 +138,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--large_width", type=int, default=768)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
-    parser.add_argument("--large_step", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--apart", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.large_step is not None:
-        print(json.dumps(large_step(**args.large_step)))
+    if args.apart is not None:
+        print(json.dumps(large_step(**args.apart)))
         return
     if args.text is None:
         parser.error("a text file is needed")
 
     start = time.perf_counter()
-    large = measured_apart(vocab_size=args.large_vocab_size, width=args.large_width, rows=2, length=256)
+    large = measured_apart(__file__, vocab_size=args.large_vocab_size, width=args.large_width, rows=2, length=256)
     print_table([flat(large)])
     train, validation = read_tokens(args.text, args.vocab_size)
     names = ("steps", "learning_rate", "width", "depth", "rows", "length", "vocab_size", "validation_tokens")

@@ -1,6 +1,7 @@
 """Base classes shared by the families: the backbone and the heads, in the way of transformers."""
 
 import copy
+import os
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ from transformers.modeling_outputs import (
 from .cache import RecurrentCache
 from .layers import TokenLayout, make_norm
 from .ops import exporting
+from .remote import auto_map, with_code
 from .vocabulary import IGNORED, CompressedEmbedding, check_ids, dense_token_losses, language_loss, make_embedding
+
+LOGITS_WITH_A_LOSS = 2**28  # numbers, 1 GiB in float32: the most that a model gives unasked beside a loss
 
 
 class RecurrentPreTrainedModel(PreTrainedModel):
@@ -78,6 +82,19 @@ class RecurrentPreTrainedModel(PreTrainedModel):
             self.config.vocab_size = size
         return embedding
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """As in transformers, with the code beside the weights: with `trust_remote_code=True` the folder loads where
+        this package is not installed, through the Auto class of every head."""
+        with with_code(type(self)) as possible:
+            if possible:
+                self.config.auto_map = auto_map(type(self))
+            super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _initialize_weights(self, module: nn.Module, *args) -> None:
+        """Without the shortcut of transformers 5 for code of other packages: it passes over every module that has no
+        parameters of its own, and with it over those that start the parameters of their children."""
+        super()._initialize_weights(module)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Embedding):
@@ -97,6 +114,8 @@ class Backbone(RecurrentPreTrainedModel):
 
     A subclass says what its blocks are called with ([`prepare`]) and what it continues from ([`new_cache`]).
     """
+
+    _auto_class = "AutoModel"
 
     def __init__(self, config):
         super().__init__(config)
@@ -241,9 +260,10 @@ def arrange(
     if attention_mask is not None:
         valid = attention_mask[:, -length:].bool()
         if exporting() or not bool(valid.all()):
-            layout.lengths = valid.sum(1)
-            behind = layout.lengths[:, None] + (~valid).cumsum(1) - 1
-            order = torch.where(valid, valid.cumsum(1) - 1, behind)
+            real = valid.long().cumsum(1)  # ONNX sums no booleans
+            layout.lengths = real[:, -1]
+            behind = layout.lengths[:, None] + (~valid).long().cumsum(1) - 1
+            order = torch.where(valid, real - 1, behind)
             layout.valid = torch.arange(length, device=x.device) < layout.lengths[:, None]
     if seq_idx is not None:
         starts = _changes(_reorder(seq_idx, order, layout), layout, cache)
@@ -314,30 +334,43 @@ class _LMHead(_Head):
         self.lm_head = value
 
     def predict(
-        self, hidden: torch.Tensor, labels: torch.Tensor | None, kept: slice | torch.Tensor = slice(None), **kwargs
+        self, hidden: torch.Tensor, labels: torch.Tensor | None, kept: slice | torch.Tensor | None = None, **kwargs
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The loss of `[B, T]` labels, if there are any, and the logits at the kept positions `[B, k, vocab_size]`.
 
-        A family whose config offers an `embedding_strategy` may have a large vocabulary: it trains on a loss in pieces
-        and gives no logits then.
+        A family whose config offers an `embedding_strategy` may have a large vocabulary. In training, and where there
+        would be more than `LOGITS_WITH_A_LOSS` logits, it computes the loss in pieces and gives no logits but those
+        that `kept` asks for; it is None for all.
         """
+        in_pieces = labels is not None and self._too_many_logits(labels)
+        loss = self._loss_in_pieces(hidden, labels, **kwargs) if in_pieces else None
+        if in_pieces and kept is None:
+            return loss, None
+        score = self.model.embed_tokens.logits if self.lm_head is None else self.lm_head
+        logits = score(hidden if kept is None else hidden[:, kept])
+        if labels is not None and not in_pieces:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return loss, logits
+
+    def _too_many_logits(self, labels: torch.Tensor) -> bool:
+        if getattr(self.config, "embedding_strategy", None) is None:
+            return False
+        return self.training or labels.numel() * self.model.embed_tokens.num_embeddings > LOGITS_WITH_A_LOSS
+
+    def _loss_in_pieces(self, hidden: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
         embedding = self.model.embed_tokens
-        if labels is not None and self.training and getattr(self.config, "embedding_strategy", None) is not None:
-            check_ids("labels", labels.masked_fill(labels == IGNORED, 0), embedding.num_embeddings)
-            if self.lm_head is None:
-                scorer = embedding.token_losses, embedding.scores_per_token
-            else:
-                scorer = dense_token_losses(self.lm_head), embedding.num_embeddings
-            return language_loss(*scorer, hidden, labels, shift=self.direction, **kwargs), None
-        logits = (embedding.logits if self.lm_head is None else self.lm_head)(hidden[:, kept])
-        if labels is None:
-            return None, logits
-        return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs), logits
+        check_ids("labels", labels.masked_fill(labels == IGNORED, 0), embedding.num_embeddings)
+        if self.lm_head is None:
+            scorer = embedding.token_losses, embedding.scores_per_token
+        else:
+            scorer = dense_token_losses(self.lm_head), embedding.num_embeddings
+        return language_loss(*scorer, hidden, labels, shift=self.direction, **kwargs)
 
 
 class CausalLMHead(_LMHead, GenerationMixin):
     """Backbone with a language-modelling head that generates."""
 
+    _auto_class = "AutoModelForCausalLM"
     direction = True
 
     def forward(
@@ -375,7 +408,9 @@ class CausalLMHead(_LMHead, GenerationMixin):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        kept = logits_to_keep
+        if isinstance(logits_to_keep, int):
+            kept = slice(-logits_to_keep, None) if logits_to_keep else None
         loss, logits = self.predict(output.last_hidden_state, labels, kept, **kwargs)
         result = CausalLMOutputWithPast(loss, logits, output.past_key_values, output.hidden_states)
         return result if wants_dict(self.config, return_dict) else result.to_tuple()
@@ -397,6 +432,7 @@ class RecurrentForCausalLM(CausalLMHead):
 class MaskedLMHead(_LMHead):
     """Bidirectional backbone that fills masked tokens."""
 
+    _auto_class = "AutoModelForMaskedLM"
     direction = False
 
     def forward(
@@ -437,6 +473,8 @@ class _ClassificationHead(_Head):
 
 class SequenceClassificationHead(_ClassificationHead):
     """Class scores of the whole text: from its last real token if causal, else from the mean over its tokens."""
+
+    _auto_class = "AutoModelForSequenceClassification"
 
     def forward(
         self,
@@ -490,6 +528,8 @@ class SequenceClassificationHead(_ClassificationHead):
 
 class TokenClassificationHead(_ClassificationHead):
     """Class scores of every token."""
+
+    _auto_class = "AutoModelForTokenClassification"
 
     def forward(
         self,

@@ -26,6 +26,8 @@ class ResonanceConfig(RecurrentConfig):
             the logarithm. Default: one turn in 512 tokens, and one turn in two.
         interference: whether the output gate hears all resonators, so that modes multiply modes, or the input alone.
         chunk_length: tokens of a chunk of the hierarchical context; None: no such context.
+        memory_dimension: phasors of the memory of every layer, a [`PersistentMemory`]; None: no memory.
+        memory_chunk_length: tokens after which what they have written can be read from that memory.
         segment_length: a longer text is read in segments of so many tokens where no gradients are recorded, which
             bounds the memory and changes no result.
         gate_taps: length of the spectral gate ahead of the mixer's projections, in tokens.
@@ -54,6 +56,8 @@ class ResonanceConfig(RecurrentConfig):
         highest_frequency: float = math.pi,
         interference: bool = False,
         chunk_length: int | None = None,
+        memory_dimension: int | None = None,
+        memory_chunk_length: int = 256,
         segment_length: int = 4096,
         gate_taps: int = 4,
         channel_mix: str = "gated",
@@ -71,6 +75,8 @@ class ResonanceConfig(RecurrentConfig):
         self.highest_frequency = highest_frequency
         self.interference = interference
         self.chunk_length = chunk_length
+        self.memory_dimension = memory_dimension
+        self.memory_chunk_length = memory_chunk_length
         self.segment_length = segment_length
         self.gate_taps = gate_taps
         self.channel_mix = channel_mix
@@ -85,13 +91,14 @@ class ResonanceConfig(RecurrentConfig):
         check_positive(
             num_banks=self.num_banks,
             num_modes=self.num_modes,
+            memory_chunk_length=self.memory_chunk_length,
             segment_length=self.segment_length,
             gate_taps=self.gate_taps,
             intermediate_size=self.intermediate_size,
             rank=self.rank,
         )
-        if self.chunk_length is not None:
-            check_positive(chunk_length=self.chunk_length)
+        optional = {"chunk_length": self.chunk_length, "memory_dimension": self.memory_dimension}
+        check_positive(**{name: value for name, value in optional.items() if value is not None})
         check_divides("num_banks", self.num_banks, "hidden_size", self.hidden_size)
         check_choice("channel_mix", self.channel_mix, ("gated", "factorized"))
         for name in ("lowest_frequency", "highest_frequency"):

@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from .cache import RecurrentLayer
-from .ops import drift_angles, interpolate_gate, minimum_phase_kernel, short_causal_conv, zero_phase_kernel
+from .ops import (
+    drift_angles,
+    exporting,
+    interpolate_gate,
+    minimum_phase_kernel,
+    short_causal_conv,
+    zero_phase_kernel,
+)
 
 
 @dataclass
@@ -123,6 +130,7 @@ class SpectralGate(nn.Module):
         self.delayed = int(dim * delayed) if causal and taps > 1 else 0
         self.logits = nn.Parameter(torch.empty(dim, taps // 2 + 1))
         self.scale = nn.Parameter(torch.empty(dim))
+        self._kept: tuple[torch.Tensor, ...] | None = None  # logits and scale, and the kernel that they gave
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -142,6 +150,21 @@ class SpectralGate(nn.Module):
             kernel = torch.cat([prompt, F.pad(late, (1, 0))[:, :-1]])
         return kernel
 
+    def kept_kernel(self) -> torch.Tensor:
+        """[`kernel`], designed once for as long as its numbers stay the same: decoding asks for it at every token.
+
+        The numbers themselves are compared, so that nothing which changes them can be missed. Elsewhere than on the CPU
+        a look at them would stop the device, and while gradients or a graph are recorded the design is part of it.
+        """
+        numbers = self.logits, self.scale
+        if torch.is_grad_enabled() or exporting() or not all(type(x) is nn.Parameter and x.is_cpu for x in numbers):
+            return self.kernel()
+        kept = self._kept
+        if kept is None or not all(same_numbers(x, y) for x, y in zip(numbers, kept, strict=False)):
+            with torch.autocast("cpu", enabled=False):  # what is kept depends on the numbers alone
+                kept = self._kept = (*(x.detach().clone() for x in numbers), self.kernel())
+        return kept[-1]
+
     def response(self, bins: int = 65) -> torch.Tensor:
         """True magnitude response of the cut kernel at `bins` even frequencies from 0 to π: `[D, bins]`.
 
@@ -154,7 +177,7 @@ class SpectralGate(nn.Module):
     ) -> torch.Tensor:
         """`[B, T, D]` to `[B, T, D]`."""
         layout = TokenLayout(x.shape[1]) if layout is None else layout
-        kernel = self.kernel().to(x.dtype)
+        kernel = self.kept_kernel().to(x.dtype)
         if not self.causal:
             return self._both_sides(layout.mask(x), kernel, layout.document)
         window = cache.get(self.name) if cache is not None else None
@@ -248,7 +271,7 @@ def make_channel_mix(config) -> nn.Module:
 def init_residual_(depth: int, *projections: nn.Linear) -> None:
     """Start the last projections of a block so that the residual stream keeps its size over `depth` blocks."""
     for projection in projections:
-        nn.init.normal_(projection.weight, std=0.7 * projection.in_features**-0.5 / math.sqrt(2 * depth))
+        init_normal_(projection.weight, std=0.7 * projection.in_features**-0.5 / math.sqrt(2 * depth))
 
 
 def make_norm(config) -> nn.Module:
@@ -256,6 +279,10 @@ def make_norm(config) -> nn.Module:
     if config.norm_type == "rms":
         return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
+
+
+def same_numbers(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -268,3 +295,10 @@ def init_copy_(parameter: nn.Parameter, values: torch.Tensor) -> None:
     """Fill a parameter, unless transformers has marked it as loaded from a checkpoint."""
     if not getattr(parameter, "_is_hf_initialized", False):
         parameter.copy_(values)
+
+
+def init_normal_(parameter: nn.Parameter, std: float) -> None:
+    """As `nn.init.normal_`, unless transformers has marked the parameter as loaded from a checkpoint: a module that
+    starts those of its children, too, is met where any one of them is new."""
+    if not getattr(parameter, "_is_hf_initialized", False):
+        nn.init.normal_(parameter, std=std)

@@ -1,4 +1,4 @@
-"""HolographicMemory: key → value pairs bundled into one vector of fixed size, by phasor binding.
+"""HolographicMemory: key → value pairs bundled into one vector of fixed size, by phasor binding; alone and in a model.
 
 A key is D phases, a value D complex numbers. Binding turns number d by phase d, bundling adds, unbinding turns back.
 The result is exact but for the crosstalk of the other pairs, which a clean-up against a codebook removes (Plate, 1995;
@@ -10,10 +10,13 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from .cache import RecurrentLayer
 from .configuration_base import check_positive
-from .layers import at_least_float32
+from .layers import TokenLayout, at_least_float32, init_normal_
 from .ops import rotate_pairs
+from .resonators import ChunkContext, FadingSum
 
 NOISE_FLOOR = 1e-4  # of the energy written: where the estimated crosstalk of a memory that is all explained ends
 
@@ -319,3 +322,55 @@ def recall_theory(dimension: int, pairs: int, codes: int, rounds: int = 0) -> fl
         crosstalk = (pairs - 1) * max(0.0, 1 - right.mean().item())  # never below zero by rounding
     below = torch.special.log_ndtr((math.sqrt(2 * dimension) + z * math.sqrt(crosstalk)) / math.sqrt(crosstalk + 1))
     return min(1.0, (((codes - 1) * below).exp() @ density).item())  # not above one by rounding
+
+
+# ---------------------------------------------------------------------------------------------- in a model
+class PersistentMemory(nn.Module):
+    """A [`HolographicMemory`] that a model fills with what it reads, and asks from far behind.
+
+    Every token writes one pair, as strongly as its gate says, and asks for one key. What the tokens of a chunk have
+    written becomes readable when the chunk is complete, for later chunks only, as in [`ChunkContext`]; the memory fades
+    a little with every chunk, so that it stays bounded. What is read is normalised: its size says nothing but how long
+    the text is.
+
+    Args:
+        dim: channels D of the model.
+        dimension: phasors P of the memory.
+        chunk_length: tokens of a chunk.
+        norm_eps: epsilon of the normalisation.
+    """
+
+    def __init__(self, dim: int, dimension: int, chunk_length: int, norm_eps: float = 1e-5):
+        super().__init__()
+        self.norm_eps = norm_eps
+        self.store = HolographicMemory(dimension)
+        self.key_proj = nn.Linear(dim, dimension, bias=False)
+        self.value_proj = nn.Linear(dim, 2 * dimension, bias=False)
+        self.strength_proj = nn.Linear(dim, 1, bias=False)
+        self.query_proj = nn.Linear(dim, dimension, bias=False)
+        self.out_proj = nn.Linear(2 * dimension, dim, bias=False)
+        self.chunks = ChunkContext(chunk_length, FadingSum(2 * dimension), "memory")
+
+    def reset_parameters(self) -> None:
+        """Keys point everywhere, and what is read is quiet: of a new memory it is noise."""
+        for projection in (self.key_proj, self.query_proj):
+            init_normal_(projection.weight, std=math.pi * projection.in_features**-0.5)
+        init_normal_(self.out_proj.weight, std=0.1 * self.out_proj.in_features**-0.5)
+
+    def state_spec(self) -> dict[str, tuple[int, ...]]:
+        return self.chunks.state_spec()
+
+    def forward(
+        self, x: torch.Tensor, layout: TokenLayout | None = None, cache: RecurrentLayer | None = None
+    ) -> torch.Tensor:
+        """`[B, T, D]` to `[B, T, D]`; continues from `cache` and updates it, if given."""
+        layout = TokenLayout(x.shape[1]) if layout is None else layout
+        keys, queries = self.key_proj(x)[:, :, None], self.query_proj(x)[:, :, None]  # [B, T, 1, P]: one each
+        values, strength = self.value_proj(x)[:, :, None], self.strength_proj(x).sigmoid()
+        with torch.autocast(x.device.type, enabled=False):  # the memory keeps its precision
+            nothing = self.store.empty(dtype=x.dtype, device=x.device)
+            pairs = layout.mask(self.store.write(nothing, keys, values, strength))  # [B, T, 2P]
+            held = self.chunks(pairs, layout, cache)
+            read = self.store.read(held, queries)[:, :, 0]
+            read = F.rms_norm(read, read.shape[-1:], eps=self.norm_eps)
+        return self.out_proj(read.to(x.dtype))

@@ -198,7 +198,7 @@ class AttentionMixer(nn.Module):
             labels = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
         past = cache.get("labels") if cache is not None else None
         if past is not None:
-            labels = labels + past.amax(1, keepdim=True).clamp_min(0)
+            labels = labels + F.pad(past, (1, 0)).amax(1, keepdim=True)  # at least 0: a past of padding has none
         return labels if layout.valid is None else labels.masked_fill(~layout.valid, -1)
 
     def _positions(self, layout: TokenLayout, cache: RecurrentLayer | None, device: torch.device) -> torch.Tensor:

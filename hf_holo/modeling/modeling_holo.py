@@ -16,11 +16,15 @@ from .base import (
     SequenceClassificationHead,
     TokenClassificationHead,
 )
+from .cache import RecurrentCache  # noqa: F401 (for remote.py)
 from .configuration_base import check_choice, check_divides
 from .configuration_holo import HoloConfig
+from .configuration_vocabulary import lay_out_vocabulary  # noqa: F401 (for remote.py)
 from .harmonics import BASES, HarmonicBasis, HoloLinear, SineActivation, harmonic_basis, named_seed
 from .layers import RotaryEmbedding, init_copy_
 from .ops import exporting, rotate_pairs
+from .remote import with_code  # noqa: F401 (for remote.py)
+from .vocabulary import make_embedding  # noqa: F401 (for remote.py)
 
 
 class HoloAttention(nn.Module):

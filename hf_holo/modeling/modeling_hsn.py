@@ -13,7 +13,9 @@ from .base import (
     TokenClassificationHead,
 )
 from .cache import RecurrentCache
+from .configuration_base import RecurrentConfig  # noqa: F401 (for remote.py)
 from .configuration_hsn import HsnConfig
+from .configuration_vocabulary import lay_out_vocabulary  # noqa: F401 (for remote.py)
 from .layers import (
     GatedChannelMix,
     LiteChannelMix,
@@ -27,6 +29,8 @@ from .layers import (
 from .mixers import AttentionMixer, HolographicMixer
 from .ops import bind as fft_circular_conv
 from .ops import unbind as fft_circular_corr
+from .remote import with_code  # noqa: F401 (for remote.py)
+from .vocabulary import make_embedding  # noqa: F401 (for remote.py)
 
 MIXERS = {"holographic": HolographicMixer, "attention": AttentionMixer}
 

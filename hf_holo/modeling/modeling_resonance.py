@@ -16,10 +16,15 @@ from .base import (
     TokenClassificationHead,
 )
 from .cache import RecurrentCache, RecurrentLayer
+from .configuration_base import RecurrentConfig  # noqa: F401 (for remote.py)
 from .configuration_resonance import ResonanceConfig
+from .configuration_vocabulary import lay_out_vocabulary  # noqa: F401 (for remote.py)
 from .layers import SpectralGate, TokenLayout, at_least_float32, init_residual_, make_channel_mix, make_norm
+from .memory import PersistentMemory
 from .ops import exporting
+from .remote import with_code  # noqa: F401 (for remote.py)
 from .resonators import ChunkContext, ResonatorBank
+from .vocabulary import make_embedding  # noqa: F401 (for remote.py)
 
 
 class Listener(nn.Module):
@@ -59,13 +64,24 @@ class Listener(nn.Module):
         return y if self.context is None else y + self.context(u, layout, cache)
 
 
+def both_ways(
+    listeners: nn.ModuleList, x: torch.Tensor, layout: TokenLayout, cache: RecurrentLayer | None
+) -> torch.Tensor:
+    """What the first listener hears of `[B, T, D]` and, if there is a second, what that hears from the end."""
+    y = listeners[0](x, layout, cache)
+    for backward in listeners[1:]:
+        y = y + backward(x.flip(1), layout.reversed(), None).flip(1)
+    return y
+
+
 class ResonanceMixer(nn.Module):
     """Token mixer: a gate decides what excites the resonators, and a gate decides what is heard of them.
 
     The values and their gate come from the filtered input. With `interference` the output gate hears the resonators
     too, all channels of them: oscillations are multiplied, so that sums and differences of their frequencies arise
-    (mixing them linearly would fold into the output projection and add nothing). A bidirectional mixer listens both
-    ways, each with resonators of its own: with the same ones it could not tell before from after.
+    (mixing them linearly would fold into the output projection and add nothing). With `memory_dimension` a memory that
+    does not resonate is heard beside them. A bidirectional mixer listens both ways, each with resonators and memory of
+    its own: with the same ones it could not tell before from after.
 
     Args:
         config: a [`ResonanceConfig`].
@@ -73,11 +89,15 @@ class ResonanceMixer(nn.Module):
 
     def __init__(self, config: ResonanceConfig):
         super().__init__()
-        dim = config.hidden_size
+        dim, ways = config.hidden_size, range(1 if config.is_causal else 2)
         self.norm_eps = config.norm_eps
         self.filter = SpectralGate(dim, config.gate_taps, config.is_causal, "filter", delayed=0.5)
         self.in_proj = nn.Linear(dim, 2 * dim, bias=False)  # values and their gate
-        self.listeners = nn.ModuleList([Listener(config) for _ in range(1 if config.is_causal else 2)])
+        self.listeners = nn.ModuleList([Listener(config) for _ in ways])
+        self.memories = None
+        if config.memory_dimension is not None:
+            sizes = dim, config.memory_dimension, config.memory_chunk_length
+            self.memories = nn.ModuleList([PersistentMemory(*sizes, config.norm_eps) for _ in ways])
         self.skip = nn.Parameter(torch.ones(dim))
         self.norm_weight = nn.Parameter(torch.ones(dim))
         self.gate_proj = nn.Linear(dim, dim, bias=False)
@@ -90,21 +110,23 @@ class ResonanceMixer(nn.Module):
 
     def state_spec(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the states, without the batch."""
-        return self.filter.state_spec() | self.listeners[0].state_spec()
+        memory = {} if self.memories is None else self.memories[0].state_spec()
+        return self.filter.state_spec() | self.listeners[0].state_spec() | memory
 
     def forward(
         self, x: torch.Tensor, layout: TokenLayout | None = None, cache: RecurrentLayer | None = None
     ) -> torch.Tensor:
         """`[B, T, D]` to `[B, T, D]`; continues from `cache` and updates it, if given."""
         layout = TokenLayout(x.shape[1]) if layout is None else layout
-        value, gate = self.in_proj(F.silu(self.filter(x, layout, cache))).chunk(2, -1)
+        filtered = F.silu(self.filter(x, layout, cache))
+        value, gate = self.in_proj(filtered).chunk(2, -1)
         u = layout.mask(value * F.silu(gate)).to(at_least_float32(x.dtype))
         with torch.autocast(x.device.type, enabled=False):  # the resonators keep their precision
-            y = self.listeners[0](u, layout, cache)
-            for backward in self.listeners[1:]:
-                y = y + backward(u.flip(1), layout.reversed(), None).flip(1)
+            y = both_ways(self.listeners, u, layout, cache)
             y = F.rms_norm(y + u * self.skip.to(u.dtype), y.shape[-1:], eps=self.norm_eps)
         y = y.to(x.dtype) * self.norm_weight
+        if self.memories is not None:
+            y = y + both_ways(self.memories, filtered, layout, cache)
         gate = self.gate_proj(x)
         if self.interference_proj is not None:
             gate = gate + self.interference_proj(y)

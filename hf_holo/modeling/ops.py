@@ -17,11 +17,17 @@ import torch
 import torch.nn.functional as F
 
 CHUNK = 32  # tokens handled by one masked product; the quickest of 32, 64 and 128 on two CPU cores
+DOUBLINGS = 12  # so an exported cancelling scan takes up to 2^12 chunks, 131,072 tokens, in one call
 
 
 def exporting() -> bool:
     """True while a graph is recorded, where no branch or loop may depend on a shape."""
     return torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+
+
+def single_token(length: int) -> bool:
+    """Whether a call holds one token and may be told so: a compiler knows, a trace would take it for all lengths."""
+    return not (torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()) and length == 1
 
 
 # ---------------------------------------------------------------------------------------------- binding
@@ -34,6 +40,8 @@ def bind(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     Returns:
         `[..., D]` with c[n] = Σ_m a[m] b[(n - m) mod D].
     """
+    if exporting():
+        return _bind_by_product(a, b, 1)
     return torch.fft.irfft(torch.fft.rfft(a) * torch.fft.rfft(b), n=a.shape[-1])
 
 
@@ -47,12 +55,33 @@ def unbind(c: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     Exact when every frequency of `b` has magnitude one (a unitary key).
     """
+    if exporting():
+        return _bind_by_product(c, b, -1)
     return torch.fft.irfft(torch.fft.rfft(c) * torch.fft.rfft(b).conj(), n=c.shape[-1])
 
 
 def unbind_naive(c: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Twin of [`unbind`]: out[n] = Σ_m c[(n + m) mod D] b[m]."""
     return sum(b[..., m, None] * c.roll(-m, -1) for m in range(c.shape[-1]))
+
+
+def _bind_by_product(a: torch.Tensor, b: torch.Tensor, sign: int) -> torch.Tensor:
+    """[`bind`] (sign 1) and [`unbind`] (-1) without an FFT: the Fourier transforms are products with fixed matrices."""
+    to_spectrum, from_spectrum = (torch.from_numpy(table).to(a) for table in _dft_tables(int(a.shape[-1])))
+    (a_real, a_imaginary), (b_real, b_imaginary) = ((x @ to_spectrum).chunk(2, -1) for x in (a, b))
+    b_imaginary = sign * b_imaginary
+    real, imaginary = a_real * b_real - a_imaginary * b_imaginary, a_real * b_imaginary + a_imaginary * b_real
+    return torch.cat([real, imaginary], -1) @ from_spectrum
+
+
+@functools.lru_cache
+def _dft_tables(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers to real and imaginary parts of their spectrum, [n, 2R], and back, [2R, n], with R = n // 2 + 1."""
+    frequency, at = np.arange(n // 2 + 1), np.arange(n)
+    angle = 2 * np.pi / n * (at[:, None] * frequency % n)
+    weight = np.where((frequency == 0) | (2 * frequency == n), 1.0, 2.0)[:, None] / n  # both halves of a spectrum
+    to_spectrum = np.concatenate([np.cos(angle), -np.sin(angle)], 1)
+    return to_spectrum, np.concatenate([weight * np.cos(angle).T, -weight * np.sin(angle).T])
 
 
 # ---------------------------------------------------------------------------------------------- causal filters
@@ -86,7 +115,8 @@ def minimum_phase_kernel(gate_logits: torch.Tensor, taps: int) -> torch.Tensor:
     """
     log_magnitude = F.logsigmoid(gate_logits)
     to_phase, from_real, from_imaginary = (
-        torch.from_numpy(table).to(log_magnitude) for table in _minimum_phase_tables(gate_logits.shape[-1] - 1, taps)
+        torch.from_numpy(table).to(log_magnitude)
+        for table in _minimum_phase_tables(int(gate_logits.shape[-1]) - 1, taps)
     )
     magnitude, phase = log_magnitude.exp(), log_magnitude @ to_phase
     return (magnitude * phase.cos()) @ from_real + (magnitude * phase.sin()) @ from_imaginary
@@ -118,7 +148,7 @@ def zero_phase_kernel(gate_logits: torch.Tensor, taps: int) -> torch.Tensor:
     Returns:
         Kernels `[..., K]` for the lags -((K - 1) // 2) to K // 2.
     """
-    _, from_real, _ = _minimum_phase_tables(gate_logits.shape[-1] - 1, taps // 2 + 1)
+    _, from_real, _ = _minimum_phase_tables(int(gate_logits.shape[-1]) - 1, taps // 2 + 1)
     right = gate_logits.sigmoid() @ torch.from_numpy(from_real).to(gate_logits)  # lags 0 to K // 2
     return torch.cat([right[..., 1 : (taps - 1) // 2 + 1].flip(-1), right], -1)
 
@@ -131,7 +161,7 @@ def zero_phase_kernel_naive(gate_logits: torch.Tensor, taps: int) -> torch.Tenso
 
 def interpolate_gate(logits: torch.Tensor, bins: int) -> torch.Tensor:
     """Linear interpolation along the last dimension, `[..., R]` to `[..., bins]`, ends kept: a smooth gate."""
-    return logits @ torch.from_numpy(_interpolation_table(logits.shape[-1], bins)).to(logits)
+    return logits @ torch.from_numpy(_interpolation_table(int(logits.shape[-1]), bins)).to(logits)
 
 
 @functools.lru_cache
@@ -180,20 +210,20 @@ def short_causal_conv(
         document: `[B, T]` document index of every token, 0 for the document that `state` belongs to (default: all
             0); a token does not see the inputs of another document.
     """
-    taps = kernel.shape[-1]
+    taps = int(kernel.shape[-1])
     if state is None:
         padded = F.pad(x, (0, 0, taps - 1, 0))
     else:
         padded = torch.cat([state.to(x.dtype), x], 1)
-    if document is None:
+    if document is None and not exporting():
         return _ShortConv.apply(padded, kernel)
-    labels = F.pad(document, (taps - 1, 0))
+    labels = None if document is None else F.pad(document, (taps - 1, 0))
     length = x.shape[1]
     out = x * kernel[:, 0]
     for j in range(1, taps):
-        first = taps - 1 - j
-        same = labels[:, first : first + length] == document
-        out = out + padded[:, first : first + length] * kernel[:, j] * same[..., None]
+        window = slice(taps - 1 - j, taps - 1 - j + length)
+        tap = padded[:, window] * kernel[:, j]
+        out = out + (tap if labels is None else tap * (labels[:, window] == document)[..., None])
     return out
 
 
@@ -264,7 +294,7 @@ def phase_features(theta: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
     Returns:
         `[B, H, T, 2P]`. The product of two such features is Σ_p cos(θ_p - θ'_p): interference.
     """
-    return _PhaseFeatures.apply(theta, drift)
+    return (phase_features_naive if exporting() else _PhaseFeatures.apply)(theta, drift)
 
 
 def phase_features_naive(theta: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
@@ -279,13 +309,10 @@ class _PhaseFeatures(torch.autograd.Function):
     @staticmethod
     def forward(ctx, theta, drift):
         angle = (theta + drift).transpose(1, 2)
-        if exporting():
-            features = torch.cat([angle.cos(), angle.sin()], -1)
-        else:  # written in place: one pass less than joining them
-            features = angle.new_empty(*angle.shape[:-1], 2 * angle.shape[-1])
-            cos, sin = features.chunk(2, -1)
-            torch.cos(angle, out=cos)
-            torch.sin(angle, out=sin)
+        features = angle.new_empty(*angle.shape[:-1], 2 * angle.shape[-1])
+        cos, sin = features.chunk(2, -1)
+        torch.cos(angle, out=cos)  # written in place: one pass less than joining them
+        torch.sin(angle, out=sin)
         ctx.save_for_backward(features)
         return features
 
@@ -350,7 +377,7 @@ def interference_scan(
         y `[B, H·G, T, V]` and the state after the last token `[B, H, F, V]`.
     """
     length, heads, groups = q.shape[2], k.shape[1], q.shape[1] // k.shape[1]
-    if not exporting():
+    if not exporting() or single_token(length):
         chunk = min(chunk, length)
     q = _to_chunks(q, chunk).unflatten(1, (heads, groups)).transpose(2, 3).flatten(3, 4)  # [B, H, N, G·C, F]
     k, v = _to_chunks(k, chunk), _to_chunks(v, chunk)
@@ -530,7 +557,8 @@ def cancelling_scan(
         y `[B, H·G, T, V]` and the state after the last token `[B, H, F, V]`.
     """
     length, heads, groups = q.shape[2], k.shape[1], q.shape[1] // k.shape[1]
-    chunk = min(chunk, length)
+    if not exporting() or single_token(length):
+        chunk = min(chunk, length)
     q = _to_chunks(q, chunk).unflatten(1, (heads, groups))  # [B, H, G, N, C, F]
     k, v, strength = (_to_chunks(x, chunk) for x in (k, v, strength[..., None]))
     log_decay = _to_chunks(log_decay[..., None], chunk)[..., 0]
@@ -539,12 +567,20 @@ def cancelling_scan(
     between, from_start, to_end, across = _decays(log_decay, torch.zeros_like(log_decay), document)
     earlier = (strength * (k @ k.mT) * between).tril(-1)  # how much of a write a later key takes back
     wanted = torch.cat([strength * v, strength * from_start[..., None] * k], -1)
-    solved = torch.linalg.solve_triangular(earlier, wanted, upper=False, unitriangular=True)  # (1 + earlier)^-1 wanted
+    if exporting():
+        solved = _unit_lower_inverse(earlier, chunk) @ wanted
+    else:  # (1 + earlier)^-1 wanted
+        solved = torch.linalg.solve_triangular(earlier, wanted, upper=False, unitriangular=True)
     fresh, recalled = solved.split([v.shape[-1], k.shape[-1]], -1)
     inside = (q @ k.mT[:, :, None]) * between[:, :, None]
     read, leave = q * from_start[:, :, None, :, :, None], (k * to_end[..., None]).mT
     if state is None:
         state = k.new_zeros(k.shape[0], heads, k.shape[-1], v.shape[-1])
+    if exporting():
+        before, state = _compose_chunks(across, leave, fresh, recalled, state)
+        written = fresh - recalled @ before  # [B, H, N, C, V]
+        y = read @ before[:, :, None] + inside @ written[:, :, None]
+        return y.flatten(3, 4).flatten(1, 2)[:, :, :length], state
     rows = []
     for n in range(k.shape[2]):
         written = fresh[:, :, n] - recalled[:, :, n] @ state  # [B, H, C, V]
@@ -552,6 +588,42 @@ def cancelling_scan(
         state = state * across[:, :, n, None, None] + leave[:, :, n] @ written
     y = torch.cat(rows, 3).flatten(1, 2)  # [B, H·G, N·C, V]
     return y[:, :, :length], state
+
+
+def _unit_lower_inverse(lower: torch.Tensor, size: int) -> torch.Tensor:
+    """(1 + lower)^-1 for strictly lower triangular `[..., C, C]`: inverses of blocks, joined to ever larger ones.
+
+    As stable as substitution, row by row, but in log C products. C = `size` is a power of two.
+    """
+    at = np.arange(size)
+    inverse = torch.from_numpy(np.eye(size)).to(lower)
+    for level in range(size.bit_length() - 1):
+        block = at >> level
+        joined = (block[:, None] % 2 == 1) & (block == block[:, None] - 1)  # below the first of two neighbours
+        inverse = inverse - inverse @ (lower * torch.from_numpy(joined).to(lower)) @ inverse
+    return inverse
+
+
+def _compose_chunks(across, leave, fresh, recalled, state):
+    """Twin of the loop in [`cancelling_scan`]: the state before every chunk [B, H, N, F, V], and after the last.
+
+    A chunk takes the state M to (λ - K R) M + K W, and two of those in a row are another one. So `DOUBLINGS` steps,
+    each of which joins every chunk with the ones before it, reach 2^DOUBLINGS chunks back; a longer text gives NaN.
+    """
+    identity = torch.from_numpy(np.eye(int(leave.shape[-2]))).to(state)
+    turn = across[..., None, None] * identity - leave @ recalled  # [B, H, N, F, F]
+    shift = leave @ fresh  # [B, H, N, F, V]
+    chunks = shift.shape[2]
+    for level in range(DOUBLINGS):
+        back = 2**level
+        earlier_shift = F.pad(shift, (0, 0, 0, 0, back, 0))[:, :, :chunks]
+        earlier_turn = torch.cat([identity.expand_as(turn)[:, :, :1].expand(-1, -1, back, -1, -1), turn], 2)
+        shift = shift + turn @ earlier_shift
+        turn = turn @ earlier_turn[:, :, :chunks]
+    number = torch.ones_like(shift[0, 0, :, 0, 0]).cumsum(0)  # of every chunk, from 1
+    after = turn @ state[:, :, None] + shift
+    after = after.masked_fill((number > 2**DOUBLINGS)[:, None, None], float("nan"))
+    return torch.cat([state[:, :, None], after], 2)[:, :, :-1], after[:, :, -1]
 
 
 def cancelling_scan_naive(q, k, v, log_decay, strength, state=None, document=None):

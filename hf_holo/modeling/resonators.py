@@ -19,11 +19,12 @@ from torch import nn
 
 from .cache import RecurrentLayer
 from .layers import TokenLayout, at_least_float32, init_copy_
-from .ops import drift_angles, exporting, short_causal_conv
+from .ops import drift_angles, exporting, interference_scan, short_causal_conv, single_token
 
 SEGMENT = 512  # tokens handled by one FFT
 CHUNK = 64  # tokens handled by one matrix product where there is no FFT
-DOCUMENT_CHUNK = 16  # the same where documents meet and every lag is masked by itself
+DOCUMENT_CHUNK = 32  # the same where documents meet: around a border every lag is masked by itself
+JUMPS, LEVELS = 8, 4  # so an exported bank takes up to 8^4 chunks, 262,144 tokens, in one call
 MIN_DAMPING = 1e-5  # a memory of 100,000 tokens: the longest that float32 carries step by step
 
 
@@ -56,7 +57,7 @@ def resonate(
     Returns:
         y `[B, T, D]` and the state after the last real token `[B, D, 2K]`.
     """
-    if u.shape[1] == 1 and not exporting():
+    if single_token(u.shape[1]):
         return resonate_step(u, damping, omega, magnitude, phase, state, lengths, document)
     if segment is None:
         segment = DOCUMENT_CHUNK if document is not None else CHUNK if exporting() else SEGMENT
@@ -173,8 +174,7 @@ def _convolve(rows: torch.Tensor, kernel: torch.Tensor, u: torch.Tensor, documen
     """One-sided convolution inside every segment, rows [D, B, N, L] with kernel [D, L]; u [B, N, L, D] is rows too."""
     length = kernel.shape[-1]
     if document is not None:
-        y = short_causal_conv(u.flatten(0, 1), kernel, None, document.flatten(0, 1))  # [B·N, L, D]
-        return y.permute(2, 0, 1).reshape(rows.shape)
+        return _convolve_apart(rows, kernel, u.flatten(0, 1), document.flatten(0, 1))
     if exporting():
         at = torch.arange(length, device=kernel.device)
         lag = at - at[:, None]  # [source, target]
@@ -183,6 +183,17 @@ def _convolve(rows: torch.Tensor, kernel: torch.Tensor, u: torch.Tensor, documen
     room = 2 * length  # for the whole linear convolution: nothing wraps around
     spectrum = torch.fft.rfft(rows, n=room) * torch.fft.rfft(kernel, n=room)[:, None, None]
     return torch.fft.irfft(spectrum, n=room)[..., :length]
+
+
+def _convolve_apart(rows: torch.Tensor, kernel: torch.Tensor, u: torch.Tensor, document: torch.Tensor) -> torch.Tensor:
+    """[`_convolve`] lag by lag where documents meet in a segment, `u` [B·N, L, D] and `document` [B·N, L]."""
+    if exporting():
+        y = short_causal_conv(u, kernel, None, document)  # [B·N, L, D]
+        return y.permute(2, 0, 1).reshape(rows.shape)
+    y = _convolve(rows, kernel, u, None).flatten(1, 2)  # [D, B·N, L]
+    mixed = (document[:, 0] != document[:, -1]).nonzero()[:, 0]
+    apart = short_causal_conv(u[mixed], kernel, None, document[mixed])
+    return y.index_copy(1, mixed, apart.permute(2, 0, 1)).view(rows.shape)
 
 
 def _carry(rows, powers, powers_of, state, document):
@@ -196,7 +207,9 @@ def _carry(rows, powers, powers_of, state, document):
     written = _per_bank(rows, powers[..., :-1].flip(-1).mT)  # [D, B, N, 2K]
     carried = None if document is None else _carried(document)
     if exporting():
-        return _carry_by_product(torch.cat([state[:, :, None], written[:, :, :-1]], 2), rows, powers_of, carried)
+        return _carry_by_jumps(
+            torch.cat([state[:, :, None], written[:, :, :-1]], 2), rows.shape[-1], powers_of, carried
+        )
     across = _of_channels(powers[..., -1], rows)[:, None]  # [D, 1, 2K]
     before = [state]
     for n in range(written.shape[2] - 1):
@@ -206,21 +219,23 @@ def _carry(rows, powers, powers_of, state, document):
     return torch.stack(before, 2)
 
 
-def _carry_by_product(sources, rows, powers_of, carried):
-    """Twin of the loop in [`_carry`] as one masked product over segments: quadratic in their number, but loop-free."""
-    at = torch.arange(sources.shape[2], device=sources.device)
-    lag = at[:, None] - at  # [segment, source]
-    powers = powers_of((lag.clamp_min(0) * rows.shape[-1]).flatten()).unflatten(-1, lag.shape)  # [G, 2K, N, N]
-    seen = (lag >= 0)[None] if carried is None else (lag >= 0) & (carried[:, :, None] == carried[:, None])  # [B, N, N]
-    real, imaginary = powers.chunk(2, 1)
-    parts = sources.unflatten(0, (powers.shape[0], -1)).chunk(2, -1)  # [G, W, B, N, K] each
-    product = "gkij,bij,gwbjk->gwbik"
-    rr, ri, ir, ii = (
-        torch.einsum(product, p, seen.to(p.dtype).expand(sources.shape[1], -1, -1), x)
-        for p in (real, imaginary)
-        for x in parts
-    )
-    return torch.cat([rr - ii, ri + ir], -1).flatten(0, 1)
+def _carry_by_jumps(sources, size, powers_of, carried):
+    """Twin of the loop in [`_carry`] without a loop over segments of `size` tokens: sums of few, of many, of all.
+
+    Level by level, every segment adds up what itself and the ones before it have gathered, `JUMPS` of them in strides
+    that grow `JUMPS` times. Together they reach `JUMPS`^`LEVELS` segments back; a longer text gives NaN.
+    """
+    at, jumps = (torch.arange(n, device=sources.device) for n in (sources.shape[2], JUMPS))
+    for level in range(LEVELS):
+        steps = JUMPS**level * jumps  # [J]
+        source = at[:, None] - steps  # [N, J]
+        seen, source = source >= 0, source.clamp_min(0)
+        if carried is not None:
+            seen = seen & (carried[:, :, None] == carried[:, source])  # [B, N, J]
+        heard = sources[:, :, source] * seen[..., None].to(sources.dtype)  # [D, B, N, J, 2K]
+        turn = _of_channels(powers_of(size * steps).mT, sources)[:, None, None]  # [D, 1, 1, J, 2K]
+        sources = multiply(heard, turn).sum(-2)
+    return sources.masked_fill((at >= JUMPS**LEVELS)[:, None], float("nan"))
 
 
 def _of_channels(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -259,6 +274,16 @@ def _final_state(length, lengths, rows, before, powers, document):
 
 
 # ---------------------------------------------------------------------------------------------- modules
+def positive_damping(raw: torch.Tensor) -> torch.Tensor:
+    """Damping per step, above `MIN_DAMPING` for every real number; in at least float32."""
+    return MIN_DAMPING + F.softplus(raw.to(at_least_float32(raw.dtype)))
+
+
+def raw_damping(damping: torch.Tensor) -> torch.Tensor:
+    """Inverse of [`positive_damping`]."""
+    return (damping - MIN_DAMPING).expm1().log()
+
+
 class ResonatorBank(nn.Module):
     """Banks of damped modes at fixed frequencies that filter every channel, [`resonate`] with its parameters.
 
@@ -277,7 +302,7 @@ class ResonatorBank(nn.Module):
 
     def __init__(self, dim: int, banks: int, modes: int, lowest: float, highest: float):
         super().__init__()
-        self.modes, self.lowest, self.highest = modes, lowest, highest
+        self.dim, self.modes, self.lowest, self.highest = dim, modes, lowest, highest
         self.raw_damping = nn.Parameter(torch.empty(banks, modes))
         self.magnitude = nn.Parameter(torch.empty(dim, modes))
         self.phase = nn.Parameter(torch.empty(dim, modes))
@@ -287,14 +312,14 @@ class ResonatorBank(nn.Module):
         banks = len(self.raw_damping)
         slow, fast = (math.log(damping) for damping in self.DAMPING)
         damping = torch.linspace(slow, fast, banks).exp()[:, None]  # [G, 1]
-        init_copy_(self.raw_damping, (damping - MIN_DAMPING).expm1().log().expand_as(self.raw_damping))
+        init_copy_(self.raw_damping, raw_damping(damping).expand_as(self.raw_damping))
         # noise of unit variance comes out with unit variance, however long a bank remembers
-        largest = (12 * damping / self.modes).sqrt().repeat_interleave(len(self.magnitude) // banks, 0)  # [D, 1]
+        largest = (12 * damping / self.modes).sqrt().repeat_interleave(self.dim // banks, 0)  # [D, 1]
         init_copy_(self.magnitude, largest * torch.rand_like(largest.expand(-1, self.modes)))
         nn.init.uniform_(self.phase, 0.0, 2 * math.pi)
 
     def state_spec(self, name: str) -> dict[str, tuple[int, ...]]:
-        return {name: (self.magnitude.shape[0], 2 * self.modes)}
+        return {name: (self.dim, 2 * self.modes)}
 
     def omega(self, device: torch.device | None = None) -> torch.Tensor:
         """Radians a token `[K]`, in float64: computed anew, so that no cast or meta device can spoil them."""
@@ -303,8 +328,7 @@ class ResonatorBank(nn.Module):
 
     def damping(self) -> torch.Tensor:
         """How fast the modes fade, `[G, K]` per token, in at least float32."""
-        raw = self.raw_damping
-        return MIN_DAMPING + F.softplus(raw.to(at_least_float32(raw.dtype)))
+        return positive_damping(self.raw_damping)
 
     def weights(self) -> torch.Tensor:
         """What every channel reads the modes with, m e^{iφ}: `[D, 2K]` in at least float32."""
@@ -334,6 +358,48 @@ class ResonatorBank(nn.Module):
         return resonate(u, damping, omega, magnitude, phase, state, lengths, document)
 
 
+class FadingSum(nn.Module):
+    """y_t = λ y_{t-1} + u_t in every channel: one mode that does not turn, heard as it is. A bank for [`ChunkContext`].
+
+    Args:
+        dim: channels D.
+    """
+
+    DAMPING = 0.001  # where it starts: a memory of 1,000 steps
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+        self.raw_damping = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init_copy_(self.raw_damping, raw_damping(torch.full_like(self.raw_damping, self.DAMPING)))
+
+    def state_spec(self, name: str) -> dict[str, tuple[int, ...]]:
+        return {name: (1, self.dim)}
+
+    def read(self, state: torch.Tensor) -> torch.Tensor:
+        """The sum that a state `[B, 1, D]` holds: `[B, D]`."""
+        return state[:, 0]
+
+    def forward(
+        self,
+        u: torch.Tensor,
+        state: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
+        document: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As [`ResonatorBank.forward`]: y `[B, T, D]` and the state after `lengths` steps, `[B, 1, D]`."""
+        ones = u.new_ones(u.shape[0], 1, u.shape[1])  # [B, H, T] with one head, whose keys and queries are 1
+        real = ones if lengths is None else (torch.arange(u.shape[1], device=u.device) < lengths[:, None])[:, None]
+        decay = -positive_damping(self.raw_damping).to(u.dtype) * real
+        write = torch.zeros_like(ones).masked_fill(real == 0, float("-inf"))
+        before = None if state is None else state[:, :, None]  # [B, H, F, D] with one feature
+        y, state = interference_scan(ones[..., None], ones[..., None], u[:, None], decay, write, before, document)
+        return y[:, 0], state[:, :, 0]
+
+
 class ChunkContext(nn.Module):
     """Hierarchical context: a coarse bank over the means of past chunks, which every later token hears.
 
@@ -342,19 +408,20 @@ class ChunkContext(nn.Module):
 
     Args:
         chunk_length: tokens of a chunk.
-        bank: the coarse bank; its steps are chunks.
+        bank: the coarse bank, whose steps are chunks: a [`ResonatorBank`] or a [`FadingSum`].
+        name: of its state in the cache.
     """
 
-    def __init__(self, chunk_length: int, bank: ResonatorBank):
+    def __init__(self, chunk_length: int, bank: nn.Module, name: str = "context"):
         super().__init__()
-        self.chunk_length, self.bank = chunk_length, bank
+        self.chunk_length, self.bank, self.name = chunk_length, bank, name
 
     def state_spec(self) -> dict[str, tuple[int, ...]]:
-        return {"chunk": (len(self.bank.magnitude) + 1,)} | self.bank.state_spec("context")
+        return {f"{self.name}_chunk": (self.bank.dim + 1,)} | self.bank.state_spec(self.name)
 
     def forward(self, u: torch.Tensor, layout: TokenLayout, cache: RecurrentLayer | None = None) -> torch.Tensor:
         """`[B, T, D]`, zeros at padding, to `[B, T, D]`; continues from `cache` and updates it, if given."""
-        names = ("chunk", "context")
+        names = tuple(self.state_spec())
         before = [None if cache is None else cache.get(name) for name in names]
         context, states = self._scan(u, layout, *before)
         if cache is not None:

@@ -10,6 +10,7 @@ class HoloTokenizer(PreTrainedTokenizerFast):
     is registered with `AutoTokenizer` keeps its name and loads in both. `hf_holo.training.tokenizers` makes instances.
     """
 
+    _auto_class = "AutoTokenizer"  # its code goes with a checkpoint
     vocab_files_names = {"tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
     slow_tokenizer_class = None

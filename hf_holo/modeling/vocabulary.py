@@ -108,23 +108,15 @@ class TwoLevelEmbedding(CompressedEmbedding):
         frequent_tokens: how many of the lowest ids are dense.
         grouped_tokens: how many ids after them are in groups.
         groups: number of groups.
-        others: as in [`CompressedEmbedding`].
+        args, kwargs: as in [`CompressedEmbedding`].
     """
 
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        initializer_range: float,
-        frequent_tokens: int,
-        grouped_tokens: int,
-        groups: int,
-    ):
-        super().__init__(num_embeddings, embedding_dim, initializer_range)
+    def __init__(self, *args, frequent_tokens: int, grouped_tokens: int, groups: int, **kwargs):
+        super().__init__(*args, **kwargs)
         self.frequent_tokens = frequent_tokens
         self.grouped_tokens = grouped_tokens
         self.groups = groups
-        self.top = nn.Embedding(groups + num_embeddings - grouped_tokens, embedding_dim)  # groups, then dense tokens
+        self.top = nn.Embedding(groups + self.num_embeddings - grouped_tokens, self.embedding_dim)  # dense tokens last
         self.group_bias = nn.Parameter(torch.empty(groups))
 
     @torch.no_grad()
@@ -238,23 +230,15 @@ class FrequencyCompressedEmbedding(TwoLevelEmbedding):
         frequent_tokens: dense tokens F, the lowest ids.
         groups: number of groups, the values of i.
         group_size: tokens of a group, the values of j.
-        others: as in [`CompressedEmbedding`].
+        args, kwargs: as in [`CompressedEmbedding`].
     """
 
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        initializer_range: float = 0.02,
-        *,
-        frequent_tokens: int,
-        groups: int,
-        group_size: int,
-    ):
-        super().__init__(num_embeddings, embedding_dim, initializer_range, frequent_tokens, groups * group_size, groups)
+    def __init__(self, *args, frequent_tokens: int, groups: int, group_size: int, **kwargs):
+        grouped = groups * group_size
+        super().__init__(*args, frequent_tokens=frequent_tokens, grouped_tokens=grouped, groups=groups, **kwargs)
         self.group_size = group_size
-        self.gates = nn.Embedding(groups, embedding_dim)
-        self.members = nn.Embedding(group_size, embedding_dim)
+        self.gates = nn.Embedding(groups, self.embedding_dim)
+        self.members = nn.Embedding(group_size, self.embedding_dim)
         self.bias = nn.Parameter(torch.empty(groups, group_size))
         self.reset_parameters()
 
@@ -306,27 +290,18 @@ class AdaptiveEmbedding(TwoLevelEmbedding):
     Args:
         cutoffs: the ids at which the dense tokens and then each cluster end.
         shrink: the widths of clusters are D / shrink, D / shrink², ..., at least 1.
-        others: as in [`CompressedEmbedding`].
+        args, kwargs: as in [`CompressedEmbedding`].
     """
 
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        initializer_range: float = 0.02,
-        *,
-        cutoffs: list[int],
-        shrink: int = 4,
-    ):
+    def __init__(self, *args, cutoffs: list[int], shrink: int = 4, **kwargs):
         frequent, *ends = cutoffs
-        super().__init__(
-            num_embeddings, embedding_dim, initializer_range, frequent, ends[-1] - frequent, len(cutoffs) - 1
-        )
+        grouped = ends[-1] - frequent
+        super().__init__(*args, frequent_tokens=frequent, grouped_tokens=grouped, groups=len(ends), **kwargs)
         self._starts = [end - frequent for end in cutoffs]  # places at which the clusters start, and the end of all
         sizes = [end - start for start, end in zip(cutoffs, ends, strict=False)]
-        widths = [max(1, embedding_dim // shrink**level) for level in range(1, len(cutoffs))]
+        widths = [max(1, self.embedding_dim // shrink**level) for level in range(1, len(cutoffs))]
         self.tables = nn.ModuleList([nn.Embedding(*shape) for shape in zip(sizes, widths, strict=True)])
-        self.projections = nn.ParameterList([torch.empty(embedding_dim, width) for width in widths])
+        self.projections = nn.ParameterList([torch.empty(self.embedding_dim, width) for width in widths])
         self.reset_parameters()
 
     @torch.no_grad()
@@ -389,23 +364,14 @@ class HashEmbedding(CompressedEmbedding):
         hashes: number of hash functions K.
         buckets: rows of each.
         importances: rows of the table of importances; id v reads row v modulo their number.
-        others: as in [`CompressedEmbedding`].
+        args, kwargs: as in [`CompressedEmbedding`].
     """
 
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        initializer_range: float = 0.02,
-        *,
-        hashes: int,
-        buckets: int,
-        importances: int,
-    ):
-        super().__init__(num_embeddings, embedding_dim, initializer_range)
+    def __init__(self, *args, hashes: int, buckets: int, importances: int, **kwargs):
+        super().__init__(*args, **kwargs)
         self.hashes = hashes
         self.buckets = buckets
-        self.tables = nn.Embedding(hashes * buckets, embedding_dim)
+        self.tables = nn.Embedding(hashes * buckets, self.embedding_dim)
         self.importance = nn.Parameter(torch.empty(importances, hashes))
         self.reset_parameters()
 

@@ -58,6 +58,32 @@ def test_a_delay_leaves_the_response_as_it_is():
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_a_kept_kernel_is_never_out_of_date(monkeypatch):
+    """Whatever changes the numbers of a gate, also behind the back of autograd, its kernel follows; else it stays."""
+    gate, designs = SpectralGate(4, taps=4), []
+    design = gate.kernel
+    monkeypatch.setattr(gate, "kernel", lambda: designs.append(1) or design())
+    changes = {
+        "nothing": lambda: None,
+        "in place": lambda: gate.scale.mul_(2),
+        "data": lambda: gate.logits.data.add_(1),
+        "a cast and back": lambda: gate.bfloat16().float(),
+        "another parameter": lambda: setattr(gate, "scale", torch.nn.Parameter(gate.scale + 1)),
+        "loading": lambda: gate.load_state_dict(SpectralGate(4, taps=4).state_dict()),
+        "another dtype": gate.double,
+    }
+    gate.kept_kernel()
+    for name, change in changes.items():
+        designs.clear()
+        change()
+        for _ in range(3):
+            torch.testing.assert_close(gate.kept_kernel(), design(), msg=name)
+        assert len(designs) == (name != "nothing"), name
+    with torch.enable_grad():
+        assert gate.kept_kernel().requires_grad
+
+
 def test_a_zero_phase_gate_is_symmetric():
     torch.manual_seed(0)
     kernel = SpectralGate(4, taps=7, causal=False).kernel()
@@ -89,3 +115,14 @@ def test_blocks_map_hidden_states_to_hidden_states():
     assert HoloSpectralBlock(config, 0)(x).shape == x.shape
     assert HolographicMixer(config)(x).shape == x.shape
     assert LiteChannelMix(32, 4)(x).shape == x.shape
+
+
+@pytest.mark.parametrize("family", ["hsn", "resonance"])
+def test_a_deep_model_starts_with_quiet_blocks(family):
+    """Modules that start the parameters of their children are met in both majors of transformers."""
+    architecture, depth = hf_holo.get_architecture(family), 8
+    model = architecture.main_model(architecture.config(vocab_size=11, hidden_size=64, num_hidden_layers=depth))
+    for block in model.model.layers:
+        for projection in (block.mixer.out_proj, block.channel_mix.out_proj):
+            expected = 0.7 * projection.in_features**-0.5 / (2 * depth) ** 0.5
+            assert projection.weight.std().item() == pytest.approx(expected, rel=0.1)

@@ -120,6 +120,24 @@ def test_one_mode_is_enough():
     assert torch.isfinite(model(input_ids=torch.arange(11)[None]).last_hidden_state).all()
 
 
+def test_a_memory_can_be_added_to_a_trained_model(tmp_path):
+    """What was loaded stays, what is new starts quietly: the model says nearly what it said."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 64, "num_hidden_layers": 2}
+    plain = ResonanceForCausalLM(ResonanceConfig(**sizes)).double().eval()
+    plain.save_pretrained(tmp_path)
+    options = {"memory_dimension": 8, "memory_chunk_length": 4, "dtype": torch.float64}
+    model = ResonanceForCausalLM.from_pretrained(tmp_path, **options)
+    loaded = model.state_dict()
+    for name, expected in plain.state_dict().items():
+        assert torch.equal(loaded[name], expected), name
+    assert any("memories" in name for name in loaded)
+    ids = torch.arange(1, 41)[None]
+    with torch.no_grad():
+        expected = plain(input_ids=ids).logits
+        assert 0 < (model(input_ids=ids).logits - expected).std() < 0.2 * expected.std()
+
+
 BAD = {
     "num_banks": ({"hidden_size": 32, "num_banks": 5}, "5"),
     "num_modes": ({"num_modes": 0}, "0"),
@@ -132,6 +150,8 @@ BAD = {
         "highest_frequency=1.0",
     ),
     "chunk_length": ({"chunk_length": 0}, "0"),
+    "memory_dimension": ({"memory_dimension": 0}, "0"),
+    "memory_chunk_length": ({"memory_chunk_length": -8}, "-8"),
     "segment_length": ({"segment_length": 0}, "0"),
     "channel_mix": ({"channel_mix": "conv"}, "conv"),
     "intermediate_size": ({"intermediate_size": -1}, "-1"),

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_holo.modeling import resonators
 from hf_holo.modeling.layers import TokenLayout
@@ -57,6 +58,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_every_form_equals_the_recurrence(monkeypatch, case, state, segment, export):
     monkeypatch.setattr(resonators, "exporting", lambda: export)
+    monkeypatch.setattr(resonators, "JUMPS", 2)  # so that a few segments take several levels
     arguments = make(state=state)
     assert_same_with_gradients(
         arguments,
@@ -71,6 +73,31 @@ def test_the_segment_changes_no_result():
     expected = resonate(**arguments, segment=1000)
     for segment in (1, 7, 512, 4096):
         torch.testing.assert_close(resonate(**arguments, segment=segment), expected, **EXACT)
+
+
+@torch.no_grad()
+def test_an_exported_bank_says_where_its_reach_ends(monkeypatch):
+    monkeypatch.setattr(resonators, "exporting", lambda: True)
+    monkeypatch.setattr(resonators, "JUMPS", 2)
+    monkeypatch.setattr(resonators, "LEVELS", 2)
+    y, _ = resonate(**make(), segment=8)  # five segments, four of which can be reached
+    assert torch.isfinite(y[:, :32]).all() and torch.isnan(y[:, 32:]).all()
+
+
+def test_a_compiler_is_told_of_a_single_token(monkeypatch):
+    """Then it is one step of the recurrence, not a padded chunk of products."""
+    arguments = make(length=1)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with FlopCounterMode(display=False) as products:
+        got = resonate(**arguments)
+    assert products.get_total_flops() == 0
+    torch.testing.assert_close(got, resonate_naive(**arguments), **EXACT)
+
+
+def test_a_trace_of_a_single_token_takes_any_number_of_them():
+    bank, u = make_bank(), make(length=9, state=False)["u"].detach()
+    traced = torch.jit.trace(bank, (u[:, :1],), check_trace=False)
+    torch.testing.assert_close(traced(u), bank(u), **EXACT)
 
 
 # ---------------------------------------------------------------------------------------------- the bank

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_holo import ResonanceConfig, ResonanceForCausalLM, ResonanceForMaskedLM
 from hf_holo.eval.cost import info
-from hf_holo.modeling import vocabulary
+from hf_holo.modeling import base, vocabulary
 from hf_holo.modeling.configuration_vocabulary import lay_out_vocabulary
 from hf_holo.modeling.vocabulary import (
     HashEmbedding,
@@ -331,6 +331,20 @@ def test_training_gives_the_loss_of_evaluation_without_logits(config, model_clas
     expected = language_loss_naive(evaluated.logits, labels, shift=model_class is ResonanceForCausalLM)
     torch.testing.assert_close(trained.loss, expected)
     torch.testing.assert_close(evaluated.loss, expected.float())  # transformers computes it in float32
+
+
+@torch.no_grad()
+def test_a_large_evaluation_gives_logits_only_where_they_are_asked_for(config, labels, monkeypatch):
+    model = ResonanceForCausalLM(config).double().eval()
+    ids = torch.randint(VOCAB_SIZE, (2, 9))
+    whole = model(input_ids=ids, labels=labels)
+    monkeypatch.setattr(base, "LOGITS_WITH_A_LOSS", labels.numel() * VOCAB_SIZE - 1)
+    large = model(input_ids=ids, labels=labels)
+    assert large.logits is None
+    torch.testing.assert_close(large.loss.float(), whole.loss)
+    asked = model(input_ids=ids, labels=labels, logits_to_keep=2)
+    torch.testing.assert_close(asked.loss, large.loss)
+    torch.testing.assert_close(asked.logits, whole.logits[:, -2:])
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(config, labels):

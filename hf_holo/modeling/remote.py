@@ -1,0 +1,88 @@
+"""The code that goes with a checkpoint, so that it loads with `trust_remote_code=True` where this package is missing.
+
+transformers copies the file of a class and, recursively, the files that it imports as `from .sibling import name`. A
+class takes part if it says which Auto class loads it (`_auto_class`).
+
+From a local folder, transformers 4.57 fetches only what the file of the class itself imports. So the files that Auto
+classes load (`configuration_*`, `modeling_*`, `tokenization_*`) import all that their siblings import, too.
+"""
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import transformers
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
+
+
+def obstacle(cls: type) -> str | None:
+    """Why the code of a class cannot go with a checkpoint; None if it can."""
+    file = file_of(cls)
+    if file is None or cls.__module__ == "__main__" or vars(sys.modules[cls.__module__]).get(cls.__name__) is not cls:
+        return f"{cls.__name__} cannot be imported from a file by its name"
+    try:
+        files = get_relative_import_files(file)
+        missing = [path for path in files if not Path(path).is_file()]
+    except OSError as error:
+        missing = [error.filename]
+    if missing:
+        return f"{file.name} imports {Path(missing[0]).stem!r}, which is no file beside it"
+    return None
+
+
+def file_of(cls: type) -> Path | None:
+    """Where a class is defined; None if in no file."""
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return None if file is None else Path(file)
+
+
+def auto_map(model_class: type[PreTrainedModel]) -> dict[str, str]:
+    """Which class each Auto class loads, as "file.Class": the config's, and every head in the file of `model_class`."""
+    config_class, module = model_class.config_class, model_class.__module__
+    heads = [
+        value
+        for value in vars(sys.modules[module]).values()
+        if isinstance(value, type)
+        and issubclass(value, PreTrainedModel)
+        and (value.__module__, value.config_class) == (module, config_class)
+        and value._auto_class is not None
+    ]
+    return {"AutoConfig": reference(config_class)} | {head._auto_class: reference(head) for head in heads}
+
+
+def auto_classes_of(name: str) -> list[str]:
+    """Names of the Auto classes through which transformers loads its own model class `name`, the most telling first."""
+    found = []
+    for auto_name in dir(transformers):
+        if not auto_name.startswith("AutoModel"):
+            continue
+        classes = getattr(transformers, auto_name)._model_mapping._model_mapping.values()
+        if any(name in (entry if isinstance(entry, (tuple, list)) else (entry,)) for entry in classes):
+            found.append(auto_name)
+    return sorted(found, key=lambda auto_name: auto_name in ("AutoModelForPreTraining", "AutoModelWithLMHead"))
+
+
+def reference(cls: type) -> str:
+    """A class as an `auto_map` names it."""
+    return f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
+
+
+@contextmanager
+def with_code(cls: type) -> Iterator[bool]:
+    """Whether a model of the class `cls` that is saved in this block takes its code along.
+
+    If that is impossible a warning says why, and the model is saved without.
+    """
+    reason = None if cls._auto_class is None else obstacle(cls)
+    if reason is None:
+        yield cls._auto_class is not None
+        return
+    warnings.warn(f"saved without its code: {reason}; who loads it must have that code installed", stacklevel=4)
+    auto_class, cls._auto_class = cls._auto_class, None
+    try:
+        yield False
+    finally:
+        cls._auto_class = auto_class
