@@ -1,0 +1,271 @@
+"""What all exported formats have in common: a model as a function of tensors, its state among them.
+
+A graph takes the inputs of the model (`input_ids` and `attention_mask` for text) and then every tensor that the model
+continues from; it gives the output of the head and the tensors to continue from next. Names, shapes and order follow
+from facts that an architecture states anyway, so that no family has export code of its own: `forward` names the inputs,
+`state_spec` the states of constant size, and what else a cache holds is read off one.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from ..errors import HoloError, unknown
+from ..modeling.cache import RecurrentCache, RecurrentLayer
+from ..modeling.layers import at_least_float32
+
+# Optimum's names of the tasks that can be exported, and the Auto class that has the head for each.
+TASKS = {
+    "text-generation": "AutoModelForCausalLM",
+    "feature-extraction": "AutoModel",
+    "fill-mask": "AutoModelForMaskedLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "image-classification": "AutoModelForImageClassification",
+    "audio-classification": "AutoModelForAudioClassification",
+}
+POOLED = ("text-classification", "image-classification", "audio-classification")  # one output for a whole input
+WITH_PAST = "-with-past"  # Optimum's suffix of a task whose graph continues from a state
+
+BATCH, TOKENS, PAST = "batch_size", "sequence_length", "past_sequence_length"
+TOTAL = f"{PAST} + {TOKENS}"
+# The inputs that a graph may have, with their axes of variable size; a model has those that its `forward` names.
+INPUTS = {
+    "input_ids": {0: BATCH, 1: TOKENS},
+    "attention_mask": {0: BATCH, 1: TOKENS},
+    "pixel_values": {0: BATCH},
+    "input_values": {0: BATCH, 1: "audio_length"},
+    "input_features": {0: BATCH, 1: "audio_frames"},
+}
+
+
+@dataclass(frozen=True)
+class State:
+    """One tensor that a model continues from.
+
+    Attributes:
+        layer: index of the layer that it belongs to.
+        name: what the layer calls it; "key" and "value" in a cache of transformers.
+        shape: without the batch; None for an axis that grows with the text.
+        dtype: of its numbers.
+    """
+
+    layer: int
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: torch.dtype
+
+    @property
+    def input_name(self) -> str:
+        """Its name among the inputs of a graph."""
+        return f"past_key_values.{self.layer}.{self.name}"
+
+    @property
+    def output_name(self) -> str:
+        """Its name among the outputs of a graph."""
+        return f"present.{self.layer}.{self.name}"
+
+    def axes(self, tokens: str) -> dict[int, str]:
+        """Its axes of variable size; `tokens` names the one that grows."""
+        return {0: BATCH} | {axis: tokens for axis, size in enumerate(self.shape, 1) if size is None}
+
+    def zeros(self, batch: int, tokens: int = 0) -> torch.Tensor:
+        """The state `[B, ...]` of a text that begins (or, of one that grows, zeros for `tokens` tokens)."""
+        sizes = (tokens if size is None else size for size in self.shape)
+        return torch.zeros(batch, *sizes, dtype=self.dtype)
+
+
+class Graph:
+    """The facts of an exported graph: what goes in, what comes out, and how a model is called with it.
+
+    Args:
+        task: a key of `TASKS`, with the suffix `WITH_PAST` if the state is to be input and output.
+        config: the config of the model.
+        dtype: of its weights.
+
+    Raises:
+        HoloError: the task is unknown, or the family has no head for it.
+    """
+
+    def __init__(self, task: str, config: PretrainedConfig, dtype: torch.dtype = torch.float32):
+        self.task, self.config, self.dtype = task.removesuffix(WITH_PAST), config, dtype
+        self.with_past = task.endswith(WITH_PAST)
+        self.model_class = head_for(self.task, config)
+        self.output = "last_hidden_state" if self.task == "feature-extraction" else "logits"
+
+    @cached_property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        """The inputs but for the state, with their axes of variable size."""
+        arguments = inspect.signature(self.model_class.forward).parameters
+        axes = {name: dict(axes) for name, axes in INPUTS.items() if name in arguments}
+        if self.with_past:
+            axes["attention_mask"][1] = TOTAL
+        return axes
+
+    @cached_property
+    def states(self) -> list[State]:
+        """What the model continues from; nothing in a graph without state."""
+        return states_of(self.model_class, self.config, self.dtype) if self.with_past else []
+
+    @property
+    def input_axes(self) -> dict[str, dict[int, str]]:
+        """All inputs in order, with their axes of variable size."""
+        return self.inputs | {state.input_name: state.axes(PAST) for state in self.states}
+
+    @property
+    def output_axes(self) -> dict[str, dict[int, str]]:
+        """All outputs in order, with their axes of variable size."""
+        first = {0: BATCH} if self.task in POOLED else {0: BATCH, 1: TOKENS}
+        return {self.output: first} | {state.output_name: state.axes(TOTAL) for state in self.states}
+
+    def example(self, batch: int = 2, tokens: int = 16, past: int = 8, seed: int = 0) -> dict[str, torch.Tensor]:
+        """Inputs of a text of `tokens` tokens whose first row has padding in front; after a state, `past` tokens long
+        where that grows, in a graph that has one."""
+        generator = torch.Generator().manual_seed(seed)
+        past = past if any(None in state.shape for state in self.states) else 0
+        made = {"attention_mask": torch.ones(batch, past + tokens, dtype=torch.long)}
+        made["attention_mask"][0, : past + tokens // 4] = 0
+        if "input_ids" in self.inputs:
+            made["input_ids"] = torch.randint(self.config.vocab_size, (batch, tokens), generator=generator)
+        return {name: made[name] for name in self.inputs} | {s.input_name: s.zeros(batch, past) for s in self.states}
+
+    def again(self, tensors: Sequence[torch.Tensor], states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Inputs that read the text of `tensors` once more, behind itself: from the states that it has led to."""
+        inputs = dict(zip(self.inputs, tensors, strict=False))
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(inputs["input_ids"])], 1)
+        return [*inputs.values(), *states]
+
+    def call(self, forward: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Call a model's `forward` with inputs and states in their order; gives the output and the new states."""
+        inputs: dict[str, Any] = dict(zip(self.inputs, tensors, strict=False))
+        if "use_cache" in inspect.signature(self.model_class.forward).parameters:
+            inputs["use_cache"] = self.with_past
+        if not self.with_past:
+            return (forward(**inputs, return_dict=True)[self.output],)
+        cache = make_cache(self.config, self.states, tensors[len(self.inputs) :])
+        result = forward(**inputs, past_key_values=cache, return_dict=True)
+        return (result[self.output], *take_states(self.states, result.past_key_values))
+
+
+class GraphModule(nn.Module):
+    """A graph as a module that is called with its tensors in order, for exporters that know nothing of caches.
+
+    Args:
+        graph: the graph.
+        model: the model that computes it.
+    """
+
+    def __init__(self, graph: Graph, model: PreTrainedModel):
+        super().__init__()
+        self.graph, self.model = graph, model
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.graph.call(self.model, tensors)
+
+
+# ---------------------------------------------------------------------------------------------- states
+def states_of(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype = torch.float32
+) -> list[State]:
+    """Everything that a causal model continues from, in order.
+
+    Args:
+        model_class: its class.
+        config: its config.
+        dtype: of its weights.
+    """
+    if hasattr(model_class, "state_spec") and "constant_state" in model_class.capabilities_of(config):
+        layers, kept = model_class.state_spec(config), at_least_float32(dtype)
+        return [State(i, name, tuple(shape), kept) for i, spec in enumerate(layers) for name, shape in spec.items()]
+    return _read_off(model_class, config, dtype)
+
+
+@torch.no_grad()
+def _read_off(model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> list[State]:
+    """The states of a model whose cache grows: the sizes that differ after two and after three tokens."""
+    with FakeTensorMode():  # tensors without data
+        model = model_class._from_config(config, dtype=dtype).eval()
+        texts = (torch.ones(1, tokens, dtype=torch.long) for tokens in (2, 3))
+        shorter, longer = (dict(held_by(model(input_ids=text, use_cache=True).past_key_values)) for text in texts)
+    states = []
+    for (layer, name), tensor in shorter.items():
+        sizes = zip(tensor.shape[1:], longer[layer, name].shape[1:], strict=True)
+        states.append(State(layer, name, tuple(a if a == b else None for a, b in sizes), tensor.dtype))
+    return states
+
+
+def held_by(cache: Cache) -> Iterator[tuple[tuple[int, str], torch.Tensor]]:
+    """The tensors in a cache, each with its layer and name."""
+    for index, layer in enumerate(cache.layers):
+        recurrent = isinstance(layer, RecurrentLayer)
+        for name, tensor in (layer.states if recurrent else {"key": layer.keys, "value": layer.values}).items():
+            yield (index, name), tensor
+
+
+def take_states(states: Sequence[State], cache: Cache) -> tuple[torch.Tensor, ...]:
+    """The states in their order, from a cache."""
+    held = dict(held_by(cache))
+    return tuple(held[state.layer, state.name] for state in states)
+
+
+def make_cache(config: PretrainedConfig, states: Sequence[State], tensors: Sequence[torch.Tensor]) -> Cache:
+    """The cache that a model with `config` continues from: the inverse of [`take_states`]."""
+    held: dict[int, dict[str, torch.Tensor]] = {}
+    for state, tensor in zip(states, tensors, strict=True):
+        held.setdefault(state.layer, {})[state.name] = tensor
+    if all(layer.keys() == {"key", "value"} for layer in held.values()):
+        return _keys_and_values(held)
+    cache = RecurrentCache(config)
+    for index, named in held.items():
+        cache.layers[index].states = named
+        cache.layers[index].is_initialized = True
+    return cache
+
+
+def _keys_and_values(held: Mapping[int, Mapping[str, torch.Tensor]]) -> DynamicCache:
+    """transformers' own cache. Not through its `update`, which joins an empty tensor that no graph needs."""
+    cache = DynamicCache()
+    cache.layers = [DynamicLayer() for _ in held]
+    for layer, named in zip(cache.layers, held.values(), strict=True):
+        layer.keys, layer.values = named["key"], named["value"]
+        layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
+    return cache
+
+
+# ---------------------------------------------------------------------------------------------- tasks
+def head_for(task: str, config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The model class for a task (without `WITH_PAST`) in the family of a config.
+
+    Raises:
+        HoloError: the task is unknown, or the family has no head for it.
+    """
+    if task not in TASKS:
+        raise unknown("task", task, TASKS)
+    model_class = getattr(transformers, TASKS[task])._model_mapping.get(type(config), None)
+    if model_class is None:
+        raise HoloError(f"task={task!r}: the family {config.model_type!r} has no head for it")
+    return model_class
+
+
+def task_of(config: PretrainedConfig) -> str:
+    """The task of a saved model: that of the head in its config, with the state if it generates.
+
+    Raises:
+        HoloError: the config names no head, or one that cannot be exported.
+    """
+    saved = (config.architectures or [""])[0]
+    for task, auto in TASKS.items():
+        model_class = getattr(transformers, auto)._model_mapping.get(type(config), None)
+        if model_class is not None and model_class.__name__ == saved:
+            return task + WITH_PAST if task == "text-generation" else task
+    known = ", ".join(TASKS)
+    raise HoloError(f"architectures={saved!r} in config.json is no head of a known task; give one of {known}")

@@ -1,0 +1,89 @@
+"""Generation on ONNX Runtime, for graphs whose state is whatever it is. Needs the extra `onnx`."""
+
+import re
+from typing import Any
+
+import torch
+from onnxruntime import InferenceSession
+from onnxruntime.transformers.io_binding_helper import TypeHelper
+from optimum.onnxruntime import ORTModelForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..modeling.cache import RecurrentCache
+from .graph import State
+from .onnx_config import register
+
+register()  # for `from_pretrained(..., export=True)`
+
+
+class HoloORTModelForCausalLM(ORTModelForCausalLM):
+    """An exported causal language model that generates as the original does: greedy, sampling, beams, left padding.
+
+    Made by `from_pretrained(folder)` from what `optimum-cli export onnx` or `hf-holo export` has written, or, with
+    `export=True`, from a checkpoint. Optimum's own class takes every cache for keys and values of attention; this one
+    reads the states off the inputs of the graph, of any family. Called with a piece of a text and the
+    `past_key_values` of the pieces before, it continues.
+    """
+
+    _is_stateful = True  # a graph cannot take tokens back: transformers refuses assisted decoding
+
+    def __init__(
+        self, *, config=None, session: InferenceSession = None, use_io_binding=None, generation_config=None, **kwargs
+    ):
+        # past the parent's, which computes the shapes of keys and values
+        super(ORTModelForCausalLM, self).__init__(config=config, session=session, use_io_binding=False, **kwargs)
+        self.generation_config = generation_config
+        self.states = [state for name in self.input_names if (state := self._state(name)) is not None]
+        self.can_use_cache = bool(self.states)
+
+    def _state(self, name: str) -> State | None:
+        """The state that an input of the graph is, None if it is none."""
+        match = re.fullmatch(r"past_key_values\.(\d+)\.(\w+)", name)
+        if match is None:
+            return None
+        shape = tuple(size if isinstance(size, int) else None for size in self.input_shapes[name][1:])
+        return State(int(match[1]), match[2], shape, TypeHelper.ort_type_to_torch_type(self.input_dtypes[name]))
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            input_ids: `[B, T]`.
+            attention_mask: `[B, T]` or, after earlier pieces, `[B, S]` for all tokens so far; 0 at padding.
+            past_key_values: what to continue from, updated in place.
+            use_cache: whether to return it; default: if the graph has a state.
+
+        Returns:
+            Logits `[B, T, vocab_size]`, and the state to continue from.
+        """
+        cache = past_key_values
+        if cache is None and self.states:
+            cache = RecurrentCache(self.config)
+        tokens, seen = input_ids.shape[1], 0 if cache is None else cache.get_seq_length()
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        missing = max(0, seen + tokens - mask.shape[1])
+        feed = {"input_ids": input_ids, "attention_mask": torch.nn.functional.pad(mask, (missing, 0), value=1)}
+        for state in self.states:
+            held = cache.layers[state.layer].get(state.name)
+            feed[state.input_name] = state.zeros(len(input_ids)) if held is None else held
+        outputs = self._prepare_onnx_outputs(True, self.session.run(None, self._prepare_onnx_inputs(True, feed)))
+        for state in self.states:
+            cache.layers[state.layer].put(state.name, outputs[state.output_name], tokens, replay=None)
+        if cache is not None:
+            cache.advance(tokens)
+        return CausalLMOutputWithPast(logits=outputs["logits"], past_key_values=None if use_cache is False else cache)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any) -> None:
+        if self.states and generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = RecurrentCache(self.config)
+
+    @staticmethod
+    def _reorder_cache(past_key_values: RecurrentCache, beam_idx: torch.LongTensor) -> RecurrentCache:
+        past_key_values.reorder_cache(beam_idx)
+        return past_key_values

@@ -1,0 +1,233 @@
+"""What an export leaves beside the model: report.json and README.md, both measured on the written file."""
+
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..errors import HoloError
+from ..files import write_text
+from .formats import Format, Program, Source, continues
+from .graph import Graph, held_by, make_cache
+
+LENGTHS, BATCHES = (1, 16, 17, 65, 250), (1, 3)
+TOLERANCE = 1e-4  # of a format that computes with the weights as they are, relative to the largest output
+PROMPT, NEW_TOKENS = 12, 64
+WINDOW = 256  # tokens of a text that are read at once, for timings and perplexity
+REPEATS = 20
+
+
+def measure(source: Source, form: Format, folder: Path, text: str | None = None) -> dict[str, Any]:
+    """Everything that the report says of an export.
+
+    Args:
+        source: what was exported.
+        form: its format.
+        folder: where it lies.
+        text: a held-out text to measure the perplexity on; default: none.
+
+    Raises:
+        HoloError: the outputs of a format that should be exact differ.
+    """
+    program = form.load(folder / form.file, source.graph)
+    record: dict[str, Any] = {"task": source.task, "parity": parity(source, program)}
+    worst = max(row["max_relative"] for row in record["parity"])
+    if form.exact and not worst <= TOLERANCE:
+        raise HoloError(f"its outputs differ from PyTorch's by {worst:.1e} of the largest, allowed {TOLERANCE:.0e}")
+    if continues(source):
+        record["generation"] = generation(source, program)
+    if text is not None:
+        record["perplexity"] = perplexities(source, program, text)
+    record["bytes"] = sum(path.stat().st_size for path in folder.glob(f"{form.file}*"))
+    record["float32_bytes"] = sum(p.nbytes for p in {p.data_ptr(): p for p in source.model.parameters()}.values())
+    record["milliseconds"] = latencies(source, program)
+    return record
+
+
+@torch.no_grad()
+def parity(source: Source, program: Program) -> list[dict[str, float]]:
+    """Maximum and mean difference of all outputs against PyTorch's, one record for each length and batch size: of a
+    text and, where there is a state, of the same text once more behind it."""
+    rows = []
+    for length in LENGTHS:
+        for batch in BATCHES:
+            tensors = list(source.graph.example(batch, length, past=0).values())
+            pairs = _compare(source, program, tensors)
+            if source.graph.states:
+                pairs += _compare(source, program, source.graph.again(tensors, [wanted for wanted, _ in pairs[1:]]))
+            differences = torch.cat([(wanted - given).double().abs().flatten() for wanted, given in pairs])
+            relative = max(((a - b).abs().max() / a.abs().max().clamp_min(1)).item() for a, b in pairs if a.numel())
+            row = {"length": length, "batch": batch, "max": differences.max().item(), "mean": differences.mean().item()}
+            rows.append(row | {"max_relative": relative})
+    return rows
+
+
+def _compare(source: Source, program: Program, tensors: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What PyTorch and what the program make of these inputs."""
+    return list(zip(source.graph.call(source.model, tensors), program(tensors), strict=True))
+
+
+def generation(source: Source, program: Program) -> dict[str, float]:
+    """Share of equal tokens in what both write after two prompts, one of them padded: greedily and with 4 beams."""
+    ids = source.graph.example(2, PROMPT, past=0)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, : PROMPT // 3] = 0
+    shares = {}
+    for name, beams in (("greedy", 1), ("beams", 4)):
+        options = {
+            "attention_mask": mask,
+            "do_sample": False,
+            "num_beams": beams,
+            "max_new_tokens": NEW_TOKENS,
+            "min_new_tokens": NEW_TOKENS,
+            "pad_token_id": source.model.config.pad_token_id or 0,
+        }
+        wanted = source.model.generate(ids, **options)
+        with computed_by(source.model, source.graph, program):
+            given = source.model.generate(ids, **options)
+        shares[name] = (wanted == given)[:, PROMPT:].double().mean().item()
+    return shares
+
+
+@contextmanager
+def computed_by(model: PreTrainedModel, graph: Graph, program: Program) -> Iterator[None]:
+    """In this block a causal language model computes by an exported program, and can do all that it does else."""
+    original = model.forward
+
+    @functools.wraps(original)
+    def forward(input_ids, attention_mask=None, past_key_values=None, **kwargs) -> CausalLMOutputWithPast:
+        cache, batch, tokens = past_key_values, *input_ids.shape
+        seen = 0 if cache is None else cache.get_seq_length()
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, seen + tokens, dtype=torch.long)
+        held = {} if cache is None else dict(held_by(cache))
+        states = (held.get((state.layer, state.name)) for state in graph.states)
+        filled = (s.zeros(batch) if x is None else x for s, x in zip(graph.states, states, strict=True))
+        logits, *new = program([input_ids, attention_mask, *filled])
+        if cache is not None:
+            cache.layers = make_cache(model.config, graph.states, new).layers
+            for layer in cache.layers:
+                layer.seen = seen + tokens
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+
+
+@torch.no_grad()
+def perplexities(source: Source, program: Program, text: str) -> dict[str, float]:
+    """exp of the mean loss in nats a token on a text, in windows of `WINDOW` tokens: PyTorch's and the program's."""
+    if source.processor is None:
+        raise HoloError("text: the perplexity cannot be measured, because the model has no tokenizer")
+    ids = torch.tensor(source.processor(text).input_ids)
+    windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, 1, WINDOW)
+    if not len(windows):
+        raise HoloError(f"text: {len(ids)} tokens are too few; give at least {WINDOW}")
+    losses: dict[str, list[float]] = {"float32": [], "exported": []}
+    runs = {"float32": functools.partial(source.graph.call, source.model), "exported": program}
+    for window in windows:
+        states = [state.zeros(1) for state in source.graph.states]
+        for name, run in runs.items():
+            logits = run([window, torch.ones_like(window), *states])[0]
+            losses[name].append(torch.nn.functional.cross_entropy(logits[0, :-1], window[0, 1:]).item())
+    return {name: torch.tensor(values).mean().exp().item() for name, values in losses.items()}
+
+
+def latencies(source: Source, program: Program) -> dict[str, dict[str, float]]:
+    """Median milliseconds of a call, eager PyTorch's and the program's in turns: for a text of `WINDOW` tokens and, if
+    there is a state, for one token more."""
+    eager = functools.partial(source.graph.call, source.model)
+    lengths = {"text": WINDOW} | ({"token": 1} if source.graph.states else {})
+    return {
+        name: _medians({"pytorch": eager, "exported": program}, list(source.graph.example(1, tokens).values()))
+        for name, tokens in lengths.items()
+    }
+
+
+@torch.no_grad()
+def _medians(runs: Mapping[str, Callable], tensors: list[torch.Tensor]) -> dict[str, float]:
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(REPEATS):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run(tensors)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: 1000 * statistics.median(values[2:]) for name, values in seconds.items()}
+
+
+# ---------------------------------------------------------------------------------------------- what is written
+def write_report(record: Mapping[str, Any], source: Source, name: str, form: Format, folder: Path) -> None:
+    """Write report.json and README.md into the folder of an export."""
+    write_text(folder / "report.json", json.dumps(record, indent=2) + "\n")
+    write_text(folder / "README.md", model_card(record, source, name, form))
+
+
+def model_card(record: Mapping[str, Any], source: Source, name: str, form: Format) -> str:
+    """The model card of an export: what it is, how it is used, and the measured figures."""
+    worst = max(record["parity"], key=lambda row: row["max"])
+    lines = [
+        "---",
+        f"library_name: {'onnxruntime' if name.startswith('onnx') else 'torch'}",
+        f"pipeline_tag: {source.graph.task}",
+        f"tags: [hf_holo, {source.model.config.model_type}, {name}]",
+        "---",
+        f"# {type(source.model).__name__} as {name}",
+        "",
+        f"Exported by `hf-holo export --format {name}` for the task `{source.task}`. The model is `{form.file}`.",
+        "",
+        _usage(source, name),
+        "",
+        "| measured on this file | |",
+        "|---|--:|",
+        f"| largest difference from PyTorch, lengths {_list(LENGTHS)}, batches {_list(BATCHES)} | {worst['max']:.1e} |",
+        f"| mean difference | {max(row['mean'] for row in record['parity']):.1e} |",
+        *(
+            f"| tokens equal to PyTorch's, {NEW_TOKENS} new ones, {way} | {100 * share:.1f} % |"
+            for way, share in record.get("generation", {}).items()
+        ),
+        *(f"| perplexity on the given text, {way} | {x:.3f} |" for way, x in record.get("perplexity", {}).items()),
+        f"| size, of the float32 weights | {record['bytes'] / record['float32_bytes']:.2f} |",
+        *(
+            f"| milliseconds for {'one token' if what == 'token' else f'{WINDOW} tokens'}: exported, eager PyTorch | "
+            f"{times['exported']:.2f}, {times['pytorch']:.2f} |"
+            for what, times in record["milliseconds"].items()
+        ),
+        "",
+        "## Inputs and outputs",
+        "",
+        *(f"- {name}: {_shape(axes)}" for name, axes in source.graph.input_axes.items()),
+        "",
+        *(f"- → {name}: {_shape(axes)}" for name, axes in source.graph.output_axes.items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _usage(source: Source, name: str) -> str:
+    if name.startswith("onnx") and continues(source):
+        return "`python generate.py PROMPT` writes text; it needs numpy, onnxruntime and tokenizers only."
+    if name.startswith("onnx"):
+        return "It runs with the class of `optimum.onnxruntime` for its task, or with onnxruntime alone."
+    if name == "torchscript":
+        return "Load it with `torch.jit.load`, or with `torch::jit::load` in C++."
+    after = " after `import torchao`" if "torchao" in name else ""
+    return f"Load it with `torch.export.load(...).module(check_guards=False)`{after}."
+
+
+def _list(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _shape(axes: Mapping[int, str]) -> str:
+    return ", ".join(f"axis {axis} {name}" for axis, name in axes.items())

@@ -1,0 +1,39 @@
+"""Tiny trained-like models, saved with their tokenizer, that the exporters are tried on."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_holo import get_architecture
+from hf_holo.eval.conformance.subject import perturb
+from hf_holo.export.graph import TASKS, WITH_PAST
+from hf_holo.training.tokenizers import make_tokenizer
+
+TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer"
+
+
+def tiny_model(family: str, variant: str | None = None, auto: str = "AutoModelForCausalLM", **overrides):
+    """A model of a variant (default: the first) whose weights are moved away from where they start."""
+    architecture = get_architecture(family)
+    arguments = architecture.variants[variant or next(iter(architecture.variants))]
+    torch.manual_seed(0)
+    model = architecture.models[auto](architecture.config(**{**arguments, **overrides})).eval()
+    return perturb(model).requires_grad_(False)
+
+
+def save(model, folder: Path) -> Path:
+    """Save a model and a tokenizer of characters that fits it."""
+    model.save_pretrained(folder)
+    make_tokenizer("characters", [TEXT]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hsn_folder(tmp_path_factory) -> Path:
+    """A saved HSN that generates."""
+    return save(tiny_model("hsn"), tmp_path_factory.mktemp("hsn"))
+
+
+def auto_of(task: str) -> str:
+    return TASKS[task.removesuffix(WITH_PAST)]

@@ -1,0 +1,168 @@
+"""`hf-holo export`: a folder for each format, complete or not there at all."""
+
+import json
+import subprocess
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hf_holo.cli import main
+from hf_holo.export import command, formats
+from hf_holo.export.formats import FORMATS, Source
+from hf_holo.export.graph import Graph
+
+from .conftest import save, tiny_model
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Fewer and shorter measurements."""
+    monkeypatch.setattr("hf_holo.export.report.LENGTHS", (1, 17))
+    monkeypatch.setattr("hf_holo.export.report.BATCHES", (2,))
+    monkeypatch.setattr("hf_holo.export.report.NEW_TOKENS", 8)
+    monkeypatch.setattr("hf_holo.export.report.WINDOW", 40)
+    monkeypatch.setattr("hf_holo.export.report.REPEATS", 4)
+
+
+def test_a_format_gets_a_folder_with_its_report(hsn_folder, tmp_path, quick):
+    (tmp_path / "text.txt").write_text("To be or not to be. " * 10)
+    text = str(tmp_path / "text.txt")
+    assert main(["export", str(hsn_folder), str(tmp_path / "out"), "--format", "torchscript", "--text", text]) == 0
+    folder = tmp_path / "out" / "torchscript"
+    assert {"model.pt", "config.json", "tokenizer.json", "report.json", "README.md"} <= {
+        p.name for p in folder.iterdir()
+    }
+    report = json.loads((folder / "report.json").read_text())
+    assert report["generation"] == {"greedy": 1.0, "beams": 1.0}
+    assert 0 < max(row["max"] for row in report["parity"]) < 1e-4
+    assert report["perplexity"]["exported"] == pytest.approx(report["perplexity"]["float32"], rel=1e-4)
+    assert set(report["milliseconds"]) == {"text", "token"}
+    card = (folder / "README.md").read_text()
+    assert "pipeline_tag: text-generation" in card and "torch::jit::load" in card
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["torchscript"]
+
+
+def broken_writer(source, folder):
+    (folder / "half").write_text("")
+    raise RuntimeError("no such operator\nsecond line")
+
+
+def test_a_failed_format_leaves_nothing_and_stops_no_other(hsn_folder, tmp_path, quick, monkeypatch, capsys):
+    monkeypatch.setitem(FORMATS, "torch-export", replace(FORMATS["torch-export"], write=broken_writer))
+    with pytest.raises(SystemExit) as stopped:
+        main(["export", str(hsn_folder), str(tmp_path), "--format", "torch-export", "torchscript"])
+    assert stopped.value.code == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["torchscript"]
+    assert "torch-export failed: RuntimeError: no such operator (" in capsys.readouterr().err
+
+
+def test_a_wrong_export_is_a_failed_one(hsn_folder, tmp_path, quick, monkeypatch, capsys):
+    load = FORMATS["torchscript"].load
+
+    def wrong(file, graph):
+        program = load(file, graph)
+        return lambda tensors: tuple(1.001 * tensor for tensor in program(tensors))
+
+    monkeypatch.setitem(FORMATS, "torchscript", replace(FORMATS["torchscript"], load=wrong))
+    with pytest.raises(SystemExit):
+        main(["export", str(hsn_folder), str(tmp_path), "--format", "torchscript"])
+    assert not list(tmp_path.iterdir()) and "allowed 1e-04" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "onx"], "unknown format 'onx': did you mean 'onnx'?"),
+        (["--task", "text-generatio"], "did you mean 'text-generation'?"),
+        (["--task", "image-classification"], "the family 'hsn' has no head for it"),
+        (["--text", "missing.txt"], "text='missing.txt' cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line(hsn_folder, tmp_path, capsys, arguments, message):
+    assert main(["export", str(hsn_folder), str(tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_what_is_not_installed_is_named(hsn_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(formats, "_installed", lambda name: not name.startswith("optimum"))
+    with pytest.raises(SystemExit):
+        main(["export", str(hsn_folder), str(tmp_path), "--format", "onnx"])
+    error = capsys.readouterr().err
+    assert (
+        "optimum.exporters.onnx is not installed: `pip install 'hf-holo[onnx]'`, which needs transformers 4.57" in error
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("family", ["hsn", "holo", "resonance"])
+def test_every_format_of_every_family(family, name, tmp_path, quick):
+    if any(not formats._installed(module) for module in FORMATS[name].modules):
+        pytest.skip(f"needs {FORMATS[name].modules}")
+    source = Source(str(save(tiny_model(family), tmp_path / "saved")))
+    record = command.export(source, name, tmp_path / name)
+    if FORMATS[name].exact:
+        assert record["generation"] == {"greedy": 1.0, "beams": 1.0}
+    else:
+        assert max(row["max_relative"] for row in record["parity"]) < 0.2
+
+
+PROGRAM = r"""
+#include <torch/script.h>
+#include <iostream>
+
+int main(int count, const char* files[]) {
+  torch::NoGradGuard no_gradients;
+  auto model = torch::jit::load(files[1]);
+  auto inputs = torch::jit::load(files[2]).attr("inputs").toTensorVector();
+  auto outputs = model.forward({inputs.begin(), inputs.end()}).toTuple()->elements();
+  std::cout << outputs[0].toTensor().sum().item<double>() << std::endl;
+}
+"""
+
+
+class Inputs(torch.nn.Module):
+    def __init__(self, inputs: list[torch.Tensor]):
+        super().__init__()
+        self.inputs = inputs
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_torchscript_runs_in_libtorch(hsn_folder, tmp_path):
+    from torch.utils import cpp_extension
+
+    (tmp_path / "run.cpp").write_text(PROGRAM)
+    source = Source(str(hsn_folder))
+    FORMATS["torchscript"].write(source, tmp_path)
+    inputs = list(source.graph.example(3, 21).values())
+    torch.jit.save(torch.jit.script(Inputs(inputs)), tmp_path / "inputs.pt")
+    program = cpp_extension.load(
+        "run", [str(tmp_path / "run.cpp")], build_directory=str(tmp_path), is_python_module=False, is_standalone=True
+    )
+    done = subprocess.run([program, tmp_path / "model.pt", tmp_path / "inputs.pt"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = source.graph.call(source.model, inputs)[0].double().sum().item()
+    assert float(done.stdout) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_converted_llama_exports(tmp_path, quick):
+    """A checkpoint with holographic linear layers stays a Llama, which Optimum knows."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from hf_holo import HoloSurgeryConfig, apply_surgery
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, pad_token_id=0, num_key_value_heads=2, **sizes)).eval()
+    apply_surgery(model, HoloSurgeryConfig(harmonics=8))
+    source = Source(str(save(model, tmp_path / "saved")))
+    assert [state.name for state in Graph(source.task, model.config).states] == ["key", "value"] * 2
+    for name in ("onnx", "torch-export", "torchscript"):
+        if all(map(formats._installed, FORMATS[name].modules)):
+            record = command.export(source, name, tmp_path / name)
+            assert record["generation"] == {"greedy": 1.0, "beams": 1.0}

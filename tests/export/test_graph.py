@@ -1,0 +1,63 @@
+"""Names, shapes and order of a graph follow from what an architecture says of itself."""
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from hf_holo import HoloError, architectures
+from hf_holo.export.graph import Graph, head_for, make_cache, states_of, take_states, task_of
+from hf_holo.export.graph import _read_off as read_off
+
+from .conftest import tiny_model
+
+STATE = "text-generation-with-past"
+
+
+@pytest.mark.parametrize("family", ["hsn", "resonance"])
+def test_declared_states_are_those_that_the_cache_holds(family):
+    model = tiny_model(family)
+    declared = states_of(type(model), model.config)
+    assert set(declared) == set(read_off(type(model), model.config, torch.float32))
+    assert declared[0].input_name.startswith("past_key_values.0.")
+
+
+def test_states_that_grow_are_read_off():
+    model = tiny_model("hsn", "hybrid")
+    states = {state.output_name: state for state in states_of(type(model), model.config)}
+    assert states["present.1.labels"].shape == (None,) and states["present.1.labels"].dtype == torch.long
+    assert states["present.1.keys"].axes("tokens") == {0: "batch_size", 2: "tokens"}
+    assert None not in states["present.0.memory"].shape
+
+
+@pytest.mark.parametrize(("family", "variant"), [("hsn", "hybrid"), ("holo", "dense-attention")])
+def test_a_cache_is_made_of_its_tensors(family, variant):
+    model = tiny_model(family, variant)
+    states = states_of(type(model), model.config)
+    ids = torch.arange(12).view(2, 6) + 1
+    cache = model(ids).past_key_values
+    again = make_cache(model.config, states, take_states(states, cache))
+    expected = model(ids, past_key_values=cache).logits
+    torch.testing.assert_close(model(ids, past_key_values=again).logits, expected)
+
+
+def test_the_task_is_that_of_the_saved_head():
+    config = tiny_model("hsn").config
+    for name, task in (("HsnForCausalLM", STATE), ("HsnModel", "feature-extraction"), ("HsnForMaskedLM", "fill-mask")):
+        config.architectures = [name]
+        assert task_of(config) == task
+    config.architectures = ["Nonsense"]
+    with pytest.raises(HoloError, match="architectures='Nonsense'"):
+        task_of(config)
+    assert head_for("text-generation", LlamaConfig()).__name__ == "LlamaForCausalLM"
+    with pytest.raises(HoloError, match="did you mean 'fill-mask'"):
+        head_for("fill-masks", config)
+    with pytest.raises(HoloError, match="the family 'hsn' has no head"):
+        head_for("image-classification", config)
+
+
+def test_every_family_has_a_graph_for_every_head():
+    for architecture in architectures().values():
+        config = architecture.config(**next(iter(architecture.variants.values())))
+        graph = Graph("text-classification", config)
+        assert list(graph.inputs) == ["input_ids", "attention_mask"]
+        assert graph.output_axes == {"logits": {0: "batch_size"}}

@@ -1,0 +1,182 @@
+"""ONNX through Optimum: exported models compute, continue and generate as PyTorch does."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("optimum.exporters.onnx", reason="needs the extra `onnx`, which needs transformers 4.57")
+
+from onnxruntime import InferenceSession
+from optimum.exporters.onnx import main_export
+
+from hf_holo import architectures
+from hf_holo.export import standalone_script
+from hf_holo.export.formats import load_onnx
+from hf_holo.export.graph import Graph
+from hf_holo.export.onnx_config import register, tasks
+from hf_holo.export.onnx_runtime import HoloORTModelForCausalLM
+
+from .conftest import TEXT, auto_of, save, tiny_model
+
+STATE = "text-generation-with-past"
+FEW, ALL = [(1, 1), (3, 17), (1, 65)], [(b, t) for b in (1, 3) for t in (1, 7, 16, 17, 63, 64, 65, 1000)]
+MODELS = [(family.name, variant) for family in architectures().values() for variant in family.variants]
+
+
+def export(model, folder, task=STATE):
+    """Save and export; the folder of the export."""
+    register()
+    source, out = save(model, folder / "saved"), folder / "onnx"
+    main_export(str(source), output=out, task=task, do_validation=False)
+    return out
+
+
+def check_parity(model, folder, task, shapes):
+    """Outputs and states are PyTorch's: of a text with padding in front and of the same text again, behind itself."""
+    graph = Graph(task, model.config)
+    program = load_onnx(folder / "model.onnx", graph)
+    for batch, tokens in shapes:
+        tensors = list(graph.example(batch, tokens, past=0, seed=tokens).values())
+        for _ in range(2 if graph.states else 1):
+            wanted = graph.call(model, tensors)
+            for expected, given in zip(wanted, program(tensors), strict=True):
+                torch.testing.assert_close(given, expected, rtol=0, atol=1e-4 * max(1.0, float(expected.abs().max())))
+            if graph.states:
+                tensors = graph.again(tensors, wanted[1:])
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A tiny HSN and its export."""
+    model = tiny_model("hsn")
+    return model, export(model, tmp_path_factory.mktemp("onnx"))
+
+
+def test_outputs_and_states(exported):
+    model, folder = exported
+    check_parity(model, folder, STATE, FEW)
+
+
+def prompts(vocabulary: int):
+    """Two prompts, the first with padding in front."""
+    ids = torch.randint(1, vocabulary, (2, 9), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    ids[0, :4], mask[0, :4] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 4}, {"do_sample": True, "top_k": 5}], ids=str)
+def test_generation_is_token_identical(exported, options):
+    model, folder = exported
+    runtime = HoloORTModelForCausalLM.from_pretrained(folder)
+    inputs = prompts(model.config.vocab_size) | {"max_new_tokens": 64, "pad_token_id": 0} | options
+    outputs = []
+    for generating in (model, runtime):
+        torch.manual_seed(5)
+        outputs.append(generating.generate(**inputs))
+    assert torch.equal(*outputs)
+
+
+def test_a_text_in_pieces_equals_the_whole(exported):
+    model, folder = exported
+    runtime = HoloORTModelForCausalLM.from_pretrained(folder)
+    ids = torch.randint(1, model.config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(4))
+    cache, pieces = None, []
+    for piece in ids.split([10, 1, 1, 8, 13], 1):
+        output = runtime(piece, past_key_values=cache)
+        cache = output.past_key_values
+        pieces.append(output.logits)
+    torch.testing.assert_close(torch.cat(pieces, 1), runtime(ids).logits, rtol=0, atol=1e-4)
+    assert cache.get_seq_length() == 33
+
+
+ALONE = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+assert not {"torch", "transformers", "hf_holo"} & set(sys.modules), sorted(sys.modules)
+"""
+
+
+def test_the_export_stands_alone(exported, tmp_path):
+    """The script that goes with an export writes what PyTorch writes, and imports neither torch nor transformers."""
+    model, folder = exported
+    command = [sys.executable, "-c", ALONE, standalone_script(), TEXT, "--folder", folder, "--max_new_tokens", "20"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    tokens = model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    assert done.stdout.rstrip("\n") == tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def test_every_family_and_head_is_known_to_optimum():
+    from optimum.exporters.tasks import TasksManager
+
+    register()
+    for architecture in architectures().values():
+        known = TasksManager.get_supported_tasks_for_model_type(architecture.name, "onnx", library_name="transformers")
+        assert set(tasks(architecture)) == set(known)
+        assert len(known) >= len(architecture.models)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("family", "variant"), MODELS, ids="-".join)
+def test_every_variant_computes_continues_and_generates(family, variant, tmp_path):
+    model = tiny_model(family, variant)
+    folder = export(model, tmp_path)
+    check_parity(model, folder, STATE, ALL)
+    runtime = HoloORTModelForCausalLM.from_pretrained(folder)
+    for beams in (1, 4):
+        inputs = prompts(model.config.vocab_size) | {"max_new_tokens": 64, "pad_token_id": 0, "num_beams": beams}
+        assert torch.equal(model.generate(**inputs), runtime.generate(**inputs))
+    test_a_text_in_pieces_equals_the_whole((model, folder))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [(family.name, task) for family in architectures().values() for task in tasks(family) if task != STATE],
+    ids="-".join,
+)
+def test_every_head_computes_the_same(family, task, tmp_path):
+    model = tiny_model(family, auto=auto_of(task))
+    check_parity(model, export(model, tmp_path, task), task, ALL)
+
+
+@pytest.mark.slow
+def test_stock_classes_run_heads_without_state(tmp_path):
+    from optimum.onnxruntime import ORTModelForSequenceClassification
+
+    model = tiny_model("hsn", auto="AutoModelForSequenceClassification")
+    runtime = ORTModelForSequenceClassification.from_pretrained(export(model, tmp_path, "text-classification"))
+    inputs = prompts(model.config.vocab_size)
+    torch.testing.assert_close(runtime(**inputs).logits, model(**inputs).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_half_precision_graph_keeps_its_state_in_float32(tmp_path):
+    register()
+    model = tiny_model("hsn")
+    main_export(str(save(model, tmp_path / "saved")), output=tmp_path, task=STATE, dtype="fp16", do_validation=False)
+    types = {entry.name: entry.type for entry in InferenceSession(tmp_path / "model.onnx").get_inputs()}
+    assert types["past_key_values.0.memory"] == "tensor(float)"
+    runtime = HoloORTModelForCausalLM.from_pretrained(tmp_path)
+    inputs = prompts(model.config.vocab_size)
+    wanted, found = model(**inputs).logits.numpy(), runtime(**inputs).logits.float().numpy()
+    assert np.abs(wanted - found).max() <= 0.02 * np.abs(wanted).max()
+
+
+@pytest.mark.slow
+def test_the_plain_command_of_optimum(hsn_folder, tmp_path):
+    command = [Path(sys.executable).with_name("optimum-cli"), "export", "onnx", "--model", hsn_folder]
+    done = subprocess.run([*command, "--task", STATE, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "model.onnx").is_file(), done.stderr

@@ -1,0 +1,60 @@
+"""What takes the place of FFTs, of substitution and of loops over chunks in a graph computes the same."""
+
+import pytest
+import torch
+
+from hf_holo.modeling import ops
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """The operations take the form that they have in a graph."""
+    monkeypatch.setattr(ops, "exporting", lambda: True)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 7, 32])
+@pytest.mark.parametrize("name", ["bind", "unbind"])
+def test_binding_by_products(recording, name, dim):
+    a, b = torch.randn(3, 2, dim, dtype=torch.float64), torch.randn(2, dim, dtype=torch.float64)
+    expected = getattr(ops, f"{name}_naive")(a, b)
+    torch.testing.assert_close(getattr(ops, name)(a, b), expected, rtol=0, atol=1e-12)
+
+
+def test_inverse_of_a_triangle_is_stable():
+    """The same key again and again, written at full strength, is the worst case: powers of `lower` reach 1e8."""
+    lower = torch.ones(32, 32).tril(-1)
+    expected = torch.eye(32) - torch.ones(31).diag(-1)
+    torch.testing.assert_close(ops._unit_lower_inverse(lower, 32), expected, rtol=0, atol=1e-6)
+
+
+def scan_inputs(length: int, groups: int = 1):
+    keys = torch.nn.functional.normalize(torch.randn(2, 2, length, 6, dtype=torch.float64), dim=-1)
+    q = torch.randn(2, 2 * groups, length, 6, dtype=torch.float64)
+    v = torch.randn(2, 2, length, 5, dtype=torch.float64)
+    log_decay = -0.1 * torch.rand(2, 2, length, dtype=torch.float64)
+    return q, keys, v, log_decay, torch.rand(2, 2, length, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 100])
+@pytest.mark.parametrize("scan", ["interference_scan", "cancelling_scan"])
+def test_scans_without_a_loop(recording, scan, length):
+    inputs = scan_inputs(length, groups=2)
+    state = torch.randn(2, 2, 6, 5, dtype=torch.float64)
+    expected = getattr(ops, f"{scan}_naive")(*inputs, state)
+    for given, wanted in zip(getattr(ops, scan)(*inputs, state), expected, strict=True):
+        torch.testing.assert_close(given, wanted, rtol=0, atol=1e-10)
+
+
+def test_too_many_chunks_give_nan_and_no_wrong_number(recording, monkeypatch):
+    monkeypatch.setattr(ops, "DOUBLINGS", 2)
+    y, state = ops.cancelling_scan(*scan_inputs(5 * ops.CHUNK))
+    assert y[:, :, : 5 * ops.CHUNK].isfinite().all()  # the output of chunk 5 reads the state behind chunk 4
+    assert state.isnan().all()
+
+
+@pytest.mark.parametrize("taps", [1, 2, 5])
+def test_short_filters_without_a_function_of_their_own(recording, taps):
+    x, kernel = torch.randn(2, 7, 3, dtype=torch.float64), torch.randn(3, taps, dtype=torch.float64)
+    state = torch.randn(2, taps - 1, 3, dtype=torch.float64)
+    expected = ops.short_causal_conv_naive(x, kernel, state)
+    torch.testing.assert_close(ops.short_causal_conv(x, kernel, state), expected, rtol=0, atol=1e-12)
