@@ -1,0 +1,247 @@
+"""The model card: what a checkpoint is, from the facts that lie in its folder."""
+
+import csv
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..conversion.evaluation import numbers_on_disk
+from ..eval.conformance.causality import CausalityReport
+from ..files import replacing
+from ..modeling.remote import auto_classes_of
+from ..registry import architectures
+from .code import is_converted, read_config
+
+TAG = "hf-holo"
+PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModel": "feature-extraction",
+}
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+METRICS = {  # columns of metrics.csv: name and unit
+    "validation_loss": ("validation loss", "nats per token"),
+    "validation_bits_per_character": ("validation loss", "bits per character"),
+}
+
+CARD = """---
+{header}
+---
+
+# {name}
+
+{summary}
+
+| | |
+|---|---|
+{facts}
+
+## Data
+
+{data}
+
+## Results
+
+{results}
+
+## Causality
+
+{causality}
+
+## How to load it
+
+With hf_holo installed:
+
+```python
+import hf_holo
+from transformers import {auto_class}, AutoTokenizer
+
+model = {auto_class}.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+Without hf_holo, the code in this repository is used; read it before you trust it:
+
+```python
+from transformers import {auto_class}, AutoTokenizer
+
+model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+```
+
+## Recipe
+
+{recipe}
+
+## Versions
+
+{versions}
+"""
+
+
+def write_card(folder: str | Path, causality: CausalityReport | None = None) -> None:
+    """Write README.md into the folder of a checkpoint, in place of an earlier one.
+
+    Args:
+        folder: as `save_pretrained` leaves it; recipe and metrics of `hf-holo train` are used if they are there.
+        causality: what `check_causality` found, if it was run.
+
+    Raises:
+        HoloError: there is no readable config.json.
+    """
+    folder = Path(folder)
+    with replacing(folder / "README.md") as temporary:
+        make_card(folder, folder.resolve().name, causality).save(temporary)
+
+
+def make_card(
+    folder: Path, name: str, causality: CausalityReport | None = None, license: str | None = None
+) -> ModelCard:
+    """The card of the checkpoint in a folder.
+
+    Args:
+        folder: of the checkpoint.
+        name: that loads it: of the folder or of a repository.
+        causality: as in [`write_card`].
+        license: identifier for the header, for example "apache-2.0"; default: none is named.
+
+    Raises:
+        HoloError: there is no readable config.json.
+    """
+    config, recipe, scores = read_config(folder), _recipe(folder), _scores(folder)
+    auto_class = auto_class_of(config)
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=PIPELINES.get(auto_class),
+        license=license,
+        tags=[TAG, str(config.get("model_type"))],
+        model_name=name,
+        eval_results=_eval_results(auto_class, _data_name(recipe), scores),
+    )
+    text = CARD.format(
+        header=data.to_yaml(),
+        name=name,
+        summary=_summary(config),
+        facts="\n".join(f"| {what} | {value} |" for what, value in _facts(folder, config).items()),
+        data=_data(recipe),
+        results=_results(scores),
+        causality=_causality(causality),
+        auto_class=auto_class,
+        recipe=f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```" if recipe else "No recipe came with it.",
+        versions=_versions(config),
+    )
+    return ModelCard(text)
+
+
+def auto_class_of(config: dict[str, Any]) -> str:
+    """The Auto class that loads the head in a config.json; "AutoModel" if it names none that is known."""
+    name = next(iter(config.get("architectures") or []), "")
+    architecture = architectures().get(config.get("model_type"))
+    if architecture is None:
+        return next(iter(auto_classes_of(name)), "AutoModel")
+    heads = {model.__name__: auto_class for auto_class, model in architecture.models.items()}
+    return heads.get(name, "AutoModel")
+
+
+def _summary(config: dict[str, Any]) -> str:
+    name = next(iter(config.get("architectures") or []), "A model")
+    if is_converted(config):
+        return f"`{name}`, some of whose linear layers are holographic, made with hf_holo."
+    return f"`{name}` of the family `{config.get('model_type')}`, made with hf_holo."
+
+
+def _facts(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """What stands in the table of facts."""
+    facts = {"architecture": next(iter(config.get("architectures") or []), "unknown")}
+    facts["numbers in the checkpoint"] = f"{numbers_on_disk(folder):,}"
+    facts |= {name.replace("_", " "): f"{config[name]:,}" for name in SIZES if isinstance(config.get(name), int)}
+    return facts
+
+
+def _recipe(folder: Path) -> dict[str, Any]:
+    """The recipe that lies in the folder, without the paths of the machine it was made on."""
+    path = folder / "recipe.yaml"
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {key: _shared(value) for key, value in recipe.items()}
+
+
+def _shared(value: Any) -> Any:
+    return Path(value).name if isinstance(value, str) and ("/" in value or "\\" in value) else value
+
+
+def _data_name(recipe: dict[str, Any]) -> str | None:
+    return recipe.get("dataset_name") or recipe.get("train_file")
+
+
+def _data(recipe: dict[str, Any]) -> str:
+    name = _data_name(recipe)
+    if name is None:
+        return "It is not known what it was trained on."
+    held_out = f", of which {recipe['validation_fraction']:.0%} was held out" if "validation_fraction" in recipe else ""
+    return f"Trained on `{name}`{held_out}."
+
+
+def _scores(folder: Path) -> dict[str, float]:
+    """The last value of each metric in metrics.csv."""
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    found = {column: [float(row[column]) for row in rows if row.get(column)] for column in METRICS}
+    return {column: values[-1] for column, values in found.items() if values}
+
+
+def _results(scores: dict[str, float]) -> str:
+    if not scores:
+        return "Nothing was measured."
+    lines = [f"| {METRICS[column][0]} | {value:.4f} {METRICS[column][1]} |" for column, value in scores.items()]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _eval_results(auto_class: str, data_name: str | None, scores: dict[str, float]) -> list[EvalResult] | None:
+    """The scores for the header; None where there is nothing to compare."""
+    if not scores or auto_class not in PIPELINES or data_name is None:
+        return None
+    return [
+        EvalResult(
+            task_type=PIPELINES[auto_class],
+            dataset_type=data_name,
+            dataset_name=f"held-out part of {data_name}",
+            metric_type=column.removeprefix("validation_"),
+            metric_name=" in ".join(METRICS[column]),
+            metric_value=round(value, 4),
+        )
+        for column, value in scores.items()
+    ]
+
+
+def _causality(report: CausalityReport | None) -> str:
+    if report is None:
+        return "Not judged here. `hf-holo check PATH` judges it."
+    losses = report.teacher_forced_loss, report.stepwise_loss
+    detail = ""
+    if None not in losses:
+        detail = " A random text costs {:.6f} nats per token when it is read at once, and {:.6f} by prefixes.".format(
+            *losses
+        )
+    return f"Probed with `hf_holo.check_causality`: {report}.{detail}"
+
+
+def _versions(config: dict[str, Any]) -> str:
+    from .. import __version__
+
+    used = {
+        "hf_holo": __version__,
+        "transformers": config.get("transformers_version", transformers.__version__),
+        "torch": torch.__version__,
+        "Python": platform.python_version(),
+    }
+    return ", ".join(f"{name} {version}" for name, version in used.items())

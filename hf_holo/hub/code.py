@@ -1,0 +1,103 @@
+"""The code that a checkpoint needs where hf_holo is not installed, for folders that were saved without it.
+
+Models of this package take their code along when they are saved. Converted models (a `Phi3ForCausalLM` with holographic
+layers) and the families of other packages are classes that know nothing of it: [`add_code`] completes their folders.
+"""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from ..errors import HoloError, first_line
+from ..files import write_text
+from ..modeling import remote
+from ..registry import architectures
+
+CONVERTED = Path(remote.__file__).with_name("converted.py")
+
+
+def add_code(folder: str | Path) -> list[str]:
+    """Put the code that is missing into the folder of a checkpoint, and return the names of the files written.
+
+    Raises:
+        HoloError: as [`missing_code`].
+    """
+    folder = Path(folder)
+    files = missing_code(folder)
+    for name, text in files.items():
+        write_text(folder / name, text)
+    return list(files)
+
+
+def missing_code(folder: Path) -> dict[str, str]:
+    """The files that the folder lacks to load without hf_holo, by name, and config.json with its `auto_map`, if it has
+    none. Empty for the models of transformers itself, and, with a warning, where the code cannot go along.
+
+    Raises:
+        HoloError: the folder holds no readable config.json.
+    """
+    config = read_config(folder)
+    reason = obstacle(config)
+    if reason is not None:
+        warnings.warn(f"{folder} stays without code, and needs its packages installed: {reason}", stacklevel=2)
+        return {}
+    auto_map, files = _code_of(config)
+    missing = {path.name: path.read_text(encoding="utf-8") for path in files if not (folder / path.name).is_file()}
+    if not auto_map.items() <= config.get("auto_map", {}).items():
+        config["auto_map"] = auto_map
+        missing["config.json"] = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    return missing
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint.
+
+    Raises:
+        HoloError: there is none, or it cannot be read.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HoloError(f"DIR: {str(folder)!r} holds no config.json that can be read: {first_line(error)}") from None
+    if not isinstance(config, dict):
+        raise HoloError(f"DIR: {str(folder / 'config.json')!r} holds no mapping, so it is no config")
+    return config
+
+
+def is_converted(config: dict[str, Any]) -> bool:
+    """Whether layer surgery made the model that this config describes."""
+    return (config.get("quantization_config") or {}).get("quant_method") == "holo"
+
+
+def obstacle(config: dict[str, Any]) -> str | None:
+    """Why the code of this checkpoint cannot go along; None if it can, or need not."""
+    architecture = architectures().get(config.get("model_type"))
+    if is_converted(config):
+        names = config.get("architectures") or ["a model without a name"]
+        known = architecture is None and remote.auto_classes_of(names[0])
+        return None if known else f"{names[0]} with holographic layers is no class of transformers"
+    classes = [] if architecture is None else [architecture.config, *architecture.models.values()]
+    return next(filter(None, map(remote.obstacle, classes)), None)
+
+
+def _code_of(config: dict[str, Any]) -> tuple[dict[str, str], list[Path]]:
+    """The `auto_map` and the files that a checkpoint needs; nothing if transformers has all of it."""
+    if is_converted(config):
+        name = config["architectures"][0]
+        auto_classes = remote.auto_classes_of(name)
+        return dict.fromkeys(auto_classes, f"{CONVERTED.stem}.{name}"), _with_imports([CONVERTED])
+    architecture = architectures().get(config.get("model_type"))
+    if architecture is None:
+        return {}, []
+    classes = {"AutoConfig": architecture.config, **architecture.models}
+    auto_map = {auto_class: remote.reference(cls) for auto_class, cls in classes.items()}
+    return auto_map, _with_imports([remote.file_of(cls) for cls in classes.values()])
+
+
+def _with_imports(files: list[Path]) -> list[Path]:
+    """These files and all that they import relatively, each once."""
+    needed = [Path(name) for file in files for name in get_relative_import_files(file)]
+    return sorted({*files, *needed})

@@ -1,0 +1,204 @@
+"""`hf-holo push`: bring a checkpoint to the Hub, with its code and a model card, in one commit or not at all."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import requests
+from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+
+from ..errors import HoloError, Parser, first_line
+from .card import TAG, make_card
+from .code import missing_code
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+LOST = (requests.ConnectionError, requests.Timeout, httpx.TransportError, ConnectionError, TimeoutError)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A file that goes up.
+
+    Attributes:
+        name: in the repository.
+        content: where it lies, or its bytes.
+        note: what was done to it.
+    """
+
+    name: str
+    content: Path | bytes
+    note: str = ""
+
+    @property
+    def size(self) -> int:
+        return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
+
+
+def main(argv: list[str]) -> None:
+    """Run `hf-holo push` with these arguments.
+
+    Raises:
+        HoloError: bad input, or the Hub refuses; the message is one line that says what to do.
+    """
+    parser = Parser(prog="hf-holo push", description=__doc__)
+    parser.add_argument("DIR", help="folder of a checkpoint, as `hf-holo train` or `save_pretrained` leaves it")
+    parser.add_argument("REPO", help="where it goes, as USER/NAME; it is made if it is not there")
+    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="list what would go up, and send nothing")
+    parser.add_argument("--private", action="store_true", help="make a private repository")
+    parser.add_argument("--license", help="for a new model card, for example apache-2.0")
+    parser.add_argument("--message", default="Upload with hf-holo push", help="of the commit")
+    args = parser.parse_args(argv)
+    folder = Path(args.DIR)
+    items, left_out = collect(folder, args.REPO, args.license)
+    print_items(items, left_out)
+    if args.dry_run:
+        print("Nothing was sent.")
+        return
+    if constants.HF_HUB_OFFLINE:
+        raise HoloError("REPO: HF_HUB_OFFLINE is set, so nothing can be sent")
+    with clear_errors(args.REPO):
+        url = push(items, args.REPO, args.private, args.message)
+    print(f"The model is at {url}")
+
+
+def collect(folder: Path, repo: str, license: str | None = None) -> tuple[list[Item], list[str]]:
+    """What of a folder goes up, and the names of the files that stay.
+
+    The code goes along (see [`missing_code`]), and a model card, in which the repository has its name. Folders, hidden
+    and unfinished files stay, and so do pickles, which can run code when they are read.
+
+    Raises:
+        HoloError: the folder holds no whole checkpoint, or the name of the repository is bad.
+    """
+    if not folder.is_dir():
+        raise HoloError(f"DIR: {str(folder)!r} is no folder")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise HoloError(f"REPO: {repo!r} is no name for a repository: {first_line(error)}") from None
+    added = {name: text.encode() for name, text in missing_code(folder).items()}
+    check_weights(folder)
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    kept = [path for path in paths if not _stays(path)]
+    items = {path.name: Item(path.name, path) for path in kept if path.name != "README.md"}
+    items |= {name: Item(name, content, "completed by this command") for name, content in added.items()}
+    items["README.md"] = _card(folder, repo, license)
+    return [items[name] for name in sorted(items)], [path.name for path in paths if path not in kept]
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse weights that are missing, pickled or cut off.
+
+    Raises:
+        HoloError: the message names the file.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(shards - {path.name for path in files})
+        if missing:
+            raise HoloError(f"DIR: {str(folder)!r} lacks {', '.join(missing)}, which {index.name} names")
+    if not files:
+        raise HoloError(f"DIR: {str(folder)!r} holds no weights in safetensors; `save_pretrained` writes them")
+    for path in files:
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise HoloError(f"DIR: {str(path)!r} is not a whole safetensors file: {first_line(error)}") from None
+
+
+def _stays(path: Path) -> bool:
+    return path.name.startswith(".") or ".tmp" in path.name or path.suffix in PICKLES
+
+
+def _card(folder: Path, repo: str, license: str | None) -> Item:
+    """The card in the folder, with the name of the repository where it says how to load the model; else a new one."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return Item(path.name, str(make_card(folder, repo, license=license)).encode(), "a new model card")
+    text = path.read_text(encoding="utf-8")
+    named = text.replace(f'from_pretrained("{folder.resolve().name}"', f'from_pretrained("{repo}"')
+    if TAG not in text or named == text:  # not a card of this package
+        return Item(path.name, path)
+    return Item(path.name, named.encode(), "names the repository")
+
+
+def print_items(items: list[Item], left_out: list[str]) -> None:
+    """Print a table of what goes up, and what stays."""
+    table = Table("file", "size", "")
+    for item in items:
+        table.add_row(item.name, decimal(item.size), item.note)
+    Console().print(table)
+    print(f"{len(items)} files, {decimal(sum(item.size for item in items))}")
+    if left_out:
+        print(f"not sent: {', '.join(left_out)}")
+
+
+def push(items: list[Item], repo: str, private: bool = False, message: str = "Upload with hf-holo push") -> str:
+    """Send the files as one commit on top of what the repository holds, and return its address.
+
+    Large files go first, each by its hash: those that arrived before a connection broke are not sent again. The commit
+    comes last, so a repository never holds half a model.
+
+    Raises:
+        HoloError: a public repository of this name exists and a private one is asked for.
+        errors of huggingface_hub: see [`clear_errors`].
+    """
+    api = HfApi()
+    url = api.create_repo(repo, private=private, exist_ok=True)
+    if private and not api.repo_info(repo).private:
+        raise HoloError(f"--private: {repo!r} exists and is public; make it private in its settings, or name another")
+    operations = [CommitOperationAdd(item.name, item.content) for item in items]
+    api.create_commit(repo, operations, commit_message=message)
+    return str(url)
+
+
+@contextmanager
+def clear_errors(repo: str) -> Iterator[None]:
+    """Turn what can go wrong on the way to the Hub into one line that says what to do.
+
+    Raises:
+        HoloError: instead of the errors of huggingface_hub.
+    """
+    try:
+        yield
+    except LocalTokenNotFoundError:
+        raise HoloError("REPO: you are not logged in; run `hf auth login`, or set HF_TOKEN") from None
+    except GatedRepoError:
+        raise HoloError(f"REPO: {repo!r} is gated; ask for access on its page first") from None
+    except RepositoryNotFoundError as error:
+        raise HoloError(f"REPO: {repo!r} is not there, or your token may not see it: {first_line(error)}") from None
+    except HfHubHTTPError as error:
+        raise HoloError(f"REPO: {_refusal(repo, error)}") from None
+    except LOST as error:
+        raise HoloError(
+            f"REPO: the connection was lost ({type(error).__name__}); nothing was published. The same command goes on: "
+            "large files that have arrived are not sent again"
+        ) from None
+
+
+def _refusal(repo: str, error: HfHubHTTPError) -> str:
+    status = error.response.status_code
+    if status == 401:
+        return "the Hub does not accept your token; run `hf auth login`, or set HF_TOKEN to a valid one"
+    if status == 403:
+        return f"your token may not write to {repo!r}; use one with the right to write"
+    if status >= 500:
+        return f"the Hub is out of order ({status}); nothing was published, try the same command later"
+    return f"the Hub refused {repo!r} ({status}): {first_line(error)}"

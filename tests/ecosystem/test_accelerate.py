@@ -1,0 +1,161 @@
+"""Two processes on a CPU (gloo) train as one does: data parallel, sharded, and from one to the other."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator, PartialState, debug_launcher
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing import ProcessRaisedException
+from torch.optim import AdamW, Optimizer
+from transformers import AutoModelForCausalLM
+
+from hf_holo import MuonAdamW
+
+pytestmark = pytest.mark.slow
+STEPS, ROWS, LENGTH, VOCABULARY = 50, 8, 16, 61
+
+
+def batches() -> torch.Tensor:
+    """The global batch of every step `[STEPS, ROWS, LENGTH]`."""
+    return torch.randint(1, VOCABULARY, (STEPS, ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def make_optimizer(name: str, model: nn.Module) -> Optimizer:
+    """Muon works in bfloat16, which makes more of a gradient that was summed in another order: it takes small steps."""
+    return MuonAdamW.for_model(model, lr=4e-4) if name == "muon" else AdamW(model.parameters(), lr=1e-3)
+
+
+def alone(model: nn.Module, optimizer: str) -> list[float]:
+    """The losses of one process, without Accelerate."""
+    optimizer = make_optimizer(optimizer, model.train())
+    losses = []
+    for ids in batches():
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def in_parallel(model, optimizer, out, first=0, last=STEPS, load=None, save=None, precision="no") -> None:
+    """One process of several: its share of every batch, through Accelerate; the losses go to the file `out`."""
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    model, optimizer = accelerator.prepare(model.train(), make_optimizer(optimizer, model))
+    if load:
+        accelerator.load_state(load)
+    share = ROWS // accelerator.num_processes
+    losses = []
+    for ids in batches()[first:last]:
+        mine = ids[accelerator.process_index * share :][:share]
+        loss = model(input_ids=mine, labels=mine).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(accelerator.reduce(loss.detach(), "mean").item())
+    if save:
+        accelerator.save_state(save)
+    if accelerator.is_main_process:
+        Path(out).write_text(json.dumps(losses))
+
+
+def sharded(model, optimizer, out) -> None:
+    """One process of two, each of which holds half of every parameter."""
+    state = PartialState(cpu=True)
+    mesh = init_device_mesh("cpu", (state.num_processes,))
+    for block in model.train().base_model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    parameters = list(model.parameters())
+    assert all(isinstance(parameter, DTensor) for parameter in parameters)
+    held = sum(parameter.to_local().numel() for parameter in parameters)
+    assert held < 0.55 * sum(parameter.numel() for parameter in parameters)  # a vector of one entry has no halves
+    optimizer = make_optimizer(optimizer, model)
+    share = ROWS // state.num_processes
+    losses = []
+    for ids in batches():
+        mine = ids[state.process_index * share :][:share]
+        loss = model(input_ids=mine, labels=mine).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        torch.distributed.all_reduce(mean)
+        losses.append(mean.item() / state.num_processes)
+    if state.is_main_process:
+        Path(out).write_text(json.dumps(losses))
+
+
+def launched(function, processes: int, out: Path, *arguments) -> list[float]:
+    """The losses of a function that so many processes run."""
+    debug_launcher(function, (*arguments[:2], str(out), *arguments[2:]), num_processes=processes)
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_data_parallel_is_as_alone(tiny, family, optimizer, tmp_path):
+    expected = alone(tiny(family), optimizer)
+    assert expected[-1] < expected[0]
+    assert launched(in_parallel, 2, tmp_path / "losses", tiny(family), optimizer) == pytest.approx(expected, abs=1e-4)
+
+
+def test_sharded_is_as_alone(tiny, family, tmp_path):
+    expected = alone(tiny(family), "adamw")
+    assert launched(sharded, 2, tmp_path / "losses", tiny(family), "adamw") == pytest.approx(expected, abs=1e-4)
+
+
+def test_muon_refuses_sharded_matrices(tiny, tmp_path):
+    with pytest.raises(ProcessRaisedException, match="Muon takes whole matrices, and these are sharded"):
+        launched(sharded, 2, tmp_path / "losses", tiny("hsn"), "muon")
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(tiny, before, after, tmp_path):
+    expected, half, state = alone(tiny("hsn"), "muon"), STEPS // 2, str(tmp_path / "state")
+    first = launched(in_parallel, before, tmp_path / "first", tiny("hsn"), "muon", 0, half, None, state)
+    second = launched(in_parallel, after, tmp_path / "second", tiny("hsn"), "muon", half, STEPS, state)
+    assert first + second == pytest.approx(expected, abs=1e-4)
+
+
+def test_bf16_learns(tiny, family, tmp_path):
+    losses = launched(in_parallel, 1, tmp_path / "losses", tiny(family), "adamw", 0, STEPS, None, None, "bf16")
+    expected = alone(tiny(family), "adamw")
+    assert losses != expected and losses == pytest.approx(expected, abs=0.05)
+
+
+def accumulate(model, ids, out) -> None:
+    """The gradients of four small batches, as the norm of their difference to those of one large batch."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    prepared, optimizer = accelerator.prepare(model.train(), AdamW(model.parameters(), lr=0.0))
+    for part in ids.chunk(4):
+        with accelerator.accumulate(prepared):
+            accelerator.backward(prepared(input_ids=part, labels=part).loss)
+    small = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    optimizer.zero_grad()
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    large = [p.grad for p in model.parameters() if p.grad is not None]
+    difference = max((a - b).abs().max().item() for a, b in zip(small, large, strict=True))
+    Path(out).write_text(json.dumps([difference, max(g.abs().max().item() for g in large)]))
+
+
+def test_accumulated_gradients_are_those_of_one_large_batch(tiny, family, tmp_path):
+    difference, size = launched(accumulate, 1, tmp_path / "out", tiny(family), batches()[0])
+    assert difference < 1e-5 < size
+
+
+def test_a_model_that_lies_on_the_disk_in_part(tiny, family, tmp_path):
+    model, ids = tiny(family), batches()[0]
+    model.save_pretrained(tmp_path / "model")
+    total = sum(p.nbytes for p in model.parameters())
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map="auto", max_memory={"cpu": int(0.6 * total)}, offload_folder=tmp_path / "disk"
+    )
+    assert {"cpu", "disk"} == set(map(str, offloaded.hf_device_map.values()))
+    with torch.no_grad():
+        torch.testing.assert_close(offloaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-6)

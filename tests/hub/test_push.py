@@ -1,0 +1,237 @@
+"""`hf-holo push` against a small Hub: a model arrives whole or not at all, and comes back as it was."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from huggingface_hub import HfApi, constants, utils
+from safetensors.torch import load_file, save_file
+from small_hub import TOKEN, SmallHub
+from transformers import AutoModelForCausalLM
+
+from hf_holo import HoloError, cli
+from hf_holo.hub.push import clear_errors
+
+REPO = "me/tiny"
+
+PULL = """
+import sys, torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+with torch.no_grad():
+    logits = model(**tokenizer(sys.argv[2], return_tensors="pt")).logits
+print(torch.equal(logits, load_file(sys.argv[3])["output"]))
+"""
+
+
+@pytest.fixture
+def small_hub(monkeypatch):
+    """A Hub that this process takes for the real one, and a token that may write."""
+    with SmallHub() as served:
+        monkeypatch.setattr(constants, "ENDPOINT", served.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("time.sleep", lambda seconds: None)  # no pauses between retries
+        forget_connections()
+        yield served
+    forget_connections()
+
+
+def forget_connections() -> None:
+    """huggingface_hub keeps one that was made offline."""
+    forget = utils.close_session if hasattr(utils, "close_session") else utils.reset_sessions
+    forget()
+
+
+def push(*options: str) -> int:
+    return cli.main(["push", *map(str, options)])
+
+
+def test_a_model_arrives_whole(small_hub, saved, capsys):
+    (saved / "training_args.bin").write_bytes(b"a pickle")
+    (saved / "checkpoint-10").mkdir()
+    (saved / ".hidden").write_text("x")
+    (saved / "config.json.tmp12").write_text("{")
+    assert push(saved, REPO) == 0
+    held = small_hub.repos[REPO]
+    expected = {p.name for p in saved.iterdir() if p.is_file()} - {"training_args.bin", ".hidden", "config.json.tmp12"}
+    assert set(held["files"]) == expected | {"README.md"}
+    assert all(held["files"][name] == (saved / name).read_bytes() for name in expected)
+    assert (held["commits"], held["private"]) == (1, False)
+    card = held["files"]["README.md"].decode()
+    assert f'from_pretrained("{REPO}", trust_remote_code=True)' in card
+    output = capsys.readouterr().out
+    assert "not sent: .hidden, config.json.tmp12, training_args.bin" in output
+    assert f"The model is at {small_hub.url}/{REPO}" in output
+
+
+def test_a_dry_run_sends_nothing_and_writes_nothing(small_hub, saved, capsys):
+    config = json.loads((saved / "config.json").read_text())
+    del config["auto_map"]
+    (saved / "config.json").write_text(json.dumps(config))
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    assert push(saved, REPO, "--dry-run") == 0
+    assert not small_hub.requests
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    output = capsys.readouterr().out
+    for name in [*before, "README.md"]:
+        assert name in output
+    assert "Nothing was sent." in output and "completed by this command" in output and "a new model card" in output
+
+
+def test_a_card_that_is_there_gets_the_name_of_the_repository(small_hub, saved):
+    (saved / "README.md").write_text('---\ntags: [hf-holo]\n---\nAutoModel.from_pretrained("tiny")\n')
+    push(saved, REPO)
+    assert f'from_pretrained("{REPO}")' in small_hub.repos[REPO]["files"]["README.md"].decode()
+    assert 'from_pretrained("tiny")' in (saved / "README.md").read_text()
+
+
+def test_a_card_of_someone_else_stays_as_it_is(small_hub, saved):
+    (saved / "README.md").write_text('mine: from_pretrained("tiny")\n')
+    push(saved, REPO)
+    assert small_hub.repos[REPO]["files"]["README.md"] == (saved / "README.md").read_bytes()
+
+
+def test_a_repository_that_exists_gets_a_commit_on_top(small_hub, saved):
+    small_hub.create(REPO)["files"]["notes.txt"] = b"kept"
+    assert push(saved, REPO) == 0
+    assert small_hub.repos[REPO]["files"]["notes.txt"] == b"kept"
+    assert "model.safetensors" in small_hub.repos[REPO]["files"]
+
+
+def test_a_private_repository_is_made_private(small_hub, saved):
+    assert push(saved, REPO, "--private") == 0
+    assert small_hub.repos[REPO]["private"] is True
+
+
+def test_nothing_private_goes_into_a_public_repository(small_hub, saved, capsys):
+    small_hub.create(REPO)
+    assert push(saved, REPO, "--private") == 2
+    assert "exists and is public" in capsys.readouterr().err
+    assert not small_hub.repos[REPO]["files"] and not small_hub.objects
+
+
+def test_a_dropped_connection_is_tried_again(small_hub, saved):
+    small_hub.faults["drop upload"] = 1
+    assert push(saved, REPO) == 0
+    assert small_hub.repos[REPO]["files"]["model.safetensors"] == (saved / "model.safetensors").read_bytes()
+
+
+def test_after_a_lost_connection_the_same_command_goes_on(small_hub, saved, capsys):
+    small_hub.faults["drop commit"] = 1000
+    assert push(saved, REPO) == 2
+    error = capsys.readouterr().err
+    assert "the connection was lost" in error and "The same command goes on" in error
+    assert len(small_hub.objects) == 1 and not small_hub.repos[REPO]["files"]  # nothing half is published
+    small_hub.faults.clear()
+    assert push(saved, REPO) == 0
+    assert small_hub.requests["upload"] == 1  # what had arrived was not sent again
+    assert small_hub.repos[REPO]["commits"] == 1
+
+
+def test_a_hub_out_of_order_is_said_so(small_hub, saved, capsys):
+    small_hub.faults["fail commit"] = 1000
+    assert push(saved, REPO) == 2
+    assert "the Hub is out of order (500); nothing was published" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [("hf_wrong", "the Hub does not accept your token"), ("hf_reader", "your token may not write to 'me/tiny'")],
+)
+def test_a_token_that_will_not_do(small_hub, saved, capsys, monkeypatch, token, message):
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert push(saved, REPO) == 2
+    assert message in capsys.readouterr().err
+    assert not small_hub.repos
+
+
+def test_without_a_token(small_hub, saved, capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+    assert push(saved, REPO) == 2
+    assert "hf auth login" in capsys.readouterr().err
+
+
+def test_a_gated_repository(small_hub, monkeypatch):
+    small_hub.create(REPO, gated=True)
+    monkeypatch.setenv("HF_TOKEN", "hf_reader")
+    with pytest.raises(HoloError, match="'me/tiny' is gated; ask for access"), clear_errors(REPO):
+        HfApi().repo_info(REPO)
+
+
+def test_offline(saved, capsys):
+    assert push(saved, REPO) == 2
+    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("repo", ["../up", "a/b/c", "me/..", "me/x y", "", "me/-"])
+def test_tricks_in_the_name_of_the_repository(saved, capsys, repo):
+    assert push(saved, repo, "--dry-run") == 2
+    assert "is no name for a repository" in capsys.readouterr().err
+
+
+def test_a_pickle_in_place_of_safetensors(saved, capsys):
+    torch.save({}, saved / "model.safetensors")
+    assert push(saved, REPO, "--dry-run") == 2
+    assert "model.safetensors' is not a whole safetensors file" in capsys.readouterr().err
+
+
+def test_weights_that_are_cut_off(saved, capsys):
+    whole = (saved / "model.safetensors").read_bytes()
+    (saved / "model.safetensors").write_bytes(whole[:-5])
+    assert push(saved, REPO, "--dry-run") == 2
+    assert "is not a whole safetensors file" in capsys.readouterr().err
+
+
+def test_a_shard_that_is_missing(saved, capsys):
+    AutoModelForCausalLM.from_pretrained(saved).save_pretrained(saved, max_shard_size=20_000)
+    shards = sorted(saved.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    shards[-1].unlink()
+    assert push(saved, REPO, "--dry-run") == 2
+    assert f"lacks {shards[-1].name}" in capsys.readouterr().err
+
+
+def test_a_folder_without_weights(saved, capsys):
+    (saved / "model.safetensors").unlink()
+    assert push(saved, REPO, "--dry-run") == 2
+    assert "holds no weights in safetensors" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_there(tmp_path, capsys):
+    assert push(tmp_path / "nowhere", REPO, "--dry-run") == 2
+    assert "nowhere' is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_was_pushed_is_pulled_elsewhere(small_hub, saved, elsewhere, expected, tokenizer, tmp_path):
+    text = "a small text, seen by all"
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    save_file({"output": expected(model, tokenizer)}, tmp_path / "expected")
+    assert push(saved, REPO) == 0
+    environment = {"HF_ENDPOINT": small_hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    assert elsewhere(PULL, REPO, text, tmp_path / "expected", **environment).split()[-1] == "True"
+    assert load_file(tmp_path / "expected")["output"].isfinite().all()
+
+
+@pytest.mark.slow
+def test_push_to_hub_takes_the_code_along(small_hub, saved):
+    code = (
+        "import sys, hf_holo\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "AutoModelForCausalLM.from_pretrained(sys.argv[1]).push_to_hub(sys.argv[2])\n"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": small_hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run([sys.executable, "-c", code, saved, REPO], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    files = small_hub.repos[REPO]["files"]
+    assert {"config.json", "model.safetensors", "modeling_hsn.py", "ops.py"} <= set(files)
+    assert "AutoModelForMaskedLM" in json.loads(files["config.json"])["auto_map"]
