@@ -67,8 +67,9 @@ def static_speed(f: dict) -> str:
 
 
 def design_choices(f: dict) -> str:
-    rows = [f"{row['variant']} {row['loss']:.3f}" for row in f["runs"]]
-    return f"validation loss after {f['settings']['seconds']:.0f} seconds of training: {', '.join(rows)}"
+    rows, settings = [f"{row['variant']} {row['loss']:.3f}" for row in f["runs"]], f["settings"]
+    budget = f"{settings['steps']} steps" if "steps" in settings else f"{settings['seconds']:.0f} seconds"
+    return f"validation loss after {budget} of training: {', '.join(rows)}"
 
 
 def conformance(f: dict) -> str:
@@ -125,6 +126,16 @@ def transfer(f: dict) -> str:
     )
 
 
+def partial_transfer(f: dict) -> str:
+    (first, *_) = f["texts"].values()
+    ratios = ", ".join(f"{ratio:.3f} ({text})" for text, ratio in f["ratios"].items())
+    return (
+        f"{len(f['layers'])} of the {f['depth']} attention layers of a model with {first['teacher_parameters']:,} "
+        f"parameters replaced by holographic mixers: perplexity divided by the teacher's {ratios} after "
+        f"{first['steps']} steps of distillation ({first['seconds'] / 60:.0f} minutes)"
+    )
+
+
 def holo_speed(f: dict) -> str:
     first = f["layers"][0]
     layers = [
@@ -150,6 +161,40 @@ def holo_curve(f: dict) -> str:
     return f"HOLO from scratch, nats per character by basis and harmonics: {', '.join(rows)}"
 
 
+def long_context(f: dict) -> str:
+    settings = f["settings"]
+    parts = {
+        "reading": lambda r: f"reading {r['tokens']:,} tokens takes {r['seconds']:.0f} s and {r['peak_gib']:.2f} GiB",
+        "speed": lambda r: f"time per token there {r[-1]['relative']:.2f} of that at {r[0]['tokens']:,}",
+        "training": lambda r: f"a training step over {r['tokens']:,} takes {r['peak_gib']:.2f} GiB",
+        "pieces": lambda r: f"in pieces the logits differ by {max(x['fed_in_pieces'] for x in r):.0e} at most",
+        "decoding": lambda r: (
+            f"a token after {r[-1]['context']:,} takes {r[-1]['relative']:.2f} of one after {r[0]['context']:,}"
+        ),
+        "stability": lambda r: f"the largest state after {r[-1]['tokens']:,} tokens is {r[-1]['largest_state']:.3g}",
+    }
+    return f"`{settings['preset']}`: " + "; ".join(say(f[part]) for part, say in parts.items() if part in f)
+
+
+def vocabulary(f: dict) -> str:
+    settings, large = f["settings"], f["large_step"]
+    runs = [f"{run['strategy']} {run['loss']:.3f}" for run in f["runs"]]
+    return (
+        f"nats per token with {settings['vocab_size']:,} tokens, {settings['steps']} steps: {', '.join(runs)}; "
+        f'"hash" at {large["vocab_size"]:,}×{large["width"]}: 1/{large["compression"]:.1f} of the dense numbers, a '
+        f"training step of {large['tokens']} tokens peaks at {large['peak_gib']:.2f} GiB"
+    )
+
+
+def infilling(f: dict) -> str:
+    rows = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in f["best"].items() if accuracy is not None)
+    return (
+        f"masked tokens of held-out Python files that are filled right, after {f['steps']} steps of "
+        f"{f['windows_a_step']}×{f['length']} at equal parameters, each at its best learning rate: {rows}; always the "
+        f"commonest token {f['commonest_token']:.1%}"
+    )
+
+
 ROWS: dict[str, Callable[[dict], str]] = {
     "shakespeare": shakespeare,
     "llama_comparison_adamw": llama_comparison,
@@ -159,13 +204,18 @@ ROWS: dict[str, Callable[[dict], str]] = {
     "decode_speed": decode_speed,
     "static_speed": static_speed,
     "design_choices": design_choices,
+    "design_choices_resonance": design_choices,
     "conformance": conformance,
     "leaking_gate": leaking_gate,
     "surgery": surgery,
     "distillation": distillation,
     "transfer": transfer,
+    "partial_transfer": partial_transfer,
     "holo_speed": holo_speed,
     "holo_curve": holo_curve,
+    "long_context": long_context,
+    "vocabulary": vocabulary,
+    "infilling": infilling,
 }
 
 

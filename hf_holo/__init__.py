@@ -7,6 +7,7 @@ import functools
 import importlib
 from typing import Any
 
+from .adapters import offer_adapters
 from .conversion import surgery  # noqa: F401  (it registers the quantizer "holo" with transformers)
 from .modeling.configuration_holo import HoloConfig
 from .modeling.configuration_hsn import HsnConfig
@@ -36,6 +37,10 @@ _register_text_family("hsn", HsnConfig)
 _register_text_family("holo", HoloConfig)
 _register_text_family("resonance", ResonanceConfig)
 
+offer_adapters("hsn", outputs=["k_proj", "v_proj"], inputs=["up_proj", "down_proj"])
+offer_adapters("holo", outputs=["k_proj", "v_proj"], inputs=["down_proj"])
+offer_adapters("resonance", outputs=["in_proj"], inputs=["up_proj", "down_proj"])
+
 # Public names that are imported when first asked for, by module. The registry adds the model classes and, for each
 # preset, a function that makes its model: `hsn_tiny(vocab_size=...)`.
 _LAZY = {
@@ -46,7 +51,7 @@ _LAZY = {
     "modeling.cache": ["RecurrentCache"],
     "modeling.harmonics": ["HoloLinear", "SineActivation", "harmonic_basis"],
     "modeling.layers": ["GatedChannelMix", "LiteChannelMix", "RotaryEmbedding", "SpectralGate"],
-    "modeling.memory": ["HolographicMemory"],
+    "modeling.memory": ["HolographicMemory", "PersistentMemory"],
     "modeling.mixers": ["HolographicMixer"],
     "modeling.modeling_holo": ["HoloAttention", "HoloTransformerBlock"],
     "modeling.modeling_hsn": ["HoloSpectralBlock", "fft_circular_conv", "fft_circular_corr"],

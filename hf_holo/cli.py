@@ -13,8 +13,10 @@ VERBS = {
     "check": ("hf_holo.eval.conformance.command", "prove that a model does what it claims: causality, caches, saving"),
     "convert": ("hf_holo.conversion.convert", "make linear layers or attention of a language model holographic"),
     "distill": ("hf_holo.conversion.distill", "a student learns from its teacher, in stages"),
+    "export": ("hf_holo.export.command", "ONNX, torch.export, TorchScript and int8, each measured against PyTorch"),
     "scope": ("hf_holo.eval.scope", "decision boundaries of a ReLU and a holographic network on two spirals"),
     "recall": ("hf_holo.eval.recall", "how many pairs a holographic memory recalls, against theory"),
+    "push": ("hf_holo.hub.push", "bring a checkpoint to the Hub, with its code and a model card"),
     "list": ("hf_holo.eval.catalogue", "families, presets, parameters and capabilities"),
     "info": ("hf_holo.eval.cost", "state, FLOPs and memory of a preset or a checkpoint"),
 }

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,15 @@ pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
-    """Runs a script's main with its results in a temporary folder; returns the report and what was printed."""
+    """Runs a script's main with its results in a temporary folder; returns the report and what was printed. What the
+    README tells of a report must be tellable."""
     monkeypatch.syspath_prepend(BENCHMARKS)
 
     def run(script: str, *argv: object, report: str | None = None) -> tuple[dict, str]:
         importlib.import_module(script).main([*map(str, argv), "--results", str(tmp_path)])
-        return json.loads((tmp_path / f"{report or script}.json").read_text()), capsys.readouterr().out
+        name, readme = report or script, importlib.import_module("readme")
+        assert name not in readme.ROWS or f"| `{name}` |" in readme.table(tmp_path)
+        return json.loads((tmp_path / f"{name}.json").read_text()), capsys.readouterr().out
 
     return run
 
@@ -99,13 +103,18 @@ def test_design_choices(run, text):
     assert [run["variant"] for run in report["figures"]["runs"]] == ["default", "write=cancel"]
     assert all(run["steps"] >= 1 for run in report["figures"]["runs"])
 
+    argv = (text, "--family", "resonance", "--variants", "interference", "--steps", 2, *TINY_FIT)
+    report, _ = run("design_choices", *argv, report="design_choices_resonance")
+    (trained,) = report["figures"]["runs"]
+    assert trained["steps"] == 2 and trained["seconds_per_step"] > 0
+
 
 def test_every_design_choice_is_a_model(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    from hf_holo import HsnConfig
-
-    for options in importlib.import_module("design_choices").VARIANTS.values():
-        HsnConfig(vocab_size=11, hidden_size=32, num_hidden_layers=1, **options)
+    design_choices = importlib.import_module("design_choices")
+    for family, variants in design_choices.VARIANTS.items():
+        for options in variants.values():
+            design_choices.make(family, vocab_size=11, hidden_size=128, num_hidden_layers=1, **options)
 
 
 def test_leaking_gate(run, text, tmp_path):
@@ -263,14 +272,83 @@ def test_vocabulary(run, text):
     assert large["compression"] > 5 and 0 < large["peak_gib"] < 4
 
 
+def test_long_context(run, monkeypatch):
+    sizes = {"context": 90, "short": 30, "short_context": 20, "training_tokens": 40, "exact_tokens": 50, "tokens": 2}
+    sizes |= {"stability_tokens": 100, "repeats": 1, "sizes": 7}
+    argv = [word for name, value in sizes.items() for word in (f"--{name}", value)]
+    long_context = importlib.import_module("long_context")
+    monkeypatch.setattr(long_context, "measured_apart", lambda _, **part: long_context.run_part(**part))
+    report, _ = run("long_context", *argv)
+    figures = report["figures"]
+    assert figures["reading"]["peak_gib"] >= figures["reading"]["before_gib"] > figures["reading"]["weights_gib"] > 0
+    assert [row["tokens"] for row in figures["speed"]] == [30, 90] and figures["training"]["loss"] > 0
+    (row,) = figures["pieces"]
+    assert max(row["segment_length"], row["fed_in_pieces"]) < 1e-5 < row["largest"]
+    short, long = figures["decoding"]
+    assert short["state_bytes"] == long["state_bytes"] > 0
+    assert figures["stability"][-1]["tokens"] == 100 and all(row["finite"] for row in figures["stability"])
+
+    again, _ = run("long_context", *argv, "--parts", "pieces")
+    assert again["figures"]["speed"] == figures["speed"]  # what is there stays
+    other, _ = run("long_context", *argv, "--preset", "hsn-tiny", "--parts", "pieces", report="long_context_hsn-tiny")
+    assert "segment_length" not in other["figures"]["pieces"][0]
+
+
+def test_infilling(run, monkeypatch):
+    sizes = {"steps": 2, "rows": 2, "length": 16, "width": 32, "depth": 1, "vocab_size": 300, "files": 12}
+    argv = [*(word for name, value in sizes.items() for word in (f"--{name}", value)), "--validation_windows", 8]
+    argv += ["--long_tokens", 200]
+    report, printed = run("infilling", *argv, "--learning_rates", 0.001, 0.002)
+    figures = report["figures"]
+    assert [row["model"] for row in figures["rows"]] == ["resonance", "resonance", "bert", "bert"]
+    assert abs(figures["rows"][2]["parameters"] / figures["rows"][0]["parameters"] - 1) <= 0.02
+    assert figures["advantage"] == figures["best"]["resonance"] - figures["best"]["bert"]
+    assert 0 < figures["commonest_token"] < 1 and "more often than bert" in printed
+    assert figures["long_file"]["tokens"] == 200 and figures["long_file"]["peak_gib"] > 0
+
+    monkeypatch.setattr("infilling.fit", lambda *_: pytest.fail("a finished run was repeated"))
+    again, _ = run("infilling", *argv, "--learning_rates", 0.001, 0.002)
+    assert again["figures"] == figures
+
+
+def test_both_models_of_infilling_learn_from_the_same_batches(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    infilling = importlib.import_module("infilling")
+    data, collator = infilling.load(12, 300, 16, 8)
+    first, again = (infilling.batches(data, collator, 2, seed=0) for _ in range(2))
+    for one, other, _ in zip(first, again, range(3), strict=False):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    resonance, bert = (infilling.build(name, 300, 128, width=128, depth=4, seed=0) for name in infilling.MODELS)
+    assert abs(bert.num_parameters() / resonance.num_parameters() - 1) <= 0.02
+    assert bert.bert.embeddings.position_embeddings.weight.requires_grad
+    assert len(infilling.hidden_tokens(data.validation)) > 8
+
+
+def save_llama(folder, text, layers):
+    """A tiny one with random weights, and a tokenizer for the text."""
+    tokenizer = make_tokenizer("characters", [text.read_text()])
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": layers, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.3, eos_token_id=None, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def test_partial_transfer(run, text, tmp_path):
+    save_llama(tmp_path / "model", text, layers=5)
+    argv = (tmp_path / "model", "--text", text, "--window", 16, "--eval_windows", 2, "--folder", tmp_path / "runs")
+    report, printed = run("partial_transfer", *argv, "--stage_steps", 2)
+    figures = report["figures"]
+    assert figures["layers"] == [1, 3]  # a quarter, rounded up
+    (found,) = figures["texts"].values()
+    assert [stage["stage"] for stage in found["stages"]] == ["before", "mixers", "logits"]
+    (ratio,) = figures["ratios"].values()
+    assert ratio == pytest.approx(math.exp(found["loss"] - found["teacher_loss"]))
+    assert f"{ratio:.3f} (text.txt)" in printed
+
+
 def test_surgery_and_distillation(run, text, tmp_path):
     """What the first converts and keeps, the second brings nearer to the teacher."""
-    tokenizer = make_tokenizer("characters", [text.read_text()])
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.3, eos_token_id=None, **sizes)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-
+    save_llama(tmp_path / "model", text, layers=1)
     kept = tmp_path / "students"
     windows = ("--window", 16, "--tokens", 128, "--fisher_tokens", 64, "--eval_windows", 2)
     argv = (tmp_path / "model", "--text", text, *windows, "--students", kept)
