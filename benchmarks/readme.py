@@ -306,6 +306,56 @@ def surgery_table(folder: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
+def long_table(folder: Path = RESULTS) -> str:
+    """What long texts cost, as a Markdown table."""
+    report = read_report("long_context", folder)
+    f = report["figures"]
+    (short, long), (early, late), read, step = f["speed"], f["decoding"], f["reading"], f["training"]
+    lines = [
+        "| | tokens | peak memory | time |",
+        "|---|--:|--:|--:|",
+        f"| reading, logits of the last position | {read['tokens']:,} | {read['peak_gib']:.2f} GiB | "
+        f"{read['seconds']:.0f} s |",
+        f"| the same, per token | {short['tokens']:,} | | {short['us_per_token']:.0f} µs |",
+        f"| | {long['tokens']:,} | | {long['us_per_token']:.0f} µs |",
+        f"| a training step with gradient checkpointing | {step['tokens']:,} | {step['peak_gib']:.2f} GiB | "
+        f"{step['seconds']:.0f} s |",
+        f"| one more token after | {early['context']:,} | state {early['state_bytes']:,} B | "
+        f"{early['ms_per_token']:.1f} ms |",
+        f"| | {late['context']:,} | state {late['state_bytes']:,} B | {late['ms_per_token']:.1f} ms |",
+        "",
+        f"Segments and pieces of {', '.join(str(row['piece']) for row in f['pieces'])} tokens change the logits of "
+        f"{f['pieces'][0]['tokens']:,} tokens by at most {max(row['fed_in_pieces'] for row in f['pieces']):.0e}. "
+        f"Memory includes Python and its packages, {read['before_gib']:.2f} GiB. `{f['settings']['preset']}` with "
+        f"random weights, {report['seconds']:.0f} seconds for all on: {_machine(report)}.",
+    ]
+    return "\n".join(lines)
+
+
+def vocabulary_table(folder: Path = RESULTS) -> str:
+    """Losses of all strategies after equal training, as a Markdown table."""
+    report = read_report("vocabulary", folder)
+    runs, settings = report["figures"]["runs"], report["figures"]["settings"]
+    lines = [
+        "| strategy | numbers for the vocabulary | of the dense ones | nats per token | beside dense |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for run in runs:
+        share = f"1/{run['compression']:.1f}" if run["compression"] > 1 else "all"
+        lines.append(
+            f"| {run['strategy']} | {run['parameters']:,} | {share} | {run['loss']:.3f} | {run['excess']:+.3f} |"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{settings['steps']} steps of {settings['rows']}×{settings['length']}, so hardly trained yet, with "
+            f"{settings['vocab_size']:,} tokens of BPE, width {settings['width']}, depth {settings['depth']}, one "
+            f"learning rate, {report['seconds']:.0f} seconds for all on: {_machine(report)}.",
+        ]
+    )
+
+
 def check_table() -> str:
     """The checks of the conformance kit, from their own descriptions."""
     lines = ["| group | check | what holds | needs |", "|---|---|---|---|"]
@@ -322,6 +372,8 @@ TABLES: dict[tuple[Path, str], Callable[[], str]] = {
     (DOCS / "conformance.md", "measured"): kit_table,
     (DOCS / "conformance.md", "checks"): check_table,
     (DOCS / "surgery.md", "measured"): surgery_table,
+    (DOCS / "resonance.md", "measured"): long_table,
+    (DOCS / "vocabulary.md", "measured"): vocabulary_table,
 }
 
 

@@ -137,8 +137,13 @@ def load_onnx(file: Path, graph: Graph) -> Program:
     known = {entry.name for entry in session.get_inputs()}
 
     def run(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        named = zip(graph.input_axes, tensors, strict=True)
-        feed = {name: tensor.numpy() for name, tensor in named if name in known}
+        named = dict(zip(graph.input_axes, tensors, strict=True))
+        if (
+            "position_ids" in known
+        ):  # in graphs that Optimum makes of transformers' own models, which count for themselves
+            mask, tokens = named["attention_mask"], named["input_ids"].shape[1]
+            named["position_ids"] = torch.arange(mask.shape[1]).expand_as(mask)[:, -tokens:]
+        feed = {name: tensor.numpy() for name, tensor in named.items() if name in known}
         return tuple(torch.from_numpy(array) for array in session.run(list(graph.output_axes), feed))
 
     return run

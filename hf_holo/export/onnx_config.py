@@ -6,6 +6,7 @@ Needs the extra `onnx`. `optimum-cli` calls [`register`] through `optimum/comman
 import functools
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,6 +91,12 @@ class HoloOnnxConfig(OnnxConfigWithPast):
         if self.graph.states:
             inputs["past_key_values"] = [tensors[state.input_name] for state in self.graph.states]
         return inputs
+
+    def fix_dynamic_axes(
+        self, model_path: Path, device: str = "cpu", dtype: str | None = None, input_shapes: dict | None = None
+    ) -> None:
+        """Without the cast of Optimum: the example has the types of the graph, states in at least float32."""
+        super().fix_dynamic_axes(model_path, device=device, input_shapes=input_shapes)
 
     def flatten_output_collection_property(self, name: str, field: Any) -> dict[str, Any]:
         """Optimum's validation asks for the names of the states."""

@@ -69,6 +69,10 @@ class HoloORTModelForCausalLM(ORTModelForCausalLM):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         missing = max(0, seen + tokens - mask.shape[1])
         feed = {"input_ids": input_ids, "attention_mask": torch.nn.functional.pad(mask, (missing, 0), value=1)}
+        if "position_ids" in self.input_names:
+            feed["position_ids"] = (feed["attention_mask"].cumsum(1) - 1).clamp_min(0)[
+                :, -tokens:
+            ]  # padding not counted
         for state in self.states:
             held = cache.layers[state.layer].get(state.name)
             feed[state.input_name] = state.zeros(len(input_ids)) if held is None else held

@@ -39,7 +39,9 @@ class Model:
     def __call__(self, ids: np.ndarray) -> np.ndarray:
         """Read more of the text, `[B, T]` ids; gives the scores of what follows each, `[B, T, vocabulary]`."""
         self.read += ids.shape[1]
-        inputs = {"input_ids": ids, "attention_mask": np.ones((len(ids), self.read), np.int64), **self.state}
+        known = {"input_ids": ids, "attention_mask": np.ones((len(ids), self.read), np.int64), **self.state}
+        known["position_ids"] = np.arange(self.read, dtype=np.int64)[None, -ids.shape[1] :].repeat(len(ids), 0)
+        inputs = {entry.name: known[entry.name] for entry in self.session.get_inputs()}
         outputs = dict(zip(self.outputs, self.session.run(self.outputs, inputs), strict=True))
         self.state = {name: outputs[name.replace(STATE, NEXT, 1)] for name in self.state}
         return outputs["logits"]
