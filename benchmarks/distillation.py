@@ -28,8 +28,8 @@ from hf_holo.conversion.sources import Source, Text, load_texts, load_tokenizer
 GLANCE = 2  # held-out windows that the distillation itself scores; here they are scored on many more
 
 
-def distilled(student: Path, folder: Path, args: argparse.Namespace) -> dict:
-    """Train this student, unless that has been done, and return what its report says about the training."""
+def distil(recipe: str, student: Path, folder: Path, args: argparse.Namespace, **more: object) -> dict:
+    """`hf-holo distill` on the texts of `args`, unless that has been done, and its report."""
     if not (folder / "model.safetensors").exists():
         arguments = {
             "teacher": [args.model],
@@ -37,17 +37,21 @@ def distilled(student: Path, folder: Path, args: argparse.Namespace) -> dict:
             "output_dir": [folder],
             "train_files": args.text,
             "validation_fraction": args.held_out,
-            "evaluation_windows": [GLANCE],
             "overwrite": ["true"],
             "bf16": [args.bf16],
             "use_cpu": [not torch.cuda.is_available()],  # transformers asks for it before it takes bf16 there
             "seed": [args.seed],
+            **{name: [value] for name, value in more.items()},
         }
-        if args.steps:
-            arguments["max_steps"] = [args.steps]
         words = (word for name, values in arguments.items() for word in (f"--{name}", *map(str, values)))
-        distill([args.recipe, *words])
-    (stage,) = json.loads((folder / "report.json").read_text(encoding="utf-8"))["stages"]
+        distill([recipe, *words])
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def distilled(student: Path, folder: Path, args: argparse.Namespace) -> dict:
+    """Train this student, and return what its report says about the training."""
+    steps = {"max_steps": args.steps} if args.steps else {}
+    (stage,) = distil(args.recipe, student, folder, args, evaluation_windows=GLANCE, **steps)["stages"]
     return {key: stage[key] for key in ("trained", "steps", "tokens", "seconds")}
 
 

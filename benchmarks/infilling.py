@@ -12,8 +12,6 @@ pipeline "fill-mask" reads one file of 100,000 tokens in one piece with the pres
 
 import argparse
 import math
-import resource
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from apart import peak_gib
 from fitting import make_optimizer
 from report import RESULTS, earlier_rows, print_footer, print_table, write_report
 from torch.utils.data import DataLoader, Subset
@@ -54,12 +53,11 @@ def fill_long_file(tokens: int) -> dict[str, float | int]:
     start = time.perf_counter()
     pipeline("fill-mask", model=model, tokenizer=tokenizer, top_k=1)(text)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "tokens": len(tokenizer(text).input_ids),
         "parameters": model.num_parameters(),
         "seconds": seconds,
-        "peak_gib": peak / 2**20 / (2**10 if sys.platform == "darwin" else 1),  # bytes there, KiB elsewhere
+        "peak_gib": peak_gib(),
     }
 
 

@@ -8,17 +8,16 @@ used again.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from distillation import distil
 from report import RESULTS, print_footer, print_table, write_report
 from transfer import figures
 from transformers import AutoConfig
 
-from hf_holo.conversion.distill import main as distill
 from hf_holo.conversion.sources import Source
 from hf_holo.conversion.transfer import transfer_to_hsn
 
@@ -29,30 +28,16 @@ def every_fourth(depth: int) -> list[int]:
     return [(2 * i + 1) * depth // (2 * count) for i in range(count)]
 
 
-def distil(args: argparse.Namespace, layers: list[int]) -> dict:
+def replaced(args: argparse.Namespace, layers: list[int]) -> dict:
     """Transfer and distil, unless that has been done, and return the report."""
-    folder = args.folder / "distilled"
+    student, folder = args.folder / "student", args.folder / "distilled"
     if not (folder / "model.safetensors").exists():
         torch.manual_seed(args.seed)
-        transfer_to_hsn(Source.find(args.model).load(), layers).save_pretrained(args.folder / "student")
-        arguments = {
-            "teacher": [args.model],
-            "student": [args.folder / "student"],
-            "output_dir": [folder],
-            "train_files": args.text,
-            "validation_fraction": args.held_out,
-            "block_size": [args.window],
-            "evaluation_windows": [args.eval_windows],
-            "overwrite": ["true"],
-            "bf16": [args.bf16],
-            "use_cpu": [not torch.cuda.is_available()],  # transformers asks for it before it takes bf16 there
-            "seed": [args.seed],
-        }
-        if args.stage_steps:
-            arguments |= {"max_steps": [args.stage_steps], "warmup_steps": [1]}
-        words = (word for name, values in arguments.items() for word in (f"--{name}", *map(str, values)))
-        distill(["distill-hsn-part", *words])
-    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        transfer_to_hsn(Source.find(args.model).load(), layers).save_pretrained(student)
+    sizes = {"block_size": args.window, "evaluation_windows": args.eval_windows}
+    if args.stage_steps:
+        sizes |= {"max_steps": args.stage_steps, "warmup_steps": 1}
+    return distil("distill-hsn-part", student, folder, args, **sizes)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     depth = AutoConfig.from_pretrained(args.model).num_hidden_layers
     layers = args.layers or every_fourth(depth)
-    report = distil(args, layers)
+    report = replaced(args, layers)
     texts = {Path(text).name: figures(report, Path(text).stem) for text in args.text}
     rows = [{"text": name, **stage} for name, found in texts.items() for stage in found["stages"]]
     print_table(rows)

@@ -192,7 +192,7 @@ def _collect_grams(model: PreTrainedModel, sites: Sequence[Site], windows: torch
         handles.append(model.get_submodule(site.layers[0]).register_forward_pre_hook(partial(add, gram, weight)))
     prefix = f"{model.base_model_prefix}."
     body = model.base_model if all(name.startswith(prefix) for site in sites for name in site.layers) else model
-    with _removed_after(handles):
+    with removed_after(handles):
         for window in tqdm(windows, desc="activations", unit="window"):
             body(input_ids=window[None].to(model.device))  # without the output layer, which costs much
     return [gram / windows.numel() for gram in grams]
@@ -226,7 +226,7 @@ def _collect_fishers(
         for name in site.layers
     ]
     handles.append(model.get_input_embeddings().register_forward_hook(start_graph))
-    with _removed_after(handles), _frozen(model), torch.enable_grad():
+    with removed_after(handles), _frozen(model), torch.enable_grad():
         for window in tqdm(windows, desc="gradients", unit="window"):
             logits = model(input_ids=window[None].to(model.device)).logits.float().flatten(0, -2)  # [T, V]
             drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
@@ -240,7 +240,8 @@ def _zeros(model: PreTrainedModel, site: Site, *shape: int) -> torch.Tensor:
 
 
 @contextmanager
-def _removed_after(handles: list[Any]) -> Iterator[None]:
+def removed_after(handles: Sequence[Any]) -> Iterator[None]:
+    """Remove hooks at the end, however it comes."""
     try:
         yield
     finally:

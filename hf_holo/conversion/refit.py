@@ -17,7 +17,7 @@ Source: layer-wise least squares on the student's own inputs, as in GPTQ (Franta
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..errors import HoloError
-from .calibration import Site, Statistics, factorise, install, stacked_weight
+from .calibration import Site, Statistics, factorise, install, removed_after, stacked_weight
 from .surgery import block_list, dense_shape, is_linear
 
 DAMPING = 0.03  # λ, as a share of the mean eigenvalue of E[x̃ x̃ᵀ]
@@ -44,7 +44,6 @@ def refit(
     ranks: Sequence[int | None],
     fishers: Sequence[torch.Tensor | None],
     windows: torch.Tensor,
-    pivoted: bool = True,
 ) -> list[float]:
     """Convert in place, block after block, with weights fitted anew to the student's own inputs.
 
@@ -56,7 +55,6 @@ def refit(
         ranks: harmonics of each site; None stays dense.
         fishers: G of each site, see [`Statistics`].
         windows: token ids `[N, T]`, see [`enough`].
-        pivoted: as in [`install`].
 
     Returns:
         The error of each site, see [`Factors.error`].
@@ -91,7 +89,7 @@ def refit(
             fitted, gram = fit(weight, passages, layer in writers)  # [m, n] and [n, n]
             moments = fitted @ gram @ fitted.T if site.projects_outputs else gram
             factors = factorise(site, fitted, Statistics(moments, fishers[number]))
-            install(model, site, factors, ranks[number], pivoted, fitted)
+            install(model, site, factors, ranks[number], weight=fitted)
             errors[number] = factors.error(ranks[number])
         theirs = [call(teacher, hidden) for hidden in theirs]
         ours = [call(block, hidden) for hidden in ours]
@@ -192,7 +190,7 @@ def _record_calls(model: PreTrainedModel, blocks: Sequence[nn.Module], window: t
     hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
     use_cache, model.config.use_cache = model.config.use_cache, False  # a block is called many times over
     try:
-        with _hooked(*hooks):
+        with suppress(_Reached), removed_after(hooks):
             model(input_ids=window[None].to(model.device))
     finally:
         model.config.use_cache = use_cache
@@ -212,7 +210,8 @@ def _arrive(block: nn.Module, call: Call, hidden: torch.Tensor, layer: str, writ
         raise _Reached
 
     hooks = [block.get_submodule(name).register_forward_hook(add) for name in writers]
-    with _hooked(*hooks, block.get_submodule(layer).register_forward_pre_hook(arrive)):
+    hooks.append(block.get_submodule(layer).register_forward_pre_hook(arrive))
+    with suppress(_Reached), removed_after(hooks):
         call(block, hidden)
     return arrivals[0]
 
@@ -224,7 +223,7 @@ def _in_order(block: nn.Module, call: Call, hidden: torch.Tensor, layers: list[s
         block.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: order.append(name))
         for name in layers
     ]
-    with _hooked(*hooks):
+    with removed_after(hooks):
         call(block, hidden)
     return order
 
@@ -248,22 +247,10 @@ def residual_writers(block: nn.Module, call: Call, hidden: torch.Tensor) -> tupl
         outputs[name] = output.double()
 
     hooks = [m.register_forward_hook(lambda m, args, out, name=name: keep(name, out)) for name, m in linears.items()]
-    with _hooked(*hooks):
+    with removed_after(hooks):
         added = call(block, hidden).double() - hidden.double()
     for count in range(1, MOST_WRITERS + 1):
         for names in combinations(outputs, count):
             if (sum(outputs[name] for name in names) - added).norm() <= SAME * added.norm():
                 return names
     return ()
-
-
-@contextmanager
-def _hooked(*handles: Any) -> Iterator[None]:
-    """Remove the hooks at the end, which may have come early."""
-    try:
-        yield
-    except _Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
