@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,35 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Fill the folder that this gives; it becomes `folder` when the block ends, and vanishes if the block fails.
+
+    Args:
+        folder: its parents are made; an older folder of that name stays until the new one is complete.
+
+    Raises:
+        HoloError: there is a file of that name.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise HoloError(f"{str(folder)!r} is a file, where a folder is to be written")
+    temporary, old = (folder.with_name(f"{folder.name}.{what}{os.getpid()}") for what in ("tmp", "old"))
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if folder.exists():  # a folder cannot take the place of one that holds files, so that one steps aside
+            folder.rename(old)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

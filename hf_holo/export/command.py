@@ -5,21 +5,18 @@ model card. A format that fails leaves no folder; the others are still written, 
 """
 
 import argparse
-import os
 import shutil
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from ..errors import HoloError, Parser, first_line, unknown
-from ..files import output_folder
+from ..files import output_folder, replacing_folder
 from . import standalone_script
 from .formats import FORMATS, Source, continues
-from .graph import TASKS, WITH_PAST
+from .graph import TASKS, WITH_PAST, folded
 from .report import measure, write_report
 
 
@@ -65,12 +62,13 @@ def export(source: Source, name: str, folder: Path, text: str | None = None) -> 
         What report.json says.
 
     Raises:
-        HoloError: what the format needs is not installed, or the export does not compute the same.
+        HoloError: what the format needs is not installed, the export does not compute the same, or `folder` is a file.
     """
     form = FORMATS[name]
     form.require()
-    with _replacing_folder(folder) as temporary:
-        form.write(source, temporary)
+    with replacing_folder(folder) as temporary:
+        with folded(source.model):
+            form.write(source, temporary)
         source.model.config.save_pretrained(temporary)
         if source.processor is not None:
             source.processor.save_pretrained(temporary)
@@ -79,20 +77,6 @@ def export(source: Source, name: str, folder: Path, text: str | None = None) -> 
         record = measure(source, form, temporary, text)
         write_report(record, source, name, form, temporary)
     return record
-
-
-@contextmanager
-def _replacing_folder(folder: Path) -> Iterator[Path]:
-    """Fill the folder that this gives; it becomes `folder` when the block ends, and vanishes if the block fails."""
-    temporary = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _read(file: str) -> str:

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 import torch.fx.experimental._config
 import transformers
+from torch import nn
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from ..errors import HoloError, first_line
-from .graph import TASKS, WITH_PAST, Graph, GraphModule, task_of
+from ..modeling.harmonics import HoloLinear
+from .graph import TASKS, WITH_PAST, Graph, GraphModule, positions, task_of
 
 Program = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]  # inputs and states to output and new states
 
@@ -59,7 +61,7 @@ class Source:
 
     @cached_property
     def onnx_folder(self) -> Path:
-        """The ONNX export, made once for all formats that start from it."""
+        """The ONNX export, made once for all formats that start from it; tied tables are written twice in it."""
         from optimum.exporters.onnx import main_export
 
         from .onnx_config import register
@@ -67,7 +69,7 @@ class Source:
         register()
         folder = Path(self._temporary.name)
         with quiet_tracer():
-            main_export(self.folder, output=folder, task=self.task, do_validation=False)
+            main_export(self.folder, output=folder, task=self.task, do_validation=False, no_post_process=True)
         return folder
 
 
@@ -115,17 +117,18 @@ def _installed(module: str) -> bool:
 
 # ---------------------------------------------------------------------------------------------- ONNX
 def write_onnx(source: Source, folder: Path) -> None:
+    from .onnx_numbers import share_numbers
+
     shutil.copytree(source.onnx_folder, folder, dirs_exist_ok=True)
+    share_numbers(folder / "model.onnx")
 
 
 def write_onnx_int8(source: Source, folder: Path) -> None:
     """Weights of matrix products and embeddings in int8, activations quantized as they come."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from .onnx_int8 import quantize
 
     shutil.copytree(source.onnx_folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.onnx*"))
-    quantize_dynamic(
-        source.onnx_folder / "model.onnx", folder / "model.onnx", per_channel=True, weight_type=QuantType.QInt8
-    )
+    quantize(source.onnx_folder / "model.onnx", folder / "model.onnx")
 
 
 def load_onnx(file: Path, graph: Graph) -> Program:
@@ -138,11 +141,10 @@ def load_onnx(file: Path, graph: Graph) -> Program:
 
     def run(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         named = dict(zip(graph.input_axes, tensors, strict=True))
-        if (
-            "position_ids" in known
-        ):  # in graphs that Optimum makes of transformers' own models, which count for themselves
-            mask, tokens = named["attention_mask"], named["input_ids"].shape[1]
-            named["position_ids"] = torch.arange(mask.shape[1]).expand_as(mask)[:, -tokens:]
+        if "position_ids" in known:  # in graphs that Optimum makes of transformers' own models
+            mask = named["attention_mask"]
+            counted = mask if graph.counts_positions else torch.ones_like(mask)
+            named["position_ids"] = positions(counted, named["input_ids"].shape[1])
         feed = {name: tensor.numpy() for name, tensor in named.items() if name in known}
         return tuple(torch.from_numpy(array) for array in session.run(list(graph.output_axes), feed))
 
@@ -158,9 +160,28 @@ def write_torchao_int8(source: Source, folder: Path) -> None:
     """Weights of linear layers in int8, one scale for every row."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    model = copy.deepcopy(source.model)
-    quantize_(model, Int8WeightOnlyConfig())
+    model = with_thin_linears(copy.deepcopy(source.model))
+    for linear in [module for module in model.modules() if isinstance(module, nn.Linear)]:
+        quantize_(linear, Int8WeightOnlyConfig())  # one by one, because two layers may share one
     _save_exported(source.graph, model, folder / "model.pt2")
+
+
+def with_thin_linears(model: nn.Module) -> nn.Module:
+    """The model with two plain linear layers, basis and coefficients, in place of every holographic one."""
+    bases: dict[int, nn.Linear] = {}
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, HoloLinear):
+                basis = bases.setdefault(id(layer.basis), _linear(layer.basis.matrix()))
+                setattr(parent, name, nn.Sequential(basis, _linear(layer.effective_coefficients(), layer.bias)))
+    return model
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
+    linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.bias = bias
+    return linear
 
 
 def _save_exported(graph: Graph, model: PreTrainedModel, file: Path) -> None:
@@ -169,6 +190,9 @@ def _save_exported(graph: Graph, model: PreTrainedModel, file: Path) -> None:
     example = tuple(graph.example(tokens=70).values())  # several chunks, of which none is full
     with torch.no_grad(), _any_size():
         exported = torch.export.export(GraphModule(graph, model), example, dynamic_shapes=(shapes,), strict=False)
+    for module in exported.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # lines of the code on this machine, a third of the graph
     torch.export.save(exported, file)
 
 
@@ -192,11 +216,11 @@ def write_torchscript(source: Source, folder: Path) -> None:
     example = tuple(source.graph.example().values())
     with torch.no_grad(), quiet_tracer():
         traced = torch.jit.trace(GraphModule(source.graph, source.model).eval(), example, check_trace=False)
-        torch.jit.save(torch.jit.freeze(traced), folder / "model.pt")
+        torch.jit.save(traced, folder / "model.pt")  # not frozen: what depends on weights only would be written as well
 
 
 def load_torchscript(file: Path, graph: Graph) -> Program:
-    module = torch.jit.load(file)
+    module = torch.jit.freeze(torch.jit.load(file))
     return lambda tensors: module(*tensors)
 
 

@@ -6,8 +6,10 @@ from facts that an architecture states anyway, so that no family has export code
 `state_spec` the states of constant size, and what else a cache holds is read off one.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,7 +23,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ..errors import HoloError, unknown
 from ..modeling.cache import RecurrentCache, RecurrentLayer
+from ..modeling.harmonics import HoloLinear
 from ..modeling.layers import at_least_float32
+from ..registry import architectures
 
 # Optimum's names of the tasks that can be exported, and the Auto class that has the head for each.
 TASKS = {
@@ -101,6 +105,8 @@ class Graph:
         self.with_past = task.endswith(WITH_PAST)
         self.model_class = head_for(self.task, config)
         self.output = "last_hidden_state" if self.task == "feature-extraction" else "logits"
+        # Transformers' own decoders have to be told the positions, for they would count padding; these families don't.
+        self.counts_positions = self.task == "text-generation" and config.model_type not in architectures()
 
     @cached_property
     def inputs(self) -> dict[str, dict[int, str]]:
@@ -147,8 +153,11 @@ class Graph:
     def call(self, forward: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Call a model's `forward` with inputs and states in their order; gives the output and the new states."""
         inputs: dict[str, Any] = dict(zip(self.inputs, tensors, strict=False))
-        if "use_cache" in inspect.signature(self.model_class.forward).parameters:
+        arguments = inspect.signature(self.model_class.forward).parameters
+        if "use_cache" in arguments:
             inputs["use_cache"] = self.with_past
+        if self.counts_positions and "position_ids" in arguments:
+            inputs["position_ids"] = positions(inputs["attention_mask"], inputs["input_ids"].shape[1])
         if not self.with_past:
             return (forward(**inputs, return_dict=True)[self.output],)
         cache = make_cache(self.config, self.states, tensors[len(self.inputs) :])
@@ -192,6 +201,8 @@ def states_of(
 @torch.no_grad()
 def _read_off(model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> list[State]:
     """The states of a model whose cache grows: the sizes that differ after two and after three tokens."""
+    config = copy.deepcopy(config)
+    config.pad_token_id = None  # some models would look for it in the texts
     with FakeTensorMode():  # tensors without data
         model = model_class._from_config(config, dtype=dtype).eval()
         texts = (torch.ones(1, tokens, dtype=torch.long) for tokens in (2, 3))
@@ -209,6 +220,11 @@ def held_by(cache: Cache) -> Iterator[tuple[tuple[int, str], torch.Tensor]]:
         recurrent = isinstance(layer, RecurrentLayer)
         for name, tensor in (layer.states if recurrent else {"key": layer.keys, "value": layer.values}).items():
             yield (index, name), tensor
+
+
+def positions(attention_mask: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Positions `[B, T]` of the last tokens under a mask `[B, S]`: padding is not counted, as in `generate`."""
+    return (attention_mask.cumsum(1) - 1).clamp_min(0)[:, -tokens:]
 
 
 def take_states(states: Sequence[State], cache: Cache) -> tuple[torch.Tensor, ...]:
@@ -239,6 +255,22 @@ def _keys_and_values(held: Mapping[int, Mapping[str, torch.Tensor]]) -> DynamicC
         layer.keys, layer.values = named["key"], named["value"]
         layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
     return cache
+
+
+# ---------------------------------------------------------------------------------------------- weights
+@contextmanager
+def folded(model: nn.Module) -> Iterator[None]:
+    """In this block the holographic layers of a model hold A · cos Φ in place of A and Φ: half the numbers to write."""
+    layers = [layer for layer in model.modules() if isinstance(layer, HoloLinear) and not layer.folded]
+    factors = [(layer.amplitude, layer.phase) for layer in layers]
+    for layer in layers:
+        layer.fold()
+    try:
+        yield
+    finally:
+        for layer, (amplitude, phase) in zip(layers, factors, strict=True):
+            del layer.coefficients
+            layer.amplitude, layer.phase = amplitude, phase
 
 
 # ---------------------------------------------------------------------------------------------- tasks

@@ -17,7 +17,8 @@ from optimum.utils import NormalizedTextConfig
 from transformers import PreTrainedModel
 
 from ..registry import Architecture, architectures
-from .graph import TASKS, WITH_PAST, Graph
+from .graph import TASKS, WITH_PAST, Graph, folded
+from .onnx_numbers import share_numbers
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by Optimum's names
 
@@ -53,6 +54,15 @@ class GraphPatcher(ModelPatcher):
             return {graph.output: output} | ({"past_key_values": tuple(states)} if states else {})
 
         self.patched_forward = patched_forward
+        self._folded = folded(model)
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self._folded.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._folded.__exit__(*error)
+        super().__exit__(*error)
 
 
 class HoloOnnxConfig(OnnxConfigWithPast):
@@ -97,6 +107,12 @@ class HoloOnnxConfig(OnnxConfigWithPast):
     ) -> None:
         """Without the cast of Optimum: the example has the types of the graph, states in at least float32."""
         super().fix_dynamic_axes(model_path, device=device, input_shapes=input_shapes)
+
+    def post_process_exported_models(self, path: Path, models: dict[str, Any], files: list[str]) -> tuple[dict, list]:
+        """Optimum's own way to store a tied table once knows no embedding but `nn.Embedding`."""
+        for file in files:
+            share_numbers(Path(path, file))
+        return models, files
 
     def flatten_output_collection_property(self, name: str, field: Any) -> dict[str, Any]:
         """Optimum's validation asks for the names of the states."""

@@ -10,7 +10,7 @@ from optimum.onnxruntime import ORTModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..modeling.cache import RecurrentCache
-from .graph import State
+from .graph import State, positions
 from .onnx_config import register
 
 register()  # for `from_pretrained(..., export=True)`
@@ -70,9 +70,7 @@ class HoloORTModelForCausalLM(ORTModelForCausalLM):
         missing = max(0, seen + tokens - mask.shape[1])
         feed = {"input_ids": input_ids, "attention_mask": torch.nn.functional.pad(mask, (missing, 0), value=1)}
         if "position_ids" in self.input_names:
-            feed["position_ids"] = (feed["attention_mask"].cumsum(1) - 1).clamp_min(0)[
-                :, -tokens:
-            ]  # padding not counted
+            feed["position_ids"] = positions(feed["attention_mask"], tokens)
         for state in self.states:
             held = cache.layers[state.layer].get(state.name)
             feed[state.input_name] = state.zeros(len(input_ids)) if held is None else held

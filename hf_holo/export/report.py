@@ -3,8 +3,9 @@
 import functools
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def parity(source: Source, program: Program) -> list[dict[str, float]]:
     """Maximum and mean difference of all outputs against PyTorch's, one record for each length and batch size: of a
     text and, where there is a state, of the same text once more behind it."""
     rows = []
-    for length in LENGTHS:
+    for length in (length for length in LENGTHS if 2 * length <= _most_tokens(source)):
         for batch in BATCHES:
             tensors = list(source.graph.example(batch, length, past=0).values())
             pairs = _compare(source, program, tensors)
@@ -70,6 +71,19 @@ def parity(source: Source, program: Program) -> list[dict[str, float]]:
     return rows
 
 
+def _most_tokens(source: Source) -> int:
+    """As many as the model was made for: those with a table of positions fail beyond."""
+    return getattr(source.model.config, "max_position_embeddings", None) or sys.maxsize
+
+
+def _window(source: Source) -> int:
+    return min(WINDOW, _most_tokens(source))
+
+
+def _new_tokens(source: Source) -> int:
+    return min(NEW_TOKENS, _most_tokens(source) - PROMPT)
+
+
 def _compare(source: Source, program: Program, tensors: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """What PyTorch and what the program make of these inputs."""
     return list(zip(source.graph.call(source.model, tensors), program(tensors), strict=True))
@@ -77,7 +91,7 @@ def _compare(source: Source, program: Program, tensors: list[torch.Tensor]) -> l
 
 def generation(source: Source, program: Program) -> dict[str, float]:
     """Share of equal tokens in what both write after two prompts, one of them padded: greedily and with 4 beams."""
-    ids = source.graph.example(2, PROMPT, past=0)["input_ids"]
+    ids, new = source.graph.example(2, PROMPT, past=0)["input_ids"], _new_tokens(source)
     mask = torch.ones_like(ids)
     mask[0, : PROMPT // 3] = 0
     shares = {}
@@ -86,8 +100,8 @@ def generation(source: Source, program: Program) -> dict[str, float]:
             "attention_mask": mask,
             "do_sample": False,
             "num_beams": beams,
-            "max_new_tokens": NEW_TOKENS,
-            "min_new_tokens": NEW_TOKENS,
+            "max_new_tokens": new,
+            "min_new_tokens": new,
             "pad_token_id": source.model.config.pad_token_id or 0,
         }
         wanted = source.model.generate(ids, **options)
@@ -130,10 +144,10 @@ def perplexities(source: Source, program: Program, text: str) -> dict[str, float
     """exp of the mean loss in nats a token on a text, in windows of `WINDOW` tokens: PyTorch's and the program's."""
     if source.processor is None:
         raise HoloError("text: the perplexity cannot be measured, because the model has no tokenizer")
-    ids = torch.tensor(source.processor(text).input_ids)
-    windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, 1, WINDOW)
+    ids, width = torch.tensor(source.processor(text).input_ids), _window(source)
+    windows = ids[: len(ids) // width * width].view(-1, 1, width)
     if not len(windows):
-        raise HoloError(f"text: {len(ids)} tokens are too few; give at least {WINDOW}")
+        raise HoloError(f"text: {len(ids)} tokens are too few; give at least {width}")
     losses: dict[str, list[float]] = {"float32": [], "exported": []}
     runs = {"float32": functools.partial(source.graph.call, source.model), "exported": program}
     for window in windows:
@@ -145,10 +159,10 @@ def perplexities(source: Source, program: Program, text: str) -> dict[str, float
 
 
 def latencies(source: Source, program: Program) -> dict[str, dict[str, float]]:
-    """Median milliseconds of a call, eager PyTorch's and the program's in turns: for a text of `WINDOW` tokens and, if
-    there is a state, for one token more."""
+    """Median milliseconds of a call, eager PyTorch's and the program's in turns: for a text of `WINDOW` tokens (or as
+    many as the model was made for) and, if there is a state, for one token more."""
     eager = functools.partial(source.graph.call, source.model)
-    lengths = {"text": WINDOW} | ({"token": 1} if source.graph.states else {})
+    lengths = {"text": _window(source)} | ({"token": 1} if source.graph.states else {})
     return {
         name: _medians({"pytorch": eager, "exported": program}, list(source.graph.example(1, tokens).values()))
         for name, tokens in lengths.items()
@@ -176,6 +190,7 @@ def write_report(record: Mapping[str, Any], source: Source, name: str, form: For
 def model_card(record: Mapping[str, Any], source: Source, name: str, form: Format) -> str:
     """The model card of an export: what it is, how it is used, and the measured figures."""
     worst = max(record["parity"], key=lambda row: row["max"])
+    lengths = sorted({row["length"] for row in record["parity"]})
     lines = [
         "---",
         f"library_name: {'onnxruntime' if name.startswith('onnx') else 'torch'}",
@@ -190,17 +205,17 @@ def model_card(record: Mapping[str, Any], source: Source, name: str, form: Forma
         "",
         "| measured on this file | |",
         "|---|--:|",
-        f"| largest difference from PyTorch, lengths {_list(LENGTHS)}, batches {_list(BATCHES)} | {worst['max']:.1e} |",
+        f"| largest difference from PyTorch, lengths {_list(lengths)}, batches {_list(BATCHES)} | {worst['max']:.1e} |",
         f"| mean difference | {max(row['mean'] for row in record['parity']):.1e} |",
         *(
-            f"| tokens equal to PyTorch's, {NEW_TOKENS} new ones, {way} | {100 * share:.1f} % |"
+            f"| tokens equal to PyTorch's, {_new_tokens(source)} new ones, {way} | {100 * share:.1f} % |"
             for way, share in record.get("generation", {}).items()
         ),
         *(f"| perplexity on the given text, {way} | {x:.3f} |" for way, x in record.get("perplexity", {}).items()),
         f"| size, of the float32 weights | {record['bytes'] / record['float32_bytes']:.2f} |",
         *(
-            f"| milliseconds for {'one token' if what == 'token' else f'{WINDOW} tokens'}: exported, eager PyTorch | "
-            f"{times['exported']:.2f}, {times['pytorch']:.2f} |"
+            f"| milliseconds for {'one token' if what == 'token' else f'{_window(source)} tokens'}: "
+            f"exported, eager PyTorch | {times['exported']:.2f}, {times['pytorch']:.2f} |"
             for what, times in record["milliseconds"].items()
         ),
         "",
@@ -220,12 +235,12 @@ def _usage(source: Source, name: str) -> str:
     if name.startswith("onnx"):
         return "It runs with the class of `optimum.onnxruntime` for its task, or with onnxruntime alone."
     if name == "torchscript":
-        return "Load it with `torch.jit.load`, or with `torch::jit::load` in C++."
+        return "`torch.jit.freeze(torch.jit.load(...))`; in C++ `torch::jit::freeze(torch::jit::load(...))`."
     after = " after `import torchao`" if "torchao" in name else ""
     return f"Load it with `torch.export.load(...).module(check_guards=False)`{after}."
 
 
-def _list(numbers: tuple[int, ...]) -> str:
+def _list(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 

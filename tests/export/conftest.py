@@ -35,5 +35,10 @@ def hsn_folder(tmp_path_factory) -> Path:
     return save(tiny_model("hsn"), tmp_path_factory.mktemp("hsn"))
 
 
+def bytes_in(model) -> int:
+    """Of the numbers that a model computes with: parameters, tied ones once, and buffers."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
 def auto_of(task: str) -> str:
     return TASKS[task.removesuffix(WITH_PAST)]

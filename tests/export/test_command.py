@@ -8,13 +8,15 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config
 
+from hf_holo import HoloSurgeryConfig, apply_surgery
 from hf_holo.cli import main
 from hf_holo.export import command, formats
 from hf_holo.export.formats import FORMATS, Source
-from hf_holo.export.graph import Graph
+from hf_holo.export.graph import Graph, folded
 
-from .conftest import save, tiny_model
+from .conftest import bytes_in, save, tiny_model
 
 
 @pytest.fixture
@@ -98,12 +100,33 @@ def test_what_is_not_installed_is_named(hsn_folder, tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["holo", "resonance"])
+def test_torchscript_keeps_weights_and_not_what_follows_from_them(family, tmp_path):
+    source = Source(str(save(tiny_model(family, hidden_size=128), tmp_path / "saved")))
+    with folded(source.model):
+        FORMATS["torchscript"].write(source, tmp_path)
+    assert (tmp_path / "model.pt").stat().st_size <= 1.25 * bytes_in(source.model) + 500_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["hsn", "holo", "resonance"])
+def test_int8_takes_less_than_half(family, tmp_path):
+    pytest.importorskip("optimum.exporters.onnx", reason="needs the extra `onnx`")
+    source = Source(str(save(tiny_model(family, hidden_size=256, vocab_size=4096), tmp_path / "saved")))
+    sizes = {}
+    for name in ("onnx", "onnx-int8"):
+        FORMATS[name].write(source, tmp_path / name)
+        sizes[name] = (tmp_path / name / "model.onnx").stat().st_size
+    assert sizes["onnx-int8"] <= 0.45 * sizes["onnx"]
+    assert sizes["onnx"] <= 1.25 * bytes_in(source.model)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.feature("export", "hf-holo export --format {name}")
+@pytest.mark.parametrize("name", [name for name in FORMATS if all(map(formats._installed, FORMATS[name].modules))])
 @pytest.mark.parametrize("family", ["hsn", "holo", "resonance"])
 def test_every_format_of_every_family(family, name, tmp_path, quick):
-    if any(not formats._installed(module) for module in FORMATS[name].modules):
-        pytest.skip(f"needs {FORMATS[name].modules}")
     source = Source(str(save(tiny_model(family), tmp_path / "saved")))
     record = command.export(source, name, tmp_path / name)
     if FORMATS[name].exact:
@@ -118,7 +141,7 @@ PROGRAM = r"""
 
 int main(int count, const char* files[]) {
   torch::NoGradGuard no_gradients;
-  auto model = torch::jit::load(files[1]);
+  auto model = torch::jit::freeze(torch::jit::load(files[1]));
   auto inputs = torch::jit::load(files[2]).attr("inputs").toTensorVector();
   auto outputs = model.forward({inputs.begin(), inputs.end()}).toTuple()->elements();
   std::cout << outputs[0].toTensor().sum().item<double>() << std::endl;
@@ -151,20 +174,26 @@ def test_torchscript_runs_in_libtorch(hsn_folder, tmp_path):
     assert float(done.stdout) == pytest.approx(expected, rel=1e-3)
 
 
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+DECODER = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+CONVERTED = {
+    "llama": LlamaConfig(**DECODER, **SPECIAL, num_attention_heads=4, num_key_value_heads=2),
+    "phi3": Phi3Config(**DECODER, **SPECIAL, num_attention_heads=4, num_key_value_heads=2),
+    # a table of positions, in which padding must not be counted and which ends soon
+    "gpt2": GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=48, **SPECIAL),
+}
+
+
 @pytest.mark.slow
-def test_a_converted_llama_exports(tmp_path, quick):
-    """A checkpoint with holographic linear layers stays a Llama, which Optimum knows."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from hf_holo import HoloSurgeryConfig, apply_surgery
-
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_a_converted_checkpoint_exports(kind, tmp_path, quick):
+    """With holographic linear layers it stays what it was, and Optimum knows it."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, pad_token_id=0, num_key_value_heads=2, **sizes)).eval()
+    model = AutoModelForCausalLM.from_config(CONVERTED[kind]).eval()
     apply_surgery(model, HoloSurgeryConfig(harmonics=8))
     source = Source(str(save(model, tmp_path / "saved")))
     assert [state.name for state in Graph(source.task, model.config).states] == ["key", "value"] * 2
-    old = Version(transformers.__version__).major < 5  # its masks cannot be traced or saved by torch, in any Llama
+    old = Version(transformers.__version__).major < 5  # its masks cannot be traced or saved by torch, in any of them
     for name in ("onnx",) if old else ("onnx", "torch-export", "torchscript"):
         if all(map(formats._installed, FORMATS[name].modules)):
             record = command.export(source, name, tmp_path / name)

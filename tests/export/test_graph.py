@@ -5,8 +5,10 @@ import torch
 from transformers import LlamaConfig
 
 from hf_holo import HoloError, architectures
-from hf_holo.export.graph import Graph, head_for, make_cache, states_of, take_states, task_of
+from hf_holo.export.formats import with_thin_linears
+from hf_holo.export.graph import Graph, folded, head_for, make_cache, positions, states_of, take_states, task_of
 from hf_holo.export.graph import _read_off as read_off
+from hf_holo.modeling.harmonics import HoloLinear
 
 from .conftest import tiny_model
 
@@ -38,6 +40,32 @@ def test_a_cache_is_made_of_its_tensors(family, variant):
     again = make_cache(model.config, states, take_states(states, cache))
     expected = model(ids, past_key_values=cache).logits
     torch.testing.assert_close(model(ids, past_key_values=again).logits, expected)
+
+
+def test_amplitudes_and_phases_are_one_number_while_a_graph_is_written():
+    model = tiny_model("holo")
+    before, ids = dict(model.named_parameters()), torch.arange(12).view(2, 6)
+    expected = model(ids).logits
+    with folded(model):
+        assert not any(name.endswith(("amplitude", "phase")) for name, _ in model.named_parameters())
+        torch.testing.assert_close(model(ids).logits, expected)
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    assert {name for name, _ in model.named_parameters()} == set(before)
+
+
+def test_holographic_layers_become_plain_ones():
+    model = tiny_model("holo")
+    expected = model(torch.arange(12).view(2, 6)).logits
+    plain = with_thin_linears(model)
+    assert not any(isinstance(module, HoloLinear) for module in plain.modules())
+    torch.testing.assert_close(plain(torch.arange(12).view(2, 6)).logits, expected)
+
+
+def test_positions_count_no_padding():
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    assert positions(mask, 3).tolist() == [[0, 1, 2], [2, 3, 4]]
+    assert Graph(STATE, LlamaConfig()).counts_positions
+    assert not Graph(STATE, tiny_model("hsn").config).counts_positions  # there a position of 0 begins a document
 
 
 def test_the_task_is_that_of_the_saved_head():

@@ -10,6 +10,8 @@ import torch
 
 pytest.importorskip("optimum.exporters.onnx", reason="needs the extra `onnx`, which needs transformers 4.57")
 
+from onnx import ModelProto, TensorProto, checker, helper, load, numpy_helper
+from onnx import save as save_onnx
 from onnxruntime import InferenceSession
 from optimum.exporters.onnx import main_export
 
@@ -18,13 +20,16 @@ from hf_holo.export import standalone_script
 from hf_holo.export.formats import load_onnx
 from hf_holo.export.graph import Graph
 from hf_holo.export.onnx_config import register, tasks
+from hf_holo.export.onnx_int8 import quantize, read_by_activations
+from hf_holo.export.onnx_numbers import share
 from hf_holo.export.onnx_runtime import HoloORTModelForCausalLM
 
-from .conftest import TEXT, auto_of, save, tiny_model
+from .conftest import TEXT, auto_of, bytes_in, save, tiny_model
 
 STATE = "text-generation-with-past"
 FEW, ALL = [(1, 1), (3, 17), (1, 65)], [(b, t) for b in (1, 3) for t in (1, 7, 16, 17, 63, 64, 65, 1000)]
 MODELS = [(family.name, variant) for family in architectures().values() for variant in family.variants]
+HEADS = [(family.name, task) for family in architectures().values() for task in tasks(family) if task != STATE]
 
 
 def export(model, folder, task=STATE):
@@ -54,6 +59,81 @@ def exported(tmp_path_factory):
     """A tiny HSN and its export."""
     model = tiny_model("hsn")
     return model, export(model, tmp_path_factory.mktemp("onnx"))
+
+
+def check_size(model, folder):
+    """The file has the numbers of the model, and little more: nothing that follows from them is stored."""
+    graph = load(folder / "model.onnx").graph
+    constants = [n.attribute[0].t for n in graph.node if n.op_type == "Constant" and n.attribute[0].name == "value"]
+    stored = [numpy_helper.to_array(tensor) for tensor in (*graph.initializer, *constants)]
+    assert sum(numbers.nbytes for numbers in stored) <= 1.25 * bytes_in(model) + 50_000
+    large = [numbers for numbers in stored if numbers.nbytes >= 1024]
+    pairs = [(a, b) for i, a in enumerate(large) for b in large[:i] if a.dtype == b.dtype]
+    assert not any(np.array_equal(a, b) or np.array_equal(a.T, b) for a, b in pairs)
+
+
+def test_nothing_is_stored_twice(exported):
+    check_size(*exported)
+
+
+def test_equal_and_transposed_tensors_become_nodes():
+    table = np.random.default_rng(0).standard_normal((30, 20)).astype(np.float32)
+    given = {"table": table, "onnx::MatMul_1": table.T, "again": table, "small": np.ones(3, np.float32)}
+    tensors = [numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in given.items()]
+    constant = helper.make_node("Constant", [], ["constant"], value=numpy_helper.from_array(table, "value"))
+    names = [*given, "constant"]
+    reads = [helper.make_node("Identity", [name], [f"out.{i}"]) for i, name in enumerate(names)]
+    outputs = [
+        helper.make_tensor_value_info(f"out.{i}", TensorProto.FLOAT, given.get(name, table).shape)
+        for i, name in enumerate(names)
+    ]
+    graph = helper.make_graph([constant, *reads], "g", [], outputs, tensors[::-1])
+    model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 18)])
+    share(model)
+    checker.check_model(model)
+    assert len(model.graph.initializer) == 2
+    for name, found in zip(names, InferenceSession(model.SerializeToString()).run(None, {}), strict=True):
+        np.testing.assert_array_equal(found, given.get(name, table))
+
+
+def small_model() -> ModelProto:
+    """An embedding and its head, a filter that is designed, and a look-up in what it has filtered."""
+    table = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+    weights = {"table": table, "head": table.T, "gate": np.ones((4, 2), np.float32), "design": np.eye(2, 4)}
+    nodes = [
+        helper.make_node("MatMul", ["gate", "design"], ["filter"], "of weights"),
+        helper.make_node("Gather", ["table", "ids"], ["rows"], "embedding"),
+        helper.make_node("MatMul", ["rows", "filter"], ["filtered"], "of activations"),
+        helper.make_node("Gather", ["filtered", "zero"], ["first"], "state"),
+        helper.make_node("MatMul", ["first", "head"], ["scores"], "head"),
+    ]
+    inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, ["tokens"]) for name in ("ids", "zero")]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("rows", "scores")]
+    stored = [numpy_helper.from_array(np.float32(array), name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, stored)
+    return helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 18)])
+
+
+def test_what_is_rounded_reads_the_text():
+    """Not what designs a filter, from weights alone, and no look-up in a state."""
+    assert [node.name for node in read_by_activations(small_model())] == ["embedding", "head"]
+
+
+def test_a_tied_table_is_rounded_once(tmp_path):
+    save_onnx(small_model(), tmp_path / "model.onnx")
+    quantize(tmp_path / "model.onnx", tmp_path / "int8.onnx")
+    stored = load(tmp_path / "int8.onnx").graph.initializer
+    assert [
+        tuple(tensor.dims) for tensor in stored if tensor.data_type == TensorProto.INT8 and len(tensor.dims) > 1
+    ] == [(4, 6)]
+    assert "table" not in {tensor.name for tensor in stored}
+    feed = {"ids": np.array([5, 0, 3]), "zero": np.array([0])}
+    rows, scores = {}, {}
+    for name in ("model", "int8"):
+        rows[name], scores[name] = InferenceSession(tmp_path / f"{name}.onnx").run(["rows", "scores"], feed)
+    largest = np.abs(rows["model"]).max(1, keepdims=True)
+    assert (np.abs(rows["model"] - rows["int8"]) <= largest / 250).all() and (rows["model"] != rows["int8"]).any()
+    np.testing.assert_allclose(scores["int8"], scores["model"], atol=0.1)
 
 
 def test_outputs_and_states(exported):
@@ -128,10 +208,12 @@ def test_every_family_and_head_is_known_to_optimum():
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("family", "variant"), MODELS, ids="-".join)
+@pytest.mark.feature("export", "ONNX: every variant computes, continues and generates")
+@pytest.mark.parametrize(("family", "variant"), MODELS, ids=map("-".join, MODELS))
 def test_every_variant_computes_continues_and_generates(family, variant, tmp_path):
     model = tiny_model(family, variant)
     folder = export(model, tmp_path)
+    check_size(model, folder)
     check_parity(model, folder, STATE, ALL)
     runtime = HoloORTModelForCausalLM.from_pretrained(folder)
     for beams in (1, 4):
@@ -142,11 +224,8 @@ def test_every_variant_computes_continues_and_generates(family, variant, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(
-    ("family", "task"),
-    [(family.name, task) for family in architectures().values() for task in tasks(family) if task != STATE],
-    ids="-".join,
-)
+@pytest.mark.feature("export", "ONNX: every head")
+@pytest.mark.parametrize(("family", "task"), HEADS, ids=map("-".join, HEADS))
 def test_every_head_computes_the_same(family, task, tmp_path):
     model = tiny_model(family, auto=auto_of(task))
     check_parity(model, export(model, tmp_path, task), task, ALL)
