@@ -33,10 +33,10 @@ from transformers import (
 )
 
 from hf_holo import preset_model
+from hf_holo.eval.metrics import summed_scores
 from hf_holo.training.data import IGNORED, Collator, Splits, hold_out_documents, python_stdlib
 from hf_holo.training.masking import Masking, MaskingCollator, masked_splits
 from hf_holo.training.tokenizers import make_tokenizer
-from hf_holo.training.trainer import summed_scores
 
 NAME = "infilling"
 PRESET = "python-code"

@@ -19,7 +19,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     DataCollatorWithPadding,
-    EvalPrediction,
     PretrainedConfig,
     PreTrainedTokenizerBase,
     Trainer,
@@ -28,6 +27,7 @@ from transformers import (
 )
 
 from hf_holo import HsnConfig, ResonanceConfig
+from hf_holo.eval.metrics import accuracy, of_classes
 from hf_holo.training.tokenizers import bpe_tokenizer
 
 WIDTH, LAYERS, HEADS = 128, 4, 4
@@ -51,12 +51,6 @@ def encode(reviews: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) ->
         batched=True,
         remove_columns=[name for name in reviews.column_names if name != "label"],
     )
-
-
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    logits = prediction.predictions
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    return {"accuracy": float((np.argmax(logits, axis=1) == prediction.label_ids).mean())}
 
 
 def classify(name: str, length: int, splits: dict[str, Dataset], tokenizer, args: argparse.Namespace) -> dict:
@@ -85,7 +79,7 @@ def classify(name: str, length: int, splits: dict[str, Dataset], tokenizer, args
         train_dataset=data["train"],
         eval_dataset=data["test"],
         processing_class=tokenizer,
-        compute_metrics=accuracy,
+        compute_metrics=of_classes(accuracy),
     )
     start = time.perf_counter()
     trainer.train()

@@ -5,12 +5,18 @@ from argparse import ArgumentParser
 from collections.abc import Iterable
 from typing import NoReturn
 
+from safetensors import SafetensorError
+
 
 class HoloError(ValueError):
     """Bad input. The message is one line: the argument, its value, and what would be accepted.
 
     The command `hf-holo` prints it without a traceback and exits with status 2.
     """
+
+
+# What `from_pretrained` raises for a checkpoint that is not there, damaged, or of other sizes than its config says.
+UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError)
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> HoloError:

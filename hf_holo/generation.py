@@ -15,7 +15,7 @@ from transformers import (
     set_seed,
 )
 
-from .errors import HoloError, Parser, first_line
+from .errors import UNREADABLE, HoloError, Parser, first_line
 
 
 def main(argv: list[str]) -> None:
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.path)
         model = AutoModelForCausalLM.from_pretrained(args.path)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         reason = first_line(error)
         raise HoloError(f"path: {args.path!r} is no causal language model with its tokenizer: {reason}") from None
     if args.seed is not None:

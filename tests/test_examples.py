@@ -1,10 +1,12 @@
 """The scripts in examples run, at their smallest, and say the truth about themselves."""
 
 import importlib
+import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from hf_holo import HsnConfig, HsnForMaskedLM
@@ -47,6 +49,23 @@ def test_it_starts_from_a_model_that_fills_masks(classify, tmp_path, capsys):
     trained = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     base = HsnForMaskedLM.from_pretrained(tmp_path / "base")
     assert (trained.model.embed_tokens.weight == base.model.embed_tokens.weight).all()
+
+
+def test_whole_reviews_are_classified_beside_a_bert(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    module = importlib.import_module("classify_movie_reviews")
+    for split in ("train", "test"):
+        texts = [word * times for times in (3, 40) for word in ("a fine film ", "a dull film ")]
+        Dataset.from_dict({"text": texts, "label": [1, 0, 1, 0]}).to_parquet(str(tmp_path / f"{split}.parquet"))
+    flags = "--max_steps 2 --batch_size 2 --bert_length 16 --vocab_size 270 --cpu"
+    files = [str(tmp_path / f"{split}.parquet") for split in ("train", "test")]
+    monkeypatch.setattr("sys.argv", ["classify", *files, *flags.split(), "--output_dir", str(tmp_path / "out")])
+    module.main()
+    rows = {row["model"]: row for row in json.loads((tmp_path / "out" / "reviews.json").read_text())}
+    assert list(rows) == ["hsn", "resonance", "bert"] and all(0 <= row["accuracy"] <= 1 for row in rows.values())
+    assert rows["hsn"]["longest_review"] == rows["resonance"]["longest_review"] > rows["bert"]["longest_review"] == 16
+    sizes = [row["parameters"] for row in rows.values()]
+    assert max(sizes) < 1.3 * min(sizes)
 
 
 def test_every_package_with_enough_files_is_a_class(monkeypatch):

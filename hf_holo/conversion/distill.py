@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..errors import HoloError
+from ..eval.metrics import summed_losses
 from ..files import write_text
 from ..generation import generate_text
 from ..hub.code import add_code
@@ -28,7 +29,8 @@ from ..training.callbacks import CausalityCallback
 from ..training.data import Collator, Splits, read_documents, split_documents, text_splits
 from ..training.optim import MuonAdamW, WhitenedAdamW
 from ..training.train import find_checkpoint, save_final
-from ..training.trainer import HoloTrainer, summed_losses
+from ..training.trainer import HoloTrainer
+from .calibration import removed_after
 from .distill_arguments import Distillation, DistillTrainingArguments, Stage, TextArguments, parse
 from .distill_report import Report
 from .logit_cache import CachedLogits, write_cache
@@ -438,13 +440,9 @@ def feature_grams(student: nn.Module, windows: torch.Tensor) -> dict[nn.Paramete
         z = features.flatten(0, -2).double()  # [tokens, R]
         grams[basis] = grams.get(basis, 0) + z.T @ z / len(z)
 
-    hooks = [basis.register_forward_hook(add) for basis in {layer.basis for layer in layers}]
-    try:
+    with removed_after([basis.register_forward_hook(add) for basis in {layer.basis for layer in layers}]):
         for window in windows:
             student(input_ids=window[None].to(student.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
     readers = Counter(layer.basis for layer in layers)  # each of them has added the same
     means = {basis: gram / (readers[basis] * len(windows)) for basis, gram in grams.items()}
     return {layer.coefficients: means[layer.basis] for layer in layers}

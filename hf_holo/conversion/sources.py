@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..errors import HoloError, first_line
+from ..errors import UNREADABLE, HoloError, first_line
 from ..training.data import read_documents
 from .convert_arguments import ConvertArguments
 from .evaluation import Windows, cut_windows, masked_token, next_token, spread
@@ -83,7 +83,7 @@ def load_weights(auto_class: type, name: str, dtype: torch.dtype | str, argument
     """
     try:
         return auto_class.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise HoloError(f"{argument}: cannot load {name!r}: {first_line(error)}") from None
 
 

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import (
 
 from .cache import RecurrentCache
 from .layers import TokenLayout, make_norm
+from .loading import check_finite, check_memory, clear_errors, within_memory
 from .ops import exporting
 from .remote import auto_map, with_code
 from .vocabulary import IGNORED, CompressedEmbedding, check_ids, dense_token_losses, language_loss, make_embedding
@@ -82,6 +83,29 @@ class RecurrentPreTrainedModel(PreTrainedModel):
             self.config.vocab_size = size
         return embedding
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *args,
+        use_safetensors: bool | None = None,
+        **kwargs,
+    ) -> PreTrainedModel | tuple[PreTrainedModel, dict[str, Any]]:
+        """As in transformers, with a few differences: pickles are read with `use_safetensors=False` only, errors name
+        the checkpoint, and what does not fit into memory or is not finite is refused.
+
+        Raises:
+            OSError: there are no weights in the format safetensors, or a file is cut off.
+            RuntimeError: weights have other shapes than the config asks for.
+            ValueError: weights are NaN or infinite, the config is out of range, or it describes more weights than this
+                machine has memory for and there is no `device_map`.
+        """
+        name, safe = pretrained_model_name_or_path, use_safetensors is not False
+        with clear_errors(name), within_memory(kwargs.get("device_map") is None):
+            loaded = super().from_pretrained(name, *args, use_safetensors=safe, **kwargs)
+        check_finite(loaded[0] if isinstance(loaded, tuple) else loaded, name)
+        return loaded
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """As in transformers, with the code beside the weights: with `trust_remote_code=True` the folder loads where
         this package is not installed, through the Auto class of every head."""
@@ -120,12 +144,17 @@ class Backbone(RecurrentPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         config = self.config
+        check_memory(lambda: nn.ModuleList([make_embedding(config), self.make_blocks(config)]))
         self.embed_tokens = make_embedding(config)
         self.train_head(False)
-        self.layers = nn.ModuleList([self.block_class(config, index) for index in range(config.num_hidden_layers)])
+        self.layers = self.make_blocks(config)
         self.norm = make_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def make_blocks(self, config) -> nn.ModuleList:
+        """New blocks, one for each layer."""
+        return nn.ModuleList([self.block_class(config, index) for index in range(config.num_hidden_layers)])
 
     def train_head(self, mode: bool) -> None:
         """Whether the numbers train that a compressed vocabulary keeps for its head alone."""

@@ -3,6 +3,7 @@
 from transformers import PretrainedConfig
 
 FORMAT = 1  # rises when a config or checkpoint stops being readable by older releases
+WIDEST, DEEPEST = 2**20, 2**10  # far above any model: a config beyond them is damaged, or meant to do damage
 HEAD_WIDTH = 32  # the default width of a head: wide enough to tell values apart, small enough to be quick on a CPU
 
 
@@ -26,8 +27,8 @@ class RecurrentConfig(PretrainedConfig):
         kwargs: arguments of [`~transformers.PretrainedConfig`].
 
     Raises:
-        ValueError: a size is not positive, a dropout is outside [0, 1), `causal` is unknown, or `format_version` is
-            newer than this release can read.
+        ValueError: a size is not positive or absurdly large, a dropout is outside [0, 1), `causal` is unknown, or
+            `format_version` is newer than this release can read.
     """
 
     keys_to_ignore_at_inference = ["past_key_values"]
@@ -57,7 +58,9 @@ class RecurrentConfig(PretrainedConfig):
                 f"format_version={format_version} was written by a newer hf_holo; this release reads up to {FORMAT}: "
                 "upgrade with `pip install -U hf-holo`"
             )
-        check_positive(vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=num_hidden_layers)
+        check_positive(vocab_size=vocab_size)
+        check_positive(WIDEST, hidden_size=hidden_size, num_labels=kwargs.get("num_labels") or 2)
+        check_positive(DEEPEST, num_hidden_layers=num_hidden_layers)
         check_choice("causal", causal, (None, True, False))
         check_probability(hidden_dropout_prob=hidden_dropout_prob, classifier_dropout=classifier_dropout)
         self.vocab_size = vocab_size
@@ -108,18 +111,20 @@ def check_choice(name: str, value, choices: tuple) -> None:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}")
 
 
-def check_positive(**values: int) -> None:
-    """Raise ValueError unless every value is an integer of at least one."""
+def check_positive(at_most: int = 2**31, /, **values: int) -> None:
+    """Raise ValueError unless every value is an integer from 1 to `at_most`."""
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r} must be a positive integer")
+        if value > at_most:
+            raise ValueError(f"{name}={value} is beyond all models; at most {at_most}")
 
 
 def check_probability(**values: float) -> None:
     """Raise ValueError unless every value lies in [0, 1)."""
     for name, value in values.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"{name}={value} must lie in [0, 1)")
+        if not (isinstance(value, (int, float)) and 0 <= value < 1):
+            raise ValueError(f"{name}={value!r} must lie in [0, 1)")
 
 
 def check_divides(name: str, value: int, total_name: str, total: int) -> None:

@@ -1,6 +1,7 @@
 """Configuration of the HOLO family."""
 
 from .configuration_base import (
+    WIDEST,
     RecurrentConfig,
     check_choice,
     check_divides,
@@ -80,6 +81,7 @@ class HoloConfig(RecurrentConfig):
 
     def _check(self) -> None:
         check_positive(
+            WIDEST,
             num_attention_heads=self.num_attention_heads,
             num_key_value_heads=self.num_key_value_heads,
             intermediate_size=self.intermediate_size,

@@ -1,6 +1,7 @@
 """Config of HoloSpectralNet."""
 
 from .configuration_base import (
+    WIDEST,
     RecurrentConfig,
     check_choice,
     check_divides,
@@ -89,6 +90,7 @@ class HsnConfig(RecurrentConfig):
 
     def _check(self) -> None:
         check_positive(
+            WIDEST,
             num_phases=self.num_phases,
             rank=self.rank,
             intermediate_size=self.intermediate_size,

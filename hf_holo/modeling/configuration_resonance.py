@@ -3,6 +3,7 @@
 import math
 
 from .configuration_base import (
+    WIDEST,
     RecurrentConfig,
     check_choice,
     check_divides,
@@ -89,16 +90,18 @@ class ResonanceConfig(RecurrentConfig):
 
     def _check(self) -> None:
         check_positive(
+            WIDEST,
             num_banks=self.num_banks,
             num_modes=self.num_modes,
-            memory_chunk_length=self.memory_chunk_length,
-            segment_length=self.segment_length,
             gate_taps=self.gate_taps,
             intermediate_size=self.intermediate_size,
             rank=self.rank,
         )
-        optional = {"chunk_length": self.chunk_length, "memory_dimension": self.memory_dimension}
-        check_positive(**{name: value for name, value in optional.items() if value is not None})
+        check_positive(memory_chunk_length=self.memory_chunk_length, segment_length=self.segment_length)
+        if self.chunk_length is not None:
+            check_positive(chunk_length=self.chunk_length)
+        if self.memory_dimension is not None:
+            check_positive(WIDEST, memory_dimension=self.memory_dimension)
         check_divides("num_banks", self.num_banks, "hidden_size", self.hidden_size)
         check_choice("channel_mix", self.channel_mix, ("gated", "factorized"))
         for name in ("lowest_frequency", "highest_frequency"):

@@ -15,6 +15,7 @@ from transformers.quantizers.auto import (
 
 from .configuration_base import RecurrentConfig  # noqa: F401 (for remote.py)
 from .harmonics import HoloLinear  # noqa: F401 (for remote.py)
+from .loading import check_finite  # noqa: F401 (for remote.py)
 from .quantizer import PlanQuantizer, SurgeryPlan
 from .remote import auto_classes_of
 

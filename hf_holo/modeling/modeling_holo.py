@@ -22,6 +22,7 @@ from .configuration_holo import HoloConfig
 from .configuration_vocabulary import lay_out_vocabulary  # noqa: F401 (for remote.py)
 from .harmonics import BASES, HarmonicBasis, HoloLinear, SineActivation, harmonic_basis, named_seed
 from .layers import RotaryEmbedding, init_copy_
+from .loading import check_finite  # noqa: F401 (for remote.py)
 from .ops import exporting, rotate_pairs
 from .remote import with_code  # noqa: F401 (for remote.py)
 from .vocabulary import make_embedding  # noqa: F401 (for remote.py)
@@ -301,12 +302,16 @@ class HoloModel(HoloPreTrainedModel, Backbone):
 
     def prepare(self, x, attention_mask, position_ids, seq_idx, cache):
         """Of `position_ids` only the differences matter; by default they are counted on from the cache. Tokens see
-        their own document of `seq_idx` only; it cannot be combined with a cache that holds tokens."""
+        their own document of `seq_idx` only; it cannot be combined with a cache that holds tokens. Without it, without
+        a mask and without such a cache, a 0 in `position_ids` begins a new document, as in transformers' own models."""
         past = 0 if cache is None else cache.get_seq_length()
         if seq_idx is not None and past:
             raise ValueError("seq_idx cannot be combined with a cache that holds tokens; feed packed documents at once")
         if position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
+        elif seq_idx is None and attention_mask is None and not past and not exporting():
+            starts = position_ids == 0
+            seq_idx = starts.cumsum(1) if bool(starts[:, 1:].any()) else None
         mask = visible(x, attention_mask, seq_idx, past, self.config.is_causal)
         return x, {"mask": mask, "positions": position_ids}, None
 

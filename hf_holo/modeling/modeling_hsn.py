@@ -26,6 +26,7 @@ from .layers import (
     make_channel_mix,
     make_norm,
 )
+from .loading import check_finite  # noqa: F401 (for remote.py)
 from .mixers import AttentionMixer, HolographicMixer
 from .ops import bind as fft_circular_conv
 from .ops import unbind as fft_circular_corr

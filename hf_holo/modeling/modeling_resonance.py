@@ -20,6 +20,7 @@ from .configuration_base import RecurrentConfig  # noqa: F401 (for remote.py)
 from .configuration_resonance import ResonanceConfig
 from .configuration_vocabulary import lay_out_vocabulary  # noqa: F401 (for remote.py)
 from .layers import SpectralGate, TokenLayout, at_least_float32, init_residual_, make_channel_mix, make_norm
+from .loading import check_finite  # noqa: F401 (for remote.py)
 from .memory import PersistentMemory
 from .ops import exporting
 from .remote import with_code  # noqa: F401 (for remote.py)

@@ -14,6 +14,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .harmonics import HarmonicBasis, HoloLinear, named_seed
+from .loading import check_finite
+
+ENTRY = {"harmonics", "basis", "folded", "pivoted", "lender"}  # what a plan says of a layer
 
 
 class SurgeryPlan(QuantizationConfigMixin):
@@ -68,6 +71,7 @@ class PlanQuantizer(HfQuantizer):
                 f"({checksum}): its weights would mean something else"
             )
         config.checksum = checksum
+        check_finite(model, "the converted model")
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -86,8 +90,9 @@ def swap(model: nn.Module, config: QuantizationConfigMixin) -> dict[str, HoloLin
     """Put new layers in the places that the plan names, and return them by name.
 
     Raises:
-        ValueError: the model has no layer of a name in the plan; no layer has been replaced then.
+        ValueError: the plan is none, or the model has no layer of a name in it; no layer has been replaced then.
     """
+    check_plan(config.layers)
     modules, new = dict(model.named_modules()), {}
     lenders_first = sorted(config.layers.items(), key=lambda item: item[1]["lender"] is not None)  # JSON sorts by name
     for name, entry in lenders_first:
@@ -117,6 +122,16 @@ def swap(model: nn.Module, config: QuantizationConfigMixin) -> dict[str, HoloLin
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer.train(model.training))
     return new
+
+
+def check_plan(layers: dict[str, dict[str, Any]]) -> None:
+    """Raise ValueError unless a plan, as a checkpoint brings it, says what it must of every layer."""
+    if not isinstance(layers, dict) or not all(isinstance(e, dict) and e.keys() >= ENTRY for e in layers.values()):
+        raise ValueError(f"layers: a plan gives {', '.join(sorted(ENTRY))} for the name of every layer")
+    for name, entry in layers.items():
+        lender = entry["lender"]
+        if lender is not None and (lender not in layers or layers[lender]["lender"] is not None):
+            raise ValueError(f"layers: {name!r} borrows from {lender!r}, which is no layer of the plan that lends")
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -552,10 +552,13 @@ def make_embedding(config) -> nn.Module:
     A config of a family that does not offer the choice has none of the two: its embedding is the standard one.
 
     Raises:
-        ValueError: a compressed vocabulary with `tie_word_embeddings=False`, or tables that do not fit.
+        ValueError: a compressed vocabulary with `tie_word_embeddings=False`, tables that do not fit, or a
+            `pad_token_id` that is no token.
     """
     strategy, options = getattr(config, "embedding_strategy", "standard"), getattr(config, "embedding_options", None)
     strategy, options = lay_out_vocabulary(config.vocab_size, strategy, options)
+    if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
+        raise ValueError(f"pad_token_id={config.pad_token_id} is no token of a vocabulary of {config.vocab_size}")
     if strategy == "standard":
         return ScaledEmbedding(config.vocab_size, config.hidden_size, config.pad_token_id)
     if not config.tie_word_embeddings:

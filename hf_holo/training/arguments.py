@@ -16,6 +16,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from ..errors import HoloError, Parser
 
 DEFAULT_RECIPE = "quickstart"
+# Where a run writes or publishes, and what it may delete, is said by who starts it: recipes come from others, too.
+NOT_FOR_RECIPES = ("output_dir", "overwrite", "resume_from_checkpoint", "logging_dir", "push_to_hub")
 # Naming one of these on the command line puts the recipe's choice among them aside.
 ALTERNATIVES = (("preset", "model_name_or_path"), ("train_file", "dataset_name"))
 
@@ -135,7 +137,8 @@ def load_recipe(recipe: str, package: str = __package__, prefix: str = "") -> di
     """Read a recipe of the package, by name, or a YAML file.
 
     Raises:
-        HoloError: there is no such recipe, or it is no mapping of argument names to values.
+        HoloError: there is no such recipe, it is no mapping of argument names to values, or it sets what is not for a
+            recipe to say (`NOT_FOR_RECIPES`, and what begins with `hub_`).
     """
     known = recipe_names(package, prefix)
     if recipe in known:
@@ -150,6 +153,11 @@ def load_recipe(recipe: str, package: str = __package__, prefix: str = "") -> di
         raise HoloError(f"recipe: {recipe!r} is no valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict) or not isinstance(values.get("model", {}), dict):
         raise HoloError(f"recipe: {recipe!r} is not a mapping of argument names to values")
+    stages = values.get("stages")
+    parts = [values, *filter(lambda part: isinstance(part, dict), stages if isinstance(stages, list) else [])]
+    for name in chain.from_iterable(parts):
+        if name in NOT_FOR_RECIPES or str(name).startswith("hub_"):
+            raise HoloError(f"recipe: {recipe!r} sets {name!r}, which is for the command line alone to say")
     return values
 
 
@@ -170,6 +178,7 @@ def parse(argv: list[str]) -> Run:
     for name in values:
         if name not in defaults:
             raise HoloError(f"recipe: {recipe!r} sets the unknown argument {name!r}{suggestion(name, defaults)}")
+    argv = [*_as_words(parser, recipe, values), *argv]
     parser.set_defaults(output_dir=f"runs/{Path(recipe).stem}", **values)
 
     given, unknown = parser.parse_known_args(argv)
@@ -181,6 +190,24 @@ def parse(argv: list[str]) -> Run:
         raise HoloError(str(error).partition("\n")[0]) from None
     overrides = {**overrides, **_key_values(model.model)}
     return Run(model, data, training, overrides, _resolved(vars(given), defaults, overrides))
+
+
+def _as_words(parser: ArgumentParser, recipe: str, values: dict[str, Any]) -> list[str]:
+    """Single values of a recipe as words of a command line, so that they meet the same checks.
+
+    Raises:
+        HoloError: there is a list or a mapping where a single value is wanted.
+    """
+    actions = {action.dest: action for action in parser._actions}
+    words = []
+    for name, value in values.items():
+        if isinstance(value, (str, int, float)):
+            words.append(f"--{name}={value}")
+        elif (isinstance(value, list) and actions[name].nargs != "+") or (
+            isinstance(value, dict) and name not in TrainingArguments._VALID_DICT_FIELDS
+        ):
+            raise HoloError(f"recipe: {recipe!r} sets {name!r} to {value!r}, where a single value is wanted")
+    return words
 
 
 def _named_arguments(argv: list[str]) -> dict[str, Any]:

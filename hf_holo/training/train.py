@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import yaml
@@ -17,7 +16,7 @@ from transformers import (
     set_seed,
 )
 
-from ..errors import HoloError, first_line
+from ..errors import UNREADABLE, HoloError, first_line
 from ..eval.conformance.causality import CausalityReport, check_causality
 from ..eval.conformance.checks import Violation
 from ..files import write_text
@@ -43,7 +42,7 @@ from .masking import Masking, MaskingCollator, filled_sample, masked_splits
 from .optim import MuonAdamW
 from .report import RunReport, loss_line, plot_losses, write_metrics
 from .tokenizers import KINDS, add_mask, make_tokenizer
-from .trainer import HoloTrainer, complete_checkpoints
+from .trainer import UNFINISHED, HoloTrainer, complete_checkpoints
 
 TASKS = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
 RUN_FILES = (
@@ -55,6 +54,7 @@ RUN_FILES = (
     "README.md",
     "config.json",
     "model.safetensors",
+    UNFINISHED,
 )
 
 
@@ -95,7 +95,7 @@ def train(run: Run) -> HoloTrainer:
     )
 
     # Only now, when all input has proved good, does the old run go.
-    for path in remains:
+    for path in [*remains, *folder.glob("*.tmp[0-9]*")]:  # the latter where a run was killed while it wrote a file
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "recipe.yaml", yaml.safe_dump(run.recipe, sort_keys=False))
@@ -214,7 +214,7 @@ def load_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     preset, source, overrides = run.model.preset, run.model.model_name_or_path, run.model_overrides
     config, auto_class = load_config(run), TASKS[run.model.task]
     for name in overrides:
-        if not hasattr(config, name):
+        if name.startswith("_") or not hasattr(config, name):
             raise HoloError(f"model: the config of {source or preset} has no value {name!r}")
     try:
         if source:
@@ -223,7 +223,7 @@ def load_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
             tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
             config = preset_config(preset, **{"vocab_size": len(tokenizer), **tokens, **overrides})
             model = auto_class.from_config(config)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         where = f"model_name_or_path: cannot load {source!r}: " if source else ""
         raise HoloError(where + first_line(error)) from None
     if len(tokenizer) > model.config.vocab_size:
@@ -328,8 +328,10 @@ def write_answers(trainer: HoloTrainer, data: DataArguments, held_out: Responses
 
 def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save both directly in `folder`: into a temporary folder first, then file by file under the final names."""
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        for file in Path(temporary).iterdir():
-            os.replace(file, folder / file.name)
+    temporary = folder / UNFINISHED
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+        os.replace(file, folder / file.name)  # the config last: without it the folder is no model
+    temporary.rmdir()

@@ -1,21 +1,20 @@
 """Trainer with exact validation losses, an average of the weights, and checkpoints that are whole or ignored."""
 
 import json
-import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.optim import Optimizer
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
-from .data import IGNORED
+from ..eval.metrics import LanguageScores
+
+UNFINISHED = "unfinished"  # the folder beside the checkpoints of what is being written or deleted
 
 
 class WeightAverage(TrainerCallback):
@@ -74,32 +73,9 @@ def _updated(optimizer: Optimizer) -> Iterator[tuple[torch.nn.Parameter, dict[st
                 yield parameter, optimizer.state[parameter]
 
 
-def aligned(logits: torch.Tensor | tuple, labels: torch.Tensor, shift: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and the labels that they are to predict; `shift`: those of the next position."""
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    return (logits[:, :-1], labels[:, 1:]) if shift else (logits, labels)
-
-
-def summed_losses(logits: torch.Tensor | tuple, labels: torch.Tensor, shift: bool = True) -> torch.Tensor:
-    """Loss of each row and the number of tokens it is summed over: `[B, T, V], [B, T] -> [B, 2]`."""
-    logits, targets = aligned(logits, labels, shift)
-    losses = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-    return torch.stack([losses.sum(1), (targets != IGNORED).sum(1)], dim=1)
-
-
-def summed_scores(logits: torch.Tensor | tuple, labels: torch.Tensor, shift: bool = True) -> torch.Tensor:
-    """[`summed_losses`], and the number of tokens that were the model's first guess: `[B, 3]`."""
-    guesses, targets = aligned(logits, labels, shift)
-    hits = (guesses.argmax(-1) == targets).sum(1, keepdim=True)  # an ignored label is no token's id
-    return torch.cat([summed_losses(logits, labels, shift), hits], dim=1)
-
-
 class HoloTrainer(Trainer):
-    """Trainer whose `eval_loss` is the mean over all validation tokens, each counted once.
-
-    (Trainer's own is a mean of the means of batches, which depends on the batch size.) It adds `eval_perplexity`,
-    `eval_accuracy` (the share of tokens that were the model's first guess) and `eval_bits_per_character`. With
-    `ema_decay`, evaluation sees the averaged weights; checkpoints keep both.
+    """Trainer with the metrics of [`LanguageScores`]: `eval_loss` is the mean over all validation tokens, each counted
+    once. With `ema_decay`, evaluation sees the averaged weights; checkpoints keep both.
 
     Args:
         characters: number of characters that the scored validation tokens stand for; None: no bits per character.
@@ -111,18 +87,36 @@ class HoloTrainer(Trainer):
         self, *args: Any, characters: int | None = None, ema_decay: float = 0.0, shift: bool = True, **kwargs: Any
     ) -> None:
         self.characters = characters
+        self.saving = False
         self.average = WeightAverage(ema_decay) if ema_decay else None
-        scores = partial(summed_scores, shift=shift)
-        super().__init__(*args, compute_metrics=self.means, preprocess_logits_for_metrics=scores, **kwargs)
+        scores = LanguageScores(characters, shift)
+        super().__init__(*args, compute_metrics=scores, preprocess_logits_for_metrics=scores.reduce, **kwargs)
         if self.average:
             self.add_callback(self.average)
 
-    def means(self, prediction: EvalPrediction) -> dict[str, float]:
-        """The metrics of a whole evaluation, from the rows of [`summed_scores`]."""
-        nats, tokens, hits = prediction.predictions.astype(np.float64).sum(0)
-        per_character = {"bits_per_character": nats / self.characters / math.log(2)} if self.characters else {}
-        loss = nats / tokens
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": hits / tokens, **per_character}
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in transformers, but a run that was cut off behind its last step is only loaded; Trainer would take
+        another step."""
+        if isinstance(resume_from_checkpoint, str):
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
+            if self._has_ended(state):
+                return self._load_ended(resume_from_checkpoint, state)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _has_ended(self, state: TrainerState) -> bool:
+        if self.args.max_steps > 0:
+            return state.global_step >= self.args.max_steps
+        return state.global_step >= state.max_steps and state.num_train_epochs >= self.args.num_train_epochs
+
+    def _load_ended(self, checkpoint: str, state: TrainerState) -> TrainOutput:
+        """Bring everything to where it was after the last step."""
+        self.state = state
+        self.create_optimizer_and_scheduler(state.max_steps)
+        self._load_from_checkpoint(checkpoint)
+        self._load_optimizer_and_scheduler(checkpoint)
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(state.global_step, float("nan"), {})
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate the averaged weights if there are any, else the trained ones."""
@@ -136,16 +130,51 @@ class HoloTrainer(Trainer):
             self.average.swap(self.optimizer)
             self.average = None
 
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder, UNFINISHED)) if self.saving else folder
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        # What an interrupted or overtaken run left under this name must not mix with the new files.
-        shutil.rmtree(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", ignore_errors=True)
-        super()._save_checkpoint(model, trial)
+        """Write the checkpoint into the folder `UNFINISHED` and rename it: under its own name it is whole, or not
+        there, whenever the process is killed. What is deleted goes the other way."""
+        folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        final, unfinished = folder / name, folder / UNFINISHED
+        if self.args.should_save:
+            shutil.rmtree(unfinished, ignore_errors=True)  # a run that was killed may have left it
+        self.accelerator.wait_for_everyone()
+        self.saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.saving = False
+        if self.state.best_model_checkpoint == str(unfinished / name):
+            self.state.best_model_checkpoint = str(final)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(str(unfinished / name / "trainer_state.json"))
+            if final.exists():  # of a run that was overtaken
+                final.rename(unfinished / "replaced")
+            (unfinished / name).rename(final)
+            for path in self._superfluous(final):
+                path.rename(unfinished / path.name)
+            shutil.rmtree(unfinished)
+        self.accelerator.wait_for_everyone()
+
+    def _superfluous(self, newest: Path) -> list[Path]:
+        """The checkpoints beyond `save_total_limit`, which spares the newest and the best."""
+        checkpoints, limit = complete_checkpoints(newest.parent), self.args.save_total_limit
+        spared = {newest, Path(self.state.best_model_checkpoint or newest)}
+        if not limit or limit < 0:
+            return []
+        others = [path for path in checkpoints if path not in spared]
+        return others[: max(0, len(checkpoints) - max(limit, len(spared)))]
 
 
 def complete_checkpoints(folder: str | Path) -> list[Path]:
     """The checkpoints of a run that were written to the end, oldest first.
 
-    Trainer writes `trainer_state.json` last: a checkpoint is complete when that file is there and is valid JSON.
+    Trainer writes `trainer_state.json` last: a checkpoint is complete when that file is there and is valid JSON. Others
+    come from a plain Trainer, or from a copy that was cut off.
     """
     found = []
     for path in Path(folder).glob("checkpoint-*"):

@@ -18,6 +18,7 @@ from hf_holo import MuonAdamW
 
 pytestmark = pytest.mark.slow
 STEPS, ROWS, LENGTH, VOCABULARY = 50, 8, 16, 61
+DENSE = {"holo": "dense-mlp"}  # variants with matrices for Muon, where the first has none
 
 
 def batches() -> torch.Tensor:
@@ -97,13 +98,17 @@ def launched(function, processes: int, out: Path, *arguments) -> list[float]:
     return json.loads(out.read_text())
 
 
+@pytest.mark.feature("Accelerate", "two processes, data parallel")
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_data_parallel_is_as_alone(tiny, family, optimizer, tmp_path):
-    expected = alone(tiny(family), optimizer)
-    assert expected[-1] < expected[0]
-    assert launched(in_parallel, 2, tmp_path / "losses", tiny(family), optimizer) == pytest.approx(expected, abs=1e-4)
+    variant = DENSE.get(family, 0) if optimizer == "muon" else 0
+    expected = alone(tiny(family, variant=variant), optimizer)
+    model, ids = tiny(family, variant=variant), batches()[-1]
+    assert abs(expected[-1] - model(input_ids=ids, labels=ids).loss) > 1e-3  # training has made a difference
+    assert launched(in_parallel, 2, tmp_path / "losses", model, optimizer) == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.feature("Accelerate", "two processes, fully_shard")
 def test_sharded_is_as_alone(tiny, family, tmp_path):
     expected = alone(tiny(family), "adamw")
     assert launched(sharded, 2, tmp_path / "losses", tiny(family), "adamw") == pytest.approx(expected, abs=1e-4)
@@ -114,18 +119,37 @@ def test_muon_refuses_sharded_matrices(tiny, tmp_path):
         launched(sharded, 2, tmp_path / "losses", tiny("hsn"), "muon")
 
 
+@pytest.mark.feature("Accelerate", "another number of processes on resuming")
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_a_run_goes_on_with_another_number_of_processes(tiny, before, after, tmp_path):
-    expected, half, state = alone(tiny("hsn"), "muon"), STEPS // 2, str(tmp_path / "state")
-    first = launched(in_parallel, before, tmp_path / "first", tiny("hsn"), "muon", 0, half, None, state)
-    second = launched(in_parallel, after, tmp_path / "second", tiny("hsn"), "muon", half, STEPS, state)
-    assert first + second == pytest.approx(expected, abs=1e-4)
+def test_a_run_goes_on_with_another_number_of_processes(tiny, family, before, after, tmp_path):
+    half, state = STEPS // 2, str(tmp_path / "state")
+    expected, one, other = (tiny(family, variant=DENSE.get(family, 0)) for _ in range(3))
+    first = launched(in_parallel, before, tmp_path / "first", one, "muon", 0, half, None, state)
+    second = launched(in_parallel, after, tmp_path / "second", other, "muon", half, STEPS, state)
+    assert first + second == pytest.approx(alone(expected, "muon"), abs=1e-4)
 
 
+@pytest.mark.feature("Accelerate", "bf16")
 def test_bf16_learns(tiny, family, tmp_path):
     losses = launched(in_parallel, 1, tmp_path / "losses", tiny(family), "adamw", 0, STEPS, None, None, "bf16")
     expected = alone(tiny(family), "adamw")
     assert losses != expected and losses == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="autocast in fp16 does nothing on a CPU")
+def test_fp16_learns(tiny, family):
+    accelerator = Accelerator(mixed_precision="fp16")
+    model = tiny(family).train()
+    model, optimizer = accelerator.prepare(model, make_optimizer("adamw", model))
+    losses = []
+    ids = batches()[0].to(accelerator.device)
+    for _ in range(STEPS):
+        loss = model(input_ids=ids, labels=ids).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
 
 
 def accumulate(model, ids, out) -> None:
@@ -144,11 +168,13 @@ def accumulate(model, ids, out) -> None:
     Path(out).write_text(json.dumps([difference, max(g.abs().max().item() for g in large)]))
 
 
+@pytest.mark.feature("Accelerate", "gradient accumulation")
 def test_accumulated_gradients_are_those_of_one_large_batch(tiny, family, tmp_path):
     difference, size = launched(accumulate, 1, tmp_path / "out", tiny(family), batches()[0])
     assert difference < 1e-5 < size
 
 
+@pytest.mark.feature("Accelerate", "device_map with layers on the disk")
 def test_a_model_that_lies_on_the_disk_in_part(tiny, family, tmp_path):
     model, ids = tiny(family), batches()[0]
     model.save_pretrained(tmp_path / "model")

@@ -112,6 +112,7 @@ def test_documents_kept_apart_share_no_window(tokenizer):
 # A run
 
 
+@pytest.mark.feature("training", "masked language modelling")
 @pytest.mark.parametrize("family", WITH_A_MASKED_HEAD)
 def test_every_family_with_a_masked_head_trains(tiny_run, tmp_path, family, capsys):
     recipe = tmp_path / "empty.yaml"  # it asks for no prompt

@@ -25,6 +25,7 @@ def same_weights(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.feature("training", "resuming to the bit", family="hsn")
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("checkpoint", ["checkpoint-2", "checkpoint-4"])
 def test_resume_is_bitwise_exact(tiny_run, tmp_path, optimizer, checkpoint):
@@ -63,6 +64,28 @@ def test_a_killed_run_loses_only_the_steps_since_its_last_checkpoint(tiny_run, t
     assert resumed.state.global_step == 40
     tiny_run(*flags, folder="whole")
     assert same_weights(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_a_run_that_was_cut_off_behind_its_last_step_is_only_loaded(tiny_run, tmp_path):
+    tiny_run(folder="whole")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-6", tmp_path / "part" / "checkpoint-6")
+    tiny_run("--resume_from_checkpoint", folder="part")
+    assert same_weights(tmp_path / "whole", tmp_path / "part")
+    for name in ("metrics.csv", "sample.txt"):
+        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "part" / name).read_text()
+    longer = tiny_run("--resume_from_checkpoint", "--max_steps", "8", folder="part")
+    assert longer.state.global_step == 8
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_the_newest_and_the_best_checkpoint_are_kept(tiny_run, tmp_path, limit):
+    best = ["--load_best_model_at_end", "--metric_for_best_model", "accuracy", "--greater_is_better", "false"]
+    flags = ["--save_steps", "1", "--eval_steps", "1", "--ema_decay", "0", "--save_total_limit", str(limit)]
+    trainer = tiny_run(*flags, *best, "--eval_strategy", "steps", "--learning_rate", "0.02")
+    left = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
+    best_name = Path(trainer.state.best_model_checkpoint).name
+    assert best_name in left and len(left) <= 2 and not (tmp_path / "run" / "unfinished").exists()
+    assert same_weights(tmp_path / "run" / best_name, tmp_path / "run")
 
 
 def test_an_interrupt_says_how_to_go_on(monkeypatch, text_file, tmp_path, capsys):

@@ -86,6 +86,7 @@ def test_bits_per_character_do_not_depend_on_the_size_of_tokens(tiny_run, text_f
     assert metrics["eval_bits_per_character"] == pytest.approx(bits)
 
 
+@pytest.mark.feature("training", "hf-holo train", family="hsn")
 def test_training_learns(tiny_run, tmp_path):
     trainer = tiny_run("--max_steps", "40", "--logging_steps", "20", "--eval_steps", "20", "--ema_decay", "0")
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -118,6 +119,7 @@ def test_documents_kept_apart(tiny_run, tmp_path):
     assert trainer.characters == sum(map(len, held_out))
 
 
+@pytest.mark.feature("training", "instructions in Alpaca's format", family="hsn")
 def test_alpaca_starts_from_a_checkpoint_and_lowers_the_held_out_loss(tiny_run, tmp_path, capsys):
     tiny_run(folder="base")
     records = [{"instruction": f"Say {word}.", "input": "", "output": word} for word in ("wave", "key", "value") * 20]

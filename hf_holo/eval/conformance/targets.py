@@ -6,7 +6,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ...errors import HoloError, first_line, unknown
+from ...errors import UNREADABLE, HoloError, first_line, unknown
 from ...registry import Architecture, architectures, preset_config, presets
 from ..catalogue import catalogue
 from .subject import Subject
@@ -74,7 +74,7 @@ def load_checkpoint(path: str, trust_remote_code: bool = False) -> PreTrainedMod
         model_class = _saved_class(config) or AutoModelForCausalLM
         options = {"trust_remote_code": True} if trust_remote_code else {}
         return model_class.from_pretrained(path, dtype=torch.float32, **options)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise HoloError(f"{path!r} is no checkpoint that can be loaded: {first_line(error)}") from error
 
 

@@ -1,0 +1,160 @@
+"""Metrics that need no download, and what plugs them into `Trainer(compute_metrics=...)`.
+
+[`accuracy`], [`f1`], [`bleu`] and [`rouge_l`] are called as the metrics of the package `evaluate` are, with
+`predictions=` and `references=`, and return a mapping as those do: wherever one fits, so does the other
+(`of_classes(evaluate.load("accuracy").compute)`).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+from ..errors import HoloError
+from ..modeling.vocabulary import IGNORED
+
+Metric = Callable[..., dict[str, float]]
+
+
+def accuracy(predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
+    """Share of the predictions that equal their references."""
+    return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
+
+
+def f1(predictions: Sequence[int], references: Sequence[int], average: str = "macro") -> dict[str, float]:
+    """F1 by scikit-learn: the mean over the classes, or whatever `average` asks for there."""
+    f1_score = _needed("sklearn.metrics").f1_score
+    return {"f1": float(f1_score(references, predictions, average=average))}
+
+
+def bleu(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """BLEU of a corpus by sacrebleu, 0 to 100, with one reference for each text."""
+    return {"bleu": _needed("sacrebleu").corpus_bleu(list(predictions), [list(references)]).score}
+
+
+def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """ROUGE-L by rouge-score, 0 to 1: the F-measure of the longest common subsequence, in the mean over the texts."""
+    scorer = _needed("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    scores = [scorer.score(r, p)["rougeL"].fmeasure for p, r in zip(predictions, references, strict=True)]
+    return {"rougeL": float(np.mean(scores))}
+
+
+def _needed(module: str):
+    """A module of an optional dependency."""
+    from importlib import import_module
+
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise HoloError(f"metrics: {error.name} is not installed; `pip install 'hf-holo[eval]'` brings it") from error
+
+
+# In a Trainer -------------------------------------------------------------------------------------------------------
+
+
+def of_classes(*metrics: Metric) -> Callable[[EvalPrediction], dict[str, float]]:
+    """A `compute_metrics` for classifiers of texts or of tokens; labels of -100 are left out.
+
+    Args:
+        metrics: of class numbers, such as [`accuracy`] and [`f1`].
+    """
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        logits, labels = _first(prediction.predictions), prediction.label_ids
+        known = labels != IGNORED
+        pairs = {"predictions": logits.argmax(-1)[known], "references": labels[known]}
+        return {name: value for metric in metrics for name, value in metric(**pairs).items()}
+
+    return compute_metrics
+
+
+@dataclass(frozen=True)
+class LanguageScores:
+    """Perplexity, accuracy and bits per character of a language model, over all tokens that have a label:
+
+        scores = LanguageScores()
+        Trainer(..., compute_metrics=scores, preprocess_logits_for_metrics=scores.reduce)
+
+    `reduce` leaves three numbers of every text, so that no logits are gathered. `eval_loss` becomes the mean over all
+    tokens, each counted once; Trainer's own is a mean of the means of batches, which depends on the batch size.
+
+    Args:
+        characters: number of characters that the scored tokens stand for; None: no bits per character.
+        shift: whether a label belongs to the logits of the position before, as for causal models.
+    """
+
+    characters: int | None = None
+    shift: bool = True
+
+    def reduce(self, logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
+        """[`summed_scores`]."""
+        return summed_scores(logits, labels, self.shift)
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        """The metrics of a whole evaluation, from the rows of `reduce`."""
+        nats, tokens, hits = prediction.predictions.astype(np.float64).sum(0)
+        per_character = {"bits_per_character": nats / self.characters / math.log(2)} if self.characters else {}
+        loss = nats / tokens
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": hits / tokens, **per_character}
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """Metrics of texts for a language model, to be used as [`LanguageScores`] is.
+
+    The prediction is the model's first guess at every token with a label, given the true tokens ahead of it. So it
+    compares checkpoints of one run; what a model writes by itself is worse, and is scored by calling [`bleu`] or
+    [`rouge_l`] on generated texts.
+
+    Args:
+        tokenizer: turns the tokens into texts.
+        metrics: of texts.
+        shift: as in [`LanguageScores`].
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    metrics: tuple[Metric, ...] = (bleu, rouge_l)
+    shift: bool = True
+
+    def reduce(self, logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
+        """The first guesses `[B, T]` at the labels; -100 where there is none."""
+        guesses, targets = aligned(logits, labels, self.shift)
+        guesses = guesses.argmax(-1).masked_fill(targets == IGNORED, IGNORED)
+        return F.pad(guesses, (labels.shape[1] - guesses.shape[1], 0), value=IGNORED)
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        labels = np.where(prediction.predictions == IGNORED, IGNORED, prediction.label_ids)
+        texts = {"predictions": self._decoded(prediction.predictions), "references": self._decoded(labels)}
+        return {name: value for metric in self.metrics for name, value in metric(**texts).items()}
+
+    def _decoded(self, rows: np.ndarray) -> list[str]:
+        return [self.tokenizer.decode(row[row != IGNORED], skip_special_tokens=True) for row in rows]
+
+
+def aligned(logits: torch.Tensor | tuple, labels: torch.Tensor, shift: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and the labels that they are to predict; `shift`: those of the next position."""
+    logits = _first(logits)
+    return (logits[:, :-1], labels[:, 1:]) if shift else (logits, labels)
+
+
+def summed_losses(logits: torch.Tensor | tuple, labels: torch.Tensor, shift: bool = True) -> torch.Tensor:
+    """Loss of each row and the number of tokens it is summed over: `[B, T, V], [B, T] -> [B, 2]`."""
+    logits, targets = aligned(logits, labels, shift)
+    losses = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    return torch.stack([losses.sum(1), (targets != IGNORED).sum(1)], dim=1)
+
+
+def summed_scores(logits: torch.Tensor | tuple, labels: torch.Tensor, shift: bool = True) -> torch.Tensor:
+    """[`summed_losses`], and the number of tokens that were the model's first guess: `[B, 3]`."""
+    guesses, targets = aligned(logits, labels, shift)
+    hits = (guesses.argmax(-1) == targets).sum(1, keepdim=True)  # an ignored label is no token's id
+    return torch.cat([summed_losses(logits, labels, shift), hits], dim=1)
+
+
+def _first(logits):
+    """The logits, where a model gives more than them."""
+    return logits[0] if isinstance(logits, tuple) else logits

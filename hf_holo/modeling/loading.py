@@ -1,0 +1,96 @@
+"""What is looked at when a checkpoint is loaded: whether it fits, its files are whole and its weights are numbers."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+_limit: ContextVar[int | None] = ContextVar("bytes that the weights of a model may take", default=None)
+
+
+@contextmanager
+def within_memory(wanted: bool) -> Iterator[None]:
+    """Where a model that is built in this block has more weights than this machine has memory, [`check_memory`] refuses
+    it: a config that is damaged, or meant to do damage, costs nothing then.
+
+    Args:
+        wanted: whether to refuse any; there is no need where weights may go to other devices or to the disk.
+    """
+    token = _limit.set(physical_memory() if wanted else None)
+    try:
+        yield
+    finally:
+        _limit.reset(token)
+
+
+def physical_memory() -> int | None:
+    """Bytes of this machine's memory; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def check_memory(build: Callable[[], nn.Module]) -> None:
+    """Raise ValueError if what `build` makes, without memory for now, goes beyond [`within_memory`]."""
+    limit = _limit.get()
+    if limit is None:
+        return
+    with torch.device("meta"):
+        size = sum(p.nbytes for p in build().parameters())
+    if size > limit:
+        raise ValueError(
+            f"the weights that its config describes take {size / 2**30:,.0f} GiB, and this machine has "
+            f"{limit / 2**30:,.0f}; a device_map can leave some of them on the disk"
+        )
+
+
+@contextmanager
+def clear_errors(name: object) -> Iterator[None]:
+    """Make the errors of reading weights say which checkpoint they are about, and what is wrong with it.
+
+    Args:
+        name: of the checkpoint.
+
+    Raises:
+        OSError: a file is cut off, or not in the format safetensors.
+        RuntimeError: weights have other shapes than the config asks for.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{name}: its weights are no whole safetensors file ({error}); fetch or save it again") from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise RuntimeError(f"{name}: its weights have other shapes than its config says: {reason}") from error
+
+
+@torch.no_grad()
+def check_finite(model: nn.Module, name: object) -> None:
+    """Refuse weights with NaN or infinity: every output would be NaN, and nothing would say why.
+
+    It reads each number once, as the first forward pass does anyway. What has been left on the disk or is quantised by
+    another package is not looked at.
+
+    Args:
+        model: with its weights.
+        name: of the checkpoint.
+
+    Raises:
+        ValueError: the message names the weights.
+    """
+    weights = ((key, p) for key, p in model.named_parameters() if p.is_floating_point() and not p.is_meta)
+    plain = {key: p for key, p in weights if type(p.data) is torch.Tensor and p.numel()}
+    bad = [key for key, p in plain.items() if not torch.stack(p.aminmax()).isfinite().all()]
+    if bad:
+        others = f" and {len(bad) - 1} others" if len(bad) > 1 else ""
+        raise ValueError(
+            f"{name}: {bad[0]}{others} of {len(plain)} weights hold NaN or infinity; the run that wrote them had "
+            "diverged, or a file is damaged"
+        )

@@ -1,0 +1,374 @@
+"""What may come from strangers: checkpoints, configs, recipes, names. Each attack ends early, in a clear error."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import resource
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from hf_holo import HoloError, HoloSurgeryConfig, apply_surgery, architectures, cli
+from hf_holo.conversion.distill_arguments import parse as parse_distillation
+from hf_holo.modeling import loading
+from hf_holo.training.arguments import parse
+from hf_holo.training.tokenizers import character_tokenizer
+from hf_holo.training.train import main as train
+
+WEIGHTS = "model.safetensors"
+ABSURD = 10**12
+ALLOWED = 512 * 2**20  # bytes on top of what the process holds: far more than a tiny model needs
+
+
+@pytest.fixture
+def checkpoint(tiny, family, tmp_path) -> Path:
+    """A checkpoint of every family, and its tokenizer."""
+    folder = tmp_path / family
+    tokenizer = character_tokenizer(["a text"])
+    tokenizer.save_pretrained(folder)
+    tiny(family, vocab_size=len(tokenizer)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def bomb(tmp_path) -> "Bomb":
+    return Bomb(tmp_path / "went off")
+
+
+class Bomb:
+    """An object whose pickle makes a file when it is read, and a module that does so when it is imported."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+    @property
+    def code(self) -> str:
+        return f"open({str(self.trace)!r}, 'w')\nclass Evil: pass\n"
+
+    @property
+    def went_off(self) -> bool:
+        return self.trace.exists()
+
+
+def load(folder: Path, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def change_config(folder: Path, **values) -> dict:
+    """Change values in config.json; what it was."""
+    before = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**before, **values}))
+    return before
+
+
+def change_weight(folder: Path, change) -> str:
+    """Put `change(weight)` in the place of the last matrix; its name."""
+    weights = load_file(folder / WEIGHTS)
+    name = [name for name, weight in weights.items() if weight.dim() == 2][-1]
+    weights[name] = change(weights[name]).contiguous()
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    return name
+
+
+# Weights ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.999])
+def test_a_truncated_file_is_named(checkpoint, share):
+    content = (checkpoint / WEIGHTS).read_bytes()
+    (checkpoint / WEIGHTS).write_bytes(content[: int(share * len(content))])
+    with pytest.raises(OSError, match=rf"{checkpoint.name}: its weights are no whole safetensors file"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_shard_may_be_damaged(checkpoint, damage):
+    model = load(checkpoint)
+    (checkpoint / WEIGHTS).unlink()
+    model.save_pretrained(checkpoint, max_shard_size="20KB")
+    shard = sorted(checkpoint.glob("*.safetensors"))[1]
+    if damage == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(OSError, match="whole safetensors file" if damage == "truncated" else shard.name):
+        load(checkpoint)
+
+
+def test_wrong_shapes_are_refused(checkpoint):
+    change_weight(checkpoint, lambda weight: weight[:-1])
+    with pytest.raises(RuntimeError, match=f"{checkpoint.name}: its weights have other shapes than its config says"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(checkpoint, value):
+    def damaged(weight: torch.Tensor) -> torch.Tensor:
+        weight[-1, -1] = value
+        return weight
+
+    name = change_weight(checkpoint, damaged)
+    with pytest.raises(ValueError, match=f"{checkpoint.name}: {name} of .* hold NaN or infinity"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_large_numbers_are_numbers(checkpoint, dtype):
+    largest = torch.finfo(dtype).max
+    name = change_weight(checkpoint, lambda weight: torch.full_like(weight, largest))
+    assert (load(checkpoint, dtype=dtype).state_dict()[name] == largest).all()
+
+
+def test_a_converted_model_is_looked_at_too(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes))
+    apply_surgery(model, HoloSurgeryConfig(harmonics=8))
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / WEIGHTS)
+    next(weight for name, weight in weights.items() if name.endswith("amplitude"))[0, 0] = torch.nan
+    save_file(weights, tmp_path / WEIGHTS, {"format": "pt"})
+    with pytest.raises(ValueError, match="hold NaN or infinity"):
+        load(tmp_path)
+
+
+def test_a_pickle_is_refused_and_never_run(checkpoint, bomb):
+    (checkpoint / WEIGHTS).rename(checkpoint / "kept")
+    with (checkpoint / WEIGHTS).open("wb") as file:
+        pickle.dump(bomb, file)
+    with pytest.raises(OSError, match="no whole safetensors file"):
+        load(checkpoint)
+    (checkpoint / WEIGHTS).unlink()
+    for content in ({"bomb": bomb}, load_file(checkpoint / "kept")):
+        torch.save(content, checkpoint / "pytorch_model.bin")
+        with pytest.raises(OSError, match=rf"no file named {WEIGHTS}"):
+            load(checkpoint)
+    assert load(checkpoint, use_safetensors=False) is not None  # who asks for it gets it: the numbers, no code
+    torch.save({"bomb": bomb}, checkpoint / "pytorch_model.bin")
+    with pytest.raises((OSError, pickle.UnpicklingError)):
+        load(checkpoint, use_safetensors=False)
+    assert not bomb.went_off
+
+
+def test_a_checkpoint_to_resume_from_runs_no_code(tmp_path, bomb):
+    (tmp_path / "text.txt").write_text("a text " * 200)
+    flags = f"--train_file {tmp_path}/text.txt --output_dir {tmp_path}/run --model hidden_size=16 num_hidden_layers=1 "
+    flags += "--block_size 16 --stride 16 --max_steps 2 --save_steps 1 --eval_steps 2 --sample_tokens 2 --use_cpu "
+    flags += "--disable_tqdm true --causality_check false"
+    train(flags.split())
+    for path in (tmp_path / "run" / "checkpoint-1").iterdir():
+        if path.suffix in (".pt", ".pth", ".bin"):
+            kept = path.read_bytes()
+            torch.save({"bomb": bomb}, path)
+            with suppress(HoloError, pickle.UnpicklingError):  # training_args.bin is not read at all
+                train([*flags.split(), "--resume_from_checkpoint", str(path.parent)])
+            path.write_bytes(kept)
+            assert not bomb.went_off, path
+
+
+# Configs ------------------------------------------------------------------------------------------------------------
+
+
+def test_absurd_sizes_are_refused_before_memory_is_taken(checkpoint):
+    """Every whole number in config.json is made absurd, one at a time, in a process that may take little memory. What
+    is no size (the id of a token) may load."""
+    original = json.loads((checkpoint / "config.json").read_text())
+    numbers = [name for name, value in original.items() if isinstance(value, int) and not isinstance(value, bool)]
+    assert {"hidden_size", "vocab_size", "num_hidden_layers"} <= set(numbers)
+    outcomes = in_a_small_process(load_with, checkpoint, [*numbers, "num_labels"])
+    sizes = {name for name in numbers if name.startswith(("num_", "hidden", "intermediate", "vocab", "rank", "gate_t"))}
+    assert {outcomes.pop(name) for name in ({"num_labels"} | sizes) & outcomes.keys()} == {"ValueError"}
+    assert set(outcomes.values()) <= {"loaded", "ValueError", "RuntimeError: shapes"}
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "vocab_size"])
+def test_sizes_beyond_the_file_are_refused_before_memory_is_taken(checkpoint, name):
+    """Sizes that a model could have, but not one with these weights."""
+    value = {"hidden_size": 2**15, "vocab_size": 2**28}[name]
+    (outcome,) = in_a_small_process(load_with, checkpoint, [name], value).values()
+    assert outcome in ("ValueError", "RuntimeError: shapes")
+
+
+def load_with(folder: Path, names: list[str], value: int = ABSURD) -> dict[str, str]:
+    """How loading ends with each of these config values in turn."""
+    outcomes = {}
+    for name in names:
+        before = change_config(folder, **{name: value})
+        try:
+            load(folder)
+            outcomes[name] = "loaded"
+        except RuntimeError as error:
+            outcomes[name] = "RuntimeError: " + (
+                "shapes" if "other shapes than its config" in str(error) else str(error)
+            )
+        except Exception as error:  # the test says which it may be
+            outcomes[name] = type(error).__name__
+        (folder / "config.json").write_text(json.dumps(before))
+    return outcomes
+
+
+def in_a_small_process(function, *arguments, seconds: int = 120):
+    """What the function returns in a process that may take `ALLOWED` bytes and so many seconds."""
+
+    def run(sender) -> None:
+        torch.set_num_threads(1)
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        loading.physical_memory = lambda: ALLOWED
+        resource.setrlimit(resource.RLIMIT_AS, (held + ALLOWED,) * 2)
+        sender.send(function(*arguments))
+
+    context = multiprocessing.get_context("fork")  # everything is imported already
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=run, args=(sender,))
+    process.start()
+    sender.close()
+    try:
+        assert receiver.poll(seconds), "it takes too long"
+        return receiver.recv()
+    finally:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize("value", ["32", 3.5, [], {}, True, -1, None])
+@pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "num_hidden_layers", "hidden_dropout_prob"])
+def test_values_of_the_wrong_kind_are_named(family, name, value):
+    config = architectures()[family].config
+    with pytest.raises(ValueError, match=name):
+        config(**{name: value})
+
+
+PLAN = {"harmonics": 8, "basis": "random", "folded": False, "pivoted": False, "lender": None}
+QUERIES = "model.layers.0.self_attn.q_proj"
+PLANS = {
+    "no plan": ([], "a plan gives"),
+    "no entry": ({QUERIES: 3}, "a plan gives"),
+    "half an entry": ({QUERIES: {"harmonics": 3}}, "a plan gives"),
+    "a path for a name": ({"../../etc/passwd": PLAN}, "has no linear layer"),
+    "code for a name": ({"__class__": PLAN}, "has no linear layer"),
+    "a path for a basis": ({QUERIES: {**PLAN, "basis": "../../basis.npy"}}, "basis"),
+    "absurd harmonics": ({QUERIES: {**PLAN, "harmonics": ABSURD}}, "harmonics"),
+    "a lender that is not there": ({QUERIES: {**PLAN, "lender": "../../x"}}, "no layer of the plan that lends"),
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_a_converted_checkpoint_with_a_bad_plan_is_refused(case, tmp_path):
+    plan, message = PLANS[case]
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes))
+    model.save_pretrained(tmp_path)
+    change_config(tmp_path, quantization_config={"quant_method": "holo", "layers": plan})
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+# Code ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["evil", "../evil", "{outside}", "somebody/evil--evil"])
+def test_an_auto_map_runs_nothing_that_is_not_trusted(checkpoint, bomb, tmp_path, place):
+    for folder in (checkpoint, tmp_path):
+        (folder / "evil.py").write_text(bomb.code)
+    reference = place.format(outside=tmp_path / "evil") + ".Evil"
+    everything = dict.fromkeys(["AutoConfig", "AutoModelForCausalLM"], reference)
+    change_config(checkpoint, auto_map=everything)
+    tokenizer_config = checkpoint / "tokenizer_config.json"
+    values = json.loads(tokenizer_config.read_text())
+    tokenizer_config.write_text(json.dumps({**values, "auto_map": {"AutoTokenizer": [reference, reference]}}))
+    assert type(load(checkpoint)).__module__.startswith("hf_holo.")
+    assert type(AutoTokenizer.from_pretrained(checkpoint)).__module__.startswith("hf_holo.")
+    change_config(checkpoint, model_type="unknown-family")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load(checkpoint, trust_remote_code=False)
+    assert not bomb.went_off
+
+
+# Recipes and names --------------------------------------------------------------------------------------------------
+
+RECIPES = {
+    "output_dir: ../../x": "'output_dir', which is for the command line alone",
+    "output_dir: /tmp/x": "'output_dir', which is for the command line alone",
+    "overwrite: true": "'overwrite', which is for the command line alone",
+    "resume_from_checkpoint: ../x/checkpoint-1": "'resume_from_checkpoint', which is for the command line alone",
+    "push_to_hub: true": "'push_to_hub', which is for the command line alone",
+    "hub_model_id: somebody/else": "'hub_model_id', which is for the command line alone",
+    "max_steps: [1, 2]": "'max_steps' to .* a single value",
+    "train_file: {a: 1}": "'train_file' to .* a single value",
+    "max_steps: 2.5": "max_steps.*invalid int value",
+    "task: everything": "task.*invalid choice",
+    "preset: ../../../etc/passwd": "unknown preset",
+    "{preset: hsn-tiny, dataset_name: python-help, model: {hidden_size: 1000000000000}}": "hidden_size=1000000000000",
+    "{preset: hsn-tiny, dataset_name: python-help, model: {__class__: int}}": "__class__",
+    "preset: !!python/object/apply:os.system ['touch {trace}']": "no valid YAML",
+    "a: &a [x]\nb: &b [*a, *a, *a]\nc: [*b, *b, *b]": "unknown argument",
+}
+
+
+@pytest.mark.parametrize("content", RECIPES)
+def test_a_recipe_cannot_say_everything(content, tmp_path, monkeypatch, bomb):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.yaml").write_text(content.replace("{trace}", str(bomb.trace)))
+    with pytest.raises(HoloError, match=RECIPES[content]) as error:
+        train(["--recipe", "bad.yaml", "--use_cpu"])
+    assert "\n" not in str(error.value)
+    assert os.listdir() == ["bad.yaml"] and not bomb.went_off
+
+
+@pytest.mark.parametrize("name", ["../../../../etc/passwd", "/etc/passwd", "../recipes/quickstart", "quickstart\0"])
+def test_the_name_of_a_recipe_is_no_path_into_the_package(name):
+    with pytest.raises(HoloError, match="recipe: "):
+        parse(["--recipe", name])
+
+
+@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "..", "a/b", ""])
+def test_the_name_of_a_stage_is_a_plain_name(name, tmp_path):
+    recipe = {"teacher": "t", "student": "s", "train_files": ["x"], "stages": [{"match": "logits", "name": name}]}
+    (tmp_path / "bad.yaml").write_text(json.dumps(recipe))
+    with pytest.raises(HoloError, match="stages: "):
+        parse_distillation([str(tmp_path / "bad.yaml")])
+
+
+@pytest.mark.parametrize("name", ["../../x", "../x", "/tmp/x", "a/b/c", "a/..", "a/b--c", "https://a.b/c", ""])
+def test_the_name_of_a_repository_is_no_path(checkpoint, name, capsys):
+    before = sorted(path.name for path in checkpoint.iterdir())
+    assert cli.main(["push", str(checkpoint), name, "--dry-run"]) == 2
+    assert "is no name for a repository" in capsys.readouterr().err
+    assert sorted(path.name for path in checkpoint.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "a/b/c", "/etc"])
+def test_a_model_that_is_a_path_to_something_else_is_refused(name, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("a text " * 200)
+    flags = ["--model_name_or_path", name, "--train_file", f"{tmp_path}/text.txt", "--output_dir", f"{tmp_path}/run"]
+    assert cli.main(["train", *flags]) == 2
+    assert "model_name_or_path" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "shapes", "nan"])
+def test_the_commands_say_it_in_one_line(checkpoint, damage, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("a text " * 200)
+    if damage == "truncated":
+        (checkpoint / WEIGHTS).write_bytes((checkpoint / WEIGHTS).read_bytes()[:-1])
+    else:
+        change_weight(checkpoint, lambda w: w[:-1] if damage == "shapes" else torch.full_like(w, torch.nan))
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    source = ["--model_name_or_path", str(checkpoint), "--train_file", f"{tmp_path}/text.txt"]
+    for command in (
+        ["train", *source, "--output_dir", f"{tmp_path}/run"],
+        ["generate", str(checkpoint), "--prompt", "a"],
+    ):
+        assert cli.main(command) == 2
+        message = capsys.readouterr().err.strip().split("hf-holo: error: ")[1]
+        assert "\n" not in message and str(checkpoint) in message
