@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may depend on a network
@@ -9,6 +10,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test m
 import numpy as np
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parent))
+pytest_plugins = ["pytester", "what_works"]
 
 SHARED_DATA = Path(__file__).resolve().parents[1] / "../shared/data"
 

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from hf_holo import get_architecture, restore_linears
 
+pytestmark = pytest.mark.feature("PEFT", "{method}")
+
 CONFIGS = {
     "LoRA": lambda **kwargs: LoraConfig(r=4, init_lora_weights=False, **kwargs),
     "VeRA": lambda **kwargs: VeraConfig(r=8, d_initial=0.5, init_weights=False, **kwargs),
@@ -43,6 +45,7 @@ def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return model.eval()(input_ids=ids).logits
 
 
+@pytest.mark.feature("PEFT", "LoRA and VeRA reach every linear layer of the blocks")
 def test_lora_and_vera_reach_every_linear_layer_of_the_blocks(tiny, family):
     for variant in get_architecture(family).variants:
         for method in ("LoRA", "VeRA"):
@@ -58,11 +61,13 @@ SCALED = {
 }
 
 
+@pytest.mark.feature("PEFT", "IA3")
 def test_ia3_scales_keys_values_and_inner_activations(tiny, family):
     reached = adapted(get_peft_model(tiny(family), CONFIGS["IA3"]()))
     assert reached == {f"model.layers.{index}.{name}" for index in range(2) for name in SCALED[family]}
 
 
+@pytest.mark.feature("PEFT", "LoRA on a classifier")
 @pytest.mark.parametrize("head", ["AutoModelForSequenceClassification", "AutoModelForTokenClassification"])
 def test_a_new_head_is_trained_and_saved_whole(tiny, family, head, tmp_path, repeating_ids):
     task = {"AutoModelForSequenceClassification": "SEQ_CLS", "AutoModelForTokenClassification": "TOKEN_CLS"}[head]
@@ -98,6 +103,7 @@ def test_an_adapter_is_merged_and_unloaded(tiny, family, method, repeating_ids):
     torch.testing.assert_close(logits(unloaded, ids), logits(tiny(family), ids), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.feature("PEFT", "several adapters")
 def test_several_adapters_on_one_model(tiny, family, repeating_ids):
     ids = repeating_ids(2)
     model = get_peft_model(tiny(family), CONFIGS["LoRA"](), adapter_name="first")
@@ -129,6 +135,7 @@ def test_an_adapter_on_a_frozen_base_learns(tiny, family, method, repeating_ids)
 
 
 @pytest.mark.slow
+@pytest.mark.feature("PEFT", "any order of imports", family="hsn")
 @pytest.mark.parametrize("order", ["import hf_holo, peft", "import peft, hf_holo"])
 def test_the_order_of_the_imports_does_not_matter(order):
     code = f"{order}\nfrom peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table\n"

@@ -7,6 +7,7 @@ from transformers import pipeline
 from hf_holo.hub.card import PIPELINES
 from hf_holo.training.tokenizers import character_tokenizer
 
+pytestmark = pytest.mark.feature("pipelines", "{worker[1]}")
 TEXTS = ["abba", "a longer text, padded against the others", "so"]
 
 
@@ -41,3 +42,24 @@ def test_a_pipeline_works(worker, tokenizer):
         torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
     else:
         assert [len(output[0]) for output in pipe(TEXTS)] == [len(tokenizer(text).input_ids) for text in TEXTS]
+
+
+def test_a_saved_pipeline_says_the_same(worker, tokenizer, tmp_path):
+    task, pipe = worker
+    pipe.save_pretrained(tmp_path)
+    again = pipeline(task, str(tmp_path), device="cpu")
+    assert type(again.model) is type(pipe.model) and type(again.tokenizer) is type(tokenizer)
+    text = TEXTS[1] + tokenizer.mask_token
+    options = {"max_new_tokens": 5, "do_sample": False} if task == "text-generation" else {}
+    assert again(text, **options) == pipe(text, **options)
+
+
+@pytest.mark.feature("pipelines", "zero-shot-classification")
+def test_zero_shot_classification(tiny, family, tokenizer):
+    names = ["contradiction", "neutral", "entailment"]
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    model = tiny(family, "AutoModelForSequenceClassification", vocab_size=len(tokenizer), **labels)
+    pipe = pipeline("zero-shot-classification", model=model, tokenizer=tokenizer, device="cpu")
+    for output in pipe(TEXTS, candidate_labels=["long", "short"]):
+        assert sorted(output["labels"]) == ["long", "short"]
+        assert sum(output["scores"]) == pytest.approx(1)

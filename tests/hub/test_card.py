@@ -70,6 +70,7 @@ def test_the_code_in_a_card_runs(saved, monkeypatch):
     assert "trust_remote_code=True" in without
 
 
+@pytest.mark.feature("Hub", "model card for every head", family="resonance")
 @pytest.mark.parametrize("head", PIPELINES)
 def test_every_head_has_its_pipeline(tmp_path, head):
     family = get_architecture("resonance")

@@ -5,6 +5,7 @@ import json
 import sys
 import types
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -103,11 +104,15 @@ def models_of(families: Iterable[str], variants: slice) -> Iterator[tuple[str, s
                     yield f"{auto_class}-{family}-{variant}", auto_class, model_class(architecture.config(**kwargs))
 
 
+ALL = ["hsn", "holo", "resonance"]
+LOADS = partial(pytest.mark.feature, "Hub", "loads where hf_holo is not installed")
+
+
 @pytest.mark.parametrize(
     ("families", "variants"),
     [
-        pytest.param(["hsn"], slice(1), id="quick"),
-        pytest.param(["hsn", "holo", "resonance"], slice(None), id="all", marks=pytest.mark.slow),
+        pytest.param(["hsn"], slice(1), id="quick", marks=LOADS(family="hsn")),
+        pytest.param(ALL, slice(None), id="all", marks=[pytest.mark.slow, LOADS(family=ALL)]),
     ],
 )
 def test_every_head_loads_elsewhere(elsewhere, expected, tokenizer, tmp_path, monkeypatch, forget, families, variants):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from hf_holo import HoloError, cli
 from hf_holo.hub.push import clear_errors
 
+pytestmark = pytest.mark.feature("Hub", "hf-holo push", family="hsn")
 REPO = "me/tiny"
 
 PULL = """
