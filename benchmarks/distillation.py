@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from report import RESULTS, earlier_rows, print_footer, print_table, read_report, write_report
+from report import RESULTS, earlier_rows, flags, print_footer, print_table, read_report, write_report
 from surgery import CALIBRATED, Trial, ratios
 from transformers import AutoModelForCausalLM
 
@@ -32,19 +32,17 @@ def distil(recipe: str, student: Path, folder: Path, args: argparse.Namespace, *
     """`hf-holo distill` on the texts of `args`, unless that has been done, and its report."""
     if not (folder / "model.safetensors").exists():
         arguments = {
-            "teacher": [args.model],
-            "student": [student],
-            "output_dir": [folder],
+            "teacher": args.model,
+            "student": student,
+            "output_dir": folder,
             "train_files": args.text,
             "validation_fraction": args.held_out,
-            "overwrite": ["true"],
-            "bf16": [args.bf16],
-            "use_cpu": [not torch.cuda.is_available()],  # transformers asks for it before it takes bf16 there
-            "seed": [args.seed],
-            **{name: [value] for name, value in more.items()},
+            "overwrite": "true",
+            "bf16": args.bf16,
+            "use_cpu": not torch.cuda.is_available(),  # transformers asks for it before it takes bf16 there
+            "seed": args.seed,
         }
-        words = (word for name, values in arguments.items() for word in (f"--{name}", *map(str, values)))
-        distill([recipe, *words])
+        distill([recipe, *flags(arguments | more)])
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 

@@ -195,8 +195,20 @@ def infilling(f: dict) -> str:
     )
 
 
+def exported(f: dict) -> str:
+    rows = []
+    for row in f["rows"]:
+        rise = f", perplexity {row['perplexity_rise']:+.2%}" if "perplexity_rise" in row else ""
+        rows.append(
+            f"{row['format']} {row['of_the_weights']:.2f} of the float32 weights, "
+            f"{row['of_eager_pytorch']:.2f} of eager PyTorch's time per token{rise}"
+        )
+    return f"a model of {f['parameters']:,} parameters out of Python: {'; '.join(rows)}"
+
+
 ROWS: dict[str, Callable[[dict], str]] = {
     "shakespeare": shakespeare,
+    "shakespeare_resonance": shakespeare,
     "llama_comparison_adamw": llama_comparison,
     "llama_comparison_muon": llama_comparison,
     "stepwise_loss": stepwise_loss,
@@ -216,6 +228,8 @@ ROWS: dict[str, Callable[[dict], str]] = {
     "long_context": long_context,
     "vocabulary": vocabulary,
     "infilling": infilling,
+    "export_hsn_small": exported,
+    "export_trained": exported,
 }
 
 
@@ -356,6 +370,28 @@ def vocabulary_table(folder: Path = RESULTS) -> str:
     )
 
 
+def infilling_table(folder: Path = RESULTS) -> str:
+    """How many masked tokens both models fill right, at each learning rate, as a Markdown table."""
+    report = read_report("infilling", folder)
+    f, long_file = report["figures"], report["figures"]["long_file"]
+    lines = ["| model | parameters | learning rate | nats per hidden token | filled right |", "|---|--:|--:|--:|--:|"]
+    lines += [
+        f"| {r['model']} | {r['parameters']:,} | {r['learning_rate']} | {r['loss']:.3f} | {r['accuracy']:.1%} |"
+        for r in f["rows"]
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{f['steps']} steps of {f['windows_a_step']}×{f['length']} with {OPTIMIZERS[f['optimizer']]}, "
+            f"{f['vocab_size']:,} tokens of BPE, {f['hidden_tokens']:,} gaps in held-out files; always the commonest "
+            f"token: {f['commonest_token']:.1%}. The pipeline fills a gap in a file of {long_file['tokens']:,} tokens "
+            f"in {long_file['seconds']:.0f} seconds and {long_file['peak_gib']:.1f} GiB. "
+            f"{report['seconds']:.0f} seconds for all runs on: {_machine(report)}.",
+        ]
+    )
+
+
 def check_table() -> str:
     """The checks of the conformance kit, from their own descriptions."""
     lines = ["| group | check | what holds | needs |", "|---|---|---|---|"]
@@ -374,6 +410,7 @@ TABLES: dict[tuple[Path, str], Callable[[], str]] = {
     (DOCS / "surgery.md", "measured"): surgery_table,
     (DOCS / "resonance.md", "measured"): long_table,
     (DOCS / "vocabulary.md", "measured"): vocabulary_table,
+    (DOCS / "code.md", "measured"): infilling_table,
 }
 
 

@@ -72,6 +72,14 @@ def earlier_rows(name: str, settings: Mapping, folder: Path = RESULTS) -> tuple[
     return [], 0.0
 
 
+def flags(arguments: Mapping[str, object]) -> list[str]:
+    """Names and values as a command takes them; a list gives several values."""
+    words = []
+    for name, value in arguments.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
+    return words
+
+
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory for the next tensor, as torch does on a GPU.
 

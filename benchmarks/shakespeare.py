@@ -1,9 +1,11 @@
 """The recipe shakespeare-char: loss over the whole validation split, with parameters, tokens and seconds.
 
     python benchmarks/shakespeare.py tinyshakespeare.txt
+    python benchmarks/shakespeare.py tinyshakespeare.txt --family resonance --steps 1500
 
-A finished run in `--output_dir` is read, not repeated. The seconds are those between the first file of the run, written
-ahead of the first step, and the last one, written after the final evaluation.
+The tiny preset of the family takes the place of the recipe's. A finished run in `--output_dir` is read, not repeated.
+The seconds are those between the first file of the run, written ahead of the first step, and the last one, written
+after the final evaluation.
 """
 
 import argparse
@@ -12,12 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from report import RESULTS, print_footer, print_table, write_report
+from report import RESULTS, flags, print_footer, print_table, write_report
 from transformers import AutoModelForCausalLM
 
 from hf_holo.training.train import main as train
 
 RECIPE = "shakespeare-char"
+
+
+def report_name(family: str) -> str:
+    return "shakespeare" if family == "hsn" else f"shakespeare_{family}"
 
 
 def figures(run: Path, recipe: dict) -> dict[str, float | int]:
@@ -38,20 +44,30 @@ def figures(run: Path, recipe: dict) -> dict[str, float | int]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, help="text file; the last tenth validates")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs") / RECIPE, help="folder of the run")
+    parser.add_argument("--family", choices=("hsn", "resonance"), default="hsn")
+    parser.add_argument("--output_dir", type=Path, help="folder of the run; default: by family, below runs")
     parser.add_argument("--steps", type=int, help="default: those of the recipe")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args(argv)
 
-    if not (args.output_dir / "sample.txt").exists():  # the last file that a run writes
-        steps = [] if args.steps is None else ["--max_steps", str(args.steps), "--warmup_steps", "1"]
-        train(["--recipe", RECIPE, "--train_file", str(args.text), "--output_dir", str(args.output_dir), *steps])
-    recipe = yaml.safe_load((args.output_dir / "recipe.yaml").read_text(encoding="utf-8"))
-    found = figures(args.output_dir, recipe)
+    run = args.output_dir or Path("runs") / f"{RECIPE}-{args.family}"
+    if not (run / "sample.txt").exists():  # the last file that a run writes
+        arguments = {
+            "recipe": RECIPE,
+            "preset": f"{args.family}-tiny",
+            "train_file": args.text,
+            "output_dir": run,
+        }
+        if args.steps:
+            arguments |= {"max_steps": args.steps, "warmup_steps": max(1, args.steps // 20)}  # the share in the recipe
+        train(flags(arguments))
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    found = figures(run, recipe)
     print_table([found])
-    first, last = args.output_dir / "recipe.yaml", args.output_dir / "sample.txt"
+    first, last = run / "recipe.yaml", run / "sample.txt"
     seconds = last.stat().st_mtime - first.stat().st_mtime
-    path = write_report("shakespeare", found, seed=recipe.get("seed", 42), seconds=seconds, folder=args.results)
+    name, seed = report_name(args.family), recipe.get("seed", 42)
+    path = write_report(name, found, seed=seed, seconds=seconds, folder=args.results)
     print_footer(path, seconds)
 
 

@@ -5,7 +5,8 @@
 MODEL is the folder of a causal language model with its tokenizer. At a ratio all methods keep the same share of the
 numbers of the converted layers, counted on disk with the bases, and start from the same calibration windows; their
 perplexity is measured on the same windows of the held-out part of each text. With `--students` the converted models
-are kept, to be distilled (`benchmarks/distillation.py`). Rows that the result file holds already are not measured anew.
+are kept, to be distilled (`benchmarks/distillation.py`), and what lies there is used again. Rows that the result file
+holds already are not measured anew. The seconds are those of what the run itself did.
 """
 
 import argparse
@@ -185,8 +186,9 @@ def convert_all(
     folder: Path,
     args: argparse.Namespace,
 ) -> None:
-    """Save the student of every trial, with its tokenizer, in a folder of its own."""
-    methods = methods_for(model, texts, args)
+    """Save the student of every trial, with its tokenizer, in a folder of its own, but for those that are there."""
+    missing = [trial for trial in missing if not (folder / trial.folder / "tokenizer_config.json").exists()]
+    methods = methods_for(model, texts, args) if missing else {}
     for trial in missing:
         student = copy.deepcopy(model)
         methods[trial.method, trial.scope](student, trial.ratio)
@@ -228,8 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     missing = [trial for trial in trials if trial not in done]
     with tempfile.TemporaryDirectory() as scratch:
         students = args.students or Path(scratch)
-        if missing:
-            convert_all(missing, model, tokenizer, texts, students, args)
+        convert_all(missing, model, tokenizer, texts, students, args)
         if not rows:
             teacher = measured(model, texts)
             rows.append({**Trial("teacher", "all", 1.0)._asdict(), "kept": 1.0, **teacher, **ratios(teacher, teacher)})

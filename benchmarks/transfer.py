@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from report import RESULTS, print_footer, print_table, write_report
+from report import RESULTS, flags, print_footer, print_table, write_report
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from hf_holo.conversion.distill import main as distill
@@ -60,7 +60,7 @@ def train_teacher(text: Path, folder: Path, steps: int, seed: int) -> None:
         "overwrite": "true",  # an unfinished teacher has no sample yet
         "seed": seed,
     }
-    train([part for name, value in arguments.items() for part in (f"--{name}", str(value))])
+    train(flags(arguments))
 
 
 def distill_student(text: Path, folder: Path, stage_steps: int | None, seed: int) -> None:
@@ -79,7 +79,7 @@ def distill_student(text: Path, folder: Path, stage_steps: int | None, seed: int
     }
     if stage_steps:
         arguments |= {"max_steps": stage_steps, "warmup_steps": 1}
-    distill(["distill-hsn", *(part for name, value in arguments.items() for part in (f"--{name}", str(value)))])
+    distill(["distill-hsn", *flags(arguments)])
 
 
 def figures(report: dict, text: str) -> dict:

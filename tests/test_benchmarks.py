@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hf_holo import preset_model
 from hf_holo.training.tokenizers import make_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -186,6 +187,15 @@ def test_the_shakespeare_recipe_reports_its_last_loss(run, text, tmp_path):
     assert (folder / "model.safetensors").stat().st_mtime_ns == weights
 
 
+def test_the_shakespeare_recipe_takes_another_family(run, text, tmp_path):
+    text.write_text(text.read_text(encoding="utf-8") * 4, encoding="utf-8")
+    folder = tmp_path / "run"
+    options = ["--family", "resonance", "--output_dir", folder, "--steps", 1]
+    report, _ = run("shakespeare", text, *options, report="shakespeare_resonance")
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "resonance"
+    assert report["figures"]["parameters"] < 1_000_000
+
+
 def test_the_readme_shows_what_the_reports_say(run, tmp_path, monkeypatch):
     run("static_speed", "--width", 32, "--lengths", 64, 128, "--repeats", 1)
     table = importlib.import_module("readme").table(tmp_path)
@@ -333,6 +343,20 @@ def save_llama(folder, text, layers):
     tokenizer.save_pretrained(folder)
 
 
+def test_export(run, text, tmp_path, monkeypatch):
+    for name, value in {"LENGTHS": (1, 17), "BATCHES": (2,), "NEW_TOKENS": 4, "WINDOW": 20, "REPEATS": 4}.items():
+        monkeypatch.setattr(f"hf_holo.export.report.{name}", value)
+    tokenizer = make_tokenizer("characters", [text.read_text()])
+    model = preset_model("hsn-tiny", vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    argv = ("--model", tmp_path / "model", "--text", text, "--formats", "torchscript")
+    report, _ = run("export", *argv, report="export_trained")
+    (row,) = report["figures"]["rows"]
+    assert row["max_difference"] < 1e-4 and row["equal_tokens"] == 1
+    assert abs(row["perplexity_rise"]) < 1e-4 and row["ms_per_token"] > 0
+
+
 def test_partial_transfer(run, text, tmp_path):
     save_llama(tmp_path / "model", text, layers=5)
     argv = (tmp_path / "model", "--text", text, "--window", 16, "--eval_windows", 2, "--folder", tmp_path / "runs")
@@ -362,6 +386,11 @@ def test_surgery_and_distillation(run, text, tmp_path):
     again, _ = run("surgery", *argv, "--ratios", 0.5, 0.7)
     assert [row for row in again["figures"]["rows"] if row["ratio"] != 0.7] == rows  # what is there stays
     assert len(again["figures"]["rows"]) == len(rows) + 1
+    saved = {path: path.stat().st_mtime_ns for path in kept.rglob("*.safetensors")}
+    (tmp_path / "surgery.json").unlink()
+    scored, _ = run("surgery", *argv, "--ratios", 0.5)
+    assert scored["figures"]["rows"] == rows
+    assert {path: path.stat().st_mtime_ns for path in kept.rglob("*.safetensors")} == saved
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("{block_size: 16, learning_rate: 0.01, use_cpu: true, stages: [{match: logits}]}")
