@@ -37,8 +37,6 @@ def lay_out_vocabulary(
         ValueError: an unknown strategy or option, or tables that do not fit the vocabulary.
     """
     check_positive(vocab_size=vocab_size)
-    if vocab_size > LARGEST["hash"]:
-        raise ValueError(f"vocab_size={vocab_size} is too large: token ids go up to 2^31 = {LARGEST['hash']}")
     if strategy is None:
         strategy = next(name for name in STRATEGIES if vocab_size <= LARGEST[name])
     check_choice("embedding_strategy", strategy, STRATEGIES)
