@@ -24,6 +24,7 @@ TOLERANCE = 1e-4  # of a format that computes with the weights as they are, rela
 PROMPT, NEW_TOKENS = 12, 64
 WINDOW = 256  # tokens of a text that are read at once, for timings and perplexity
 REPEATS = 20
+WARM_UP = 2  # calls of a block that are not counted
 
 
 def measure(source: Source, form: Format, folder: Path, text: str | None = None) -> dict[str, Any]:
@@ -159,7 +160,7 @@ def perplexities(source: Source, program: Program, text: str) -> dict[str, float
 
 
 def latencies(source: Source, program: Program) -> dict[str, dict[str, float]]:
-    """Median milliseconds of a call, eager PyTorch's and the program's in turns: for a text of `WINDOW` tokens (or as
+    """Median milliseconds of a call, eager PyTorch's and the program's: for a text of `WINDOW` tokens (or as
     many as the model was made for) and, if there is a state, for one token more."""
     eager = functools.partial(source.graph.call, source.model)
     lengths = {"text": _window(source)} | ({"token": 1} if source.graph.states else {})
@@ -171,13 +172,15 @@ def latencies(source: Source, program: Program) -> dict[str, dict[str, float]]:
 
 @torch.no_grad()
 def _medians(runs: Mapping[str, Callable], tensors: list[torch.Tensor]) -> dict[str, float]:
+    """Each in two blocks, A B B A: call by call, the waiting threads of one runtime would slow the other down."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(REPEATS):
-        for name, run in runs.items():
+    for name in (*runs, *reversed(runs)):
+        for call in range(REPEATS):
             start = time.perf_counter()
-            run(tensors)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: 1000 * statistics.median(values[2:]) for name, values in seconds.items()}
+            runs[name](tensors)
+            if call >= WARM_UP:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
 
 
 # ---------------------------------------------------------------------------------------------- what is written
