@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from characters import CharacterText, windowed_loss
 from fitting import Fit, fit
-from report import RESULTS, print_footer, print_table, read_report, write_report
+from report import RESULTS, print_footer, print_table, read_report, report_name, write_report
 from transformers import PreTrainedModel
 
 from hf_holo import SpectralGate
@@ -41,10 +41,6 @@ VARIANTS = {
         "no filter": {"gate_taps": 1},
     },
 }
-
-
-def report_name(family: str) -> str:
-    return "design_choices" if family == "hsn" else f"design_choices_{family}"
 
 
 def make(family: str, delayed: int | None = None, **options) -> PreTrainedModel:
@@ -80,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if variant not in variants:
             parser.error(f"--variants: {variant!r} is no variant of {args.family}; choose from {', '.join(variants)}")
 
-    name = report_name(args.family)
+    name = report_name("design_choices", args.family)
     text = CharacterText(args.text)
     names = ("seconds", "steps", "learning_rate", "width", "depth", "rows", "length", "seed")
     settings = {key: getattr(args, key) for key in names if getattr(args, key) is not None}

@@ -58,6 +58,11 @@ def write_report(name: str, figures: Mapping, *, seed: int, seconds: float, fold
     return path
 
 
+def report_name(benchmark: str, family: str) -> str:
+    """One report a family; that of hsn, which came first, has the name of the benchmark."""
+    return benchmark if family == "hsn" else f"{benchmark}_{family}"
+
+
 def read_report(name: str, folder: Path = RESULTS) -> dict:
     """The report written earlier under this name, or an empty one."""
     path = folder / f"{name}.json"

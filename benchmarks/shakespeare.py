@@ -14,16 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from report import RESULTS, flags, print_footer, print_table, write_report
+from report import RESULTS, flags, print_footer, print_table, report_name, write_report
 from transformers import AutoModelForCausalLM
 
 from hf_holo.training.train import main as train
 
 RECIPE = "shakespeare-char"
-
-
-def report_name(family: str) -> str:
-    return "shakespeare" if family == "hsn" else f"shakespeare_{family}"
 
 
 def figures(run: Path, recipe: dict) -> dict[str, float | int]:
@@ -66,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_table([found])
     first, last = run / "recipe.yaml", run / "sample.txt"
     seconds = last.stat().st_mtime - first.stat().st_mtime
-    name, seed = report_name(args.family), recipe.get("seed", 42)
+    name, seed = report_name("shakespeare", args.family), recipe.get("seed", 42)
     path = write_report(name, found, seed=seed, seconds=seconds, folder=args.results)
     print_footer(path, seconds)
 

@@ -31,3 +31,13 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"needs the data sets in {SHARED_DATA}, which are not here")
     return SHARED_DATA.resolve()
+
+
+@pytest.fixture
+def quick_export(monkeypatch):
+    """Fewer and shorter measurements in the reports of exports."""
+    monkeypatch.setattr("hf_holo.export.report.LENGTHS", (1, 17))
+    monkeypatch.setattr("hf_holo.export.report.BATCHES", (2,))
+    monkeypatch.setattr("hf_holo.export.report.NEW_TOKENS", 8)
+    monkeypatch.setattr("hf_holo.export.report.WINDOW", 40)
+    monkeypatch.setattr("hf_holo.export.report.REPEATS", 4)

@@ -343,9 +343,7 @@ def save_llama(folder, text, layers):
     tokenizer.save_pretrained(folder)
 
 
-def test_export(run, text, tmp_path, monkeypatch):
-    for name, value in {"LENGTHS": (1, 17), "BATCHES": (2,), "NEW_TOKENS": 4, "WINDOW": 20, "REPEATS": 4}.items():
-        monkeypatch.setattr(f"hf_holo.export.report.{name}", value)
+def test_export(run, text, tmp_path, quick_export):
     tokenizer = make_tokenizer("characters", [text.read_text()])
     model = preset_model("hsn-tiny", vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1)
     model.save_pretrained(tmp_path / "model")

@@ -19,17 +19,7 @@ from hf_holo.export.graph import Graph, folded
 from .conftest import bytes_in, save, tiny_model
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Fewer and shorter measurements."""
-    monkeypatch.setattr("hf_holo.export.report.LENGTHS", (1, 17))
-    monkeypatch.setattr("hf_holo.export.report.BATCHES", (2,))
-    monkeypatch.setattr("hf_holo.export.report.NEW_TOKENS", 8)
-    monkeypatch.setattr("hf_holo.export.report.WINDOW", 40)
-    monkeypatch.setattr("hf_holo.export.report.REPEATS", 4)
-
-
-def test_a_format_gets_a_folder_with_its_report(hsn_folder, tmp_path, quick):
+def test_a_format_gets_a_folder_with_its_report(hsn_folder, tmp_path, quick_export):
     (tmp_path / "text.txt").write_text("To be or not to be. " * 10)
     text = str(tmp_path / "text.txt")
     assert main(["export", str(hsn_folder), str(tmp_path / "out"), "--format", "torchscript", "--text", text]) == 0
@@ -52,7 +42,7 @@ def broken_writer(source, folder):
     raise RuntimeError("no such operator\nsecond line")
 
 
-def test_a_failed_format_leaves_nothing_and_stops_no_other(hsn_folder, tmp_path, quick, monkeypatch, capsys):
+def test_a_failed_format_leaves_nothing_and_stops_no_other(hsn_folder, tmp_path, quick_export, monkeypatch, capsys):
     monkeypatch.setitem(FORMATS, "torch-export", replace(FORMATS["torch-export"], write=broken_writer))
     with pytest.raises(SystemExit) as stopped:
         main(["export", str(hsn_folder), str(tmp_path), "--format", "torch-export", "torchscript"])
@@ -61,7 +51,7 @@ def test_a_failed_format_leaves_nothing_and_stops_no_other(hsn_folder, tmp_path,
     assert "torch-export failed: RuntimeError: no such operator (" in capsys.readouterr().err
 
 
-def test_a_wrong_export_is_a_failed_one(hsn_folder, tmp_path, quick, monkeypatch, capsys):
+def test_a_wrong_export_is_a_failed_one(hsn_folder, tmp_path, quick_export, monkeypatch, capsys):
     load = FORMATS["torchscript"].load
 
     def wrong(file, graph):
@@ -126,7 +116,7 @@ def test_int8_takes_less_than_half(family, tmp_path):
 @pytest.mark.feature("export", "hf-holo export --format {name}")
 @pytest.mark.parametrize("name", [name for name in FORMATS if all(map(formats._installed, FORMATS[name].modules))])
 @pytest.mark.parametrize("family", ["hsn", "holo", "resonance"])
-def test_every_format_of_every_family(family, name, tmp_path, quick):
+def test_every_format_of_every_family(family, name, tmp_path, quick_export):
     source = Source(str(save(tiny_model(family), tmp_path / "saved")))
     record = command.export(source, name, tmp_path / name)
     if FORMATS[name].exact:
@@ -186,7 +176,7 @@ CONVERTED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", CONVERTED)
-def test_a_converted_checkpoint_exports(kind, tmp_path, quick):
+def test_a_converted_checkpoint_exports(kind, tmp_path, quick_export):
     """With holographic linear layers it stays what it was, and Optimum knows it."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONVERTED[kind]).eval()
