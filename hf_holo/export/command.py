@@ -31,6 +31,8 @@ def main(argv: list[str]) -> None:
     text = None if args.text is None else _read(args.text)
     out = output_folder(args.out)
     source = Source(args.model, args.task)
+    if text is not None and source.graph.task != "text-generation":
+        raise HoloError(f"text={args.text!r}: the task {source.task!r} has no perplexity; leave --text out")
     failures = {}
     for name in (progress := tqdm(args.format, desc="exporting", unit="format", leave=False)):
         progress.set_postfix_str(name)

@@ -18,10 +18,11 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
-from ..errors import HoloError, first_line
+from ..errors import UNREADABLE, HoloError, first_line
 from ..modeling.harmonics import HoloLinear
 from .graph import TASKS, WITH_PAST, Graph, GraphModule, positions, task_of
 
+PROCESSOR_FILES = ("tokenizer*.json", "*processor_config.json")
 Program = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]  # inputs and states to output and new states
 
 
@@ -46,18 +47,25 @@ class Source:
             self.model: PreTrainedModel = auto.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
         except HoloError:
             raise
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise HoloError(f"model={folder!r} cannot be loaded for export: {first_line(error)}") from error
         self.graph = Graph(self.task, self.model.config)
         self._temporary = TemporaryDirectory()
 
     @cached_property
     def processor(self) -> Any | None:
-        """The processor or tokenizer that was saved with the model, None if there is none."""
+        """The processor or tokenizer that was saved with the model, None if there is none.
+
+        Raises:
+            HoloError: its files are there, but it cannot be loaded.
+        """
         try:
             return AutoProcessor.from_pretrained(self.folder)
-        except (OSError, ValueError):  # what transformers raises where it finds none
-            return None
+        except (OSError, ValueError) as error:  # what transformers raises where it finds none, too
+            found = [file.name for pattern in PROCESSOR_FILES for file in Path(self.folder).glob(pattern)]
+            if not found:
+                return None
+            raise HoloError(f"model={self.folder!r}: {', '.join(found)} cannot be read: {first_line(error)}") from error
 
     @cached_property
     def onnx_folder(self) -> Path:

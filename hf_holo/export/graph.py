@@ -43,13 +43,12 @@ WITH_PAST = "-with-past"  # Optimum's suffix of a task whose graph continues fro
 BATCH, TOKENS, PAST = "batch_size", "sequence_length", "past_sequence_length"
 TOTAL = f"{PAST} + {TOKENS}"
 # The inputs that a graph may have, with their axes of variable size; a model has those that its `forward` names.
-INPUTS = {
-    "input_ids": {0: BATCH, 1: TOKENS},
-    "attention_mask": {0: BATCH, 1: TOKENS},
+MEDIA = {
     "pixel_values": {0: BATCH},
     "input_values": {0: BATCH, 1: "audio_length"},
     "input_features": {0: BATCH, 1: "audio_frames"},
 }
+INPUTS = {"input_ids": {0: BATCH, 1: TOKENS}, "attention_mask": {0: BATCH, 1: TOKENS}} | MEDIA
 
 
 @dataclass(frozen=True)
@@ -133,15 +132,42 @@ class Graph:
         first = {0: BATCH} if self.task in POOLED else {0: BATCH, 1: TOKENS}
         return {self.output: first} | {state.output_name: state.axes(TOTAL) for state in self.states}
 
+    @cached_property
+    def reads_text(self) -> bool:
+        """Whether a text is among the inputs."""
+        return "input_ids" in self.inputs
+
+    @cached_property
+    def media(self) -> dict[str, tuple[int, ...]]:
+        """Sizes of one image or sound, from the `dummy_inputs` of the model.
+
+        Raises:
+            HoloError: they lack one that `forward` takes.
+        """
+        names = [name for name in self.inputs if name in MEDIA]
+        if not names:
+            return {}
+        with FakeTensorMode():  # tensors without data
+            dummies = self.model_class._from_config(self.config).dummy_inputs
+        if missing := [name for name in names if name not in dummies]:
+            raise HoloError(f"{self.model_class.__name__}.dummy_inputs must hold {', '.join(missing)}")
+        return {name: tuple(dummies[name].shape[1:]) for name in names}
+
     def example(self, batch: int = 2, tokens: int = 16, past: int = 8, seed: int = 0) -> dict[str, torch.Tensor]:
         """Inputs of a text of `tokens` tokens whose first row has padding in front; after a state, `past` tokens long
-        where that grows, in a graph that has one."""
+        where that grows, in a graph that has one. Images are noise, and so is a sound, which is longer by `tokens`
+        than that of the model's `dummy_inputs`."""
         generator = torch.Generator().manual_seed(seed)
         past = past if any(None in state.shape for state in self.states) else 0
-        made = {"attention_mask": torch.ones(batch, past + tokens, dtype=torch.long)}
-        made["attention_mask"][0, : past + tokens // 4] = 0
-        if "input_ids" in self.inputs:
+        made = {}
+        for name, sizes in self.media.items():
+            sizes = (size + tokens if axis in MEDIA[name] else size for axis, size in enumerate(sizes, 1))
+            made[name] = torch.randn(batch, *sizes, generator=generator)
+        if self.reads_text:
             made["input_ids"] = torch.randint(self.config.vocab_size, (batch, tokens), generator=generator)
+        length = tokens if self.reads_text else made[self.model_class.main_input_name].shape[1]
+        made["attention_mask"] = torch.ones(batch, past + length, dtype=torch.long)
+        made["attention_mask"][0, : past + length // 4] = 0
         return {name: made[name] for name in self.inputs} | {s.input_name: s.zeros(batch, past) for s in self.states}
 
     def again(self, tensors: Sequence[torch.Tensor], states: Sequence[torch.Tensor]) -> list[torch.Tensor]:

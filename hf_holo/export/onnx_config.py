@@ -54,15 +54,6 @@ class GraphPatcher(ModelPatcher):
             return {graph.output: output} | ({"past_key_values": tuple(states)} if states else {})
 
         self.patched_forward = patched_forward
-        self._folded = folded(model)
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        self._folded.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._folded.__exit__(*error)
-        super().__exit__(*error)
 
 
 class HoloOnnxConfig(OnnxConfigWithPast):
@@ -124,8 +115,24 @@ class HoloOnnxConfig(OnnxConfigWithPast):
 def register() -> None:
     """Make all families that are registered now known to Optimum; calling it again is fine."""
     _accept_own_modules()
+    ModelPatcher.__enter__, ModelPatcher.__exit__ = _enter_folded, _exit_folded
     for architecture in architectures().values():
         TasksManager.create_register("onnx")(architecture.name, *tasks(architecture))(HoloOnnxConfig)
+
+
+_enter, _exit = ModelPatcher.__enter__, ModelPatcher.__exit__
+
+
+def _enter_folded(self: ModelPatcher) -> None:
+    """Every patcher enters here, those of transformers' own models too, whose layers surgery may have replaced."""
+    self.folded = folded(self._model)
+    self.folded.__enter__()
+    _enter(self)
+
+
+def _exit_folded(self: ModelPatcher, *error: Any) -> None:
+    _exit(self, *error)
+    self.folded.__exit__(*error)
 
 
 def tasks(architecture: Architecture) -> list[str]:

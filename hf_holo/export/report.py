@@ -57,9 +57,9 @@ def measure(source: Source, form: Format, folder: Path, text: str | None = None)
 @torch.no_grad()
 def parity(source: Source, program: Program) -> list[dict[str, float]]:
     """Maximum and mean difference of all outputs against PyTorch's, one record for each length and batch size: of a
-    text and, where there is a state, of the same text once more behind it."""
+    text and, where there is a state, of the same text once more behind it. An image has one length."""
     rows = []
-    for length in (length for length in LENGTHS if 2 * length <= _most_tokens(source)):
+    for length in _lengths(source):
         for batch in BATCHES:
             tensors = list(source.graph.example(batch, length, past=0).values())
             pairs = _compare(source, program, tensors)
@@ -70,6 +70,12 @@ def parity(source: Source, program: Program) -> list[dict[str, float]]:
             row = {"length": length, "batch": batch, "max": differences.max().item(), "mean": differences.mean().item()}
             rows.append(row | {"max_relative": relative})
     return rows
+
+
+def _lengths(source: Source) -> list[int]:
+    if all(axes.keys() == {0} for axes in source.graph.inputs.values()):
+        return [1]
+    return [length for length in LENGTHS if 2 * length <= _most_tokens(source)]
 
 
 def _most_tokens(source: Source) -> int:
@@ -161,9 +167,10 @@ def perplexities(source: Source, program: Program, text: str) -> dict[str, float
 
 def latencies(source: Source, program: Program) -> dict[str, dict[str, float]]:
     """Median milliseconds of a call, eager PyTorch's and the program's: for a text of `WINDOW` tokens (or as
-    many as the model was made for) and, if there is a state, for one token more."""
+    many as the model was made for) or another input and, if there is a state, for one token more."""
     eager = functools.partial(source.graph.call, source.model)
-    lengths = {"text": _window(source)} | ({"token": 1} if source.graph.states else {})
+    whole = "text" if source.graph.reads_text else "input"
+    lengths = {whole: _window(source)} | ({"token": 1} if source.graph.states else {})
     return {
         name: _medians({"pytorch": eager, "exported": program}, list(source.graph.example(1, tokens).values()))
         for name, tokens in lengths.items()
@@ -194,6 +201,8 @@ def model_card(record: Mapping[str, Any], source: Source, name: str, form: Forma
     """The model card of an export: what it is, how it is used, and the measured figures."""
     worst = max(record["parity"], key=lambda row: row["max"])
     lengths = sorted({row["length"] for row in record["parity"]})
+    shapes = (f"lengths {_list(lengths)}, " if source.graph.reads_text else "") + f"batches {_list(BATCHES)}"
+    calls = {"text": f"{_window(source)} tokens", "token": "one token", "input": "one input"}
     lines = [
         "---",
         f"library_name: {'onnxruntime' if name.startswith('onnx') else 'torch'}",
@@ -208,7 +217,7 @@ def model_card(record: Mapping[str, Any], source: Source, name: str, form: Forma
         "",
         "| measured on this file | |",
         "|---|--:|",
-        f"| largest difference from PyTorch, lengths {_list(lengths)}, batches {_list(BATCHES)} | {worst['max']:.1e} |",
+        f"| largest difference from PyTorch, {shapes} | {worst['max']:.1e} |",
         f"| mean difference | {max(row['mean'] for row in record['parity']):.1e} |",
         *(
             f"| tokens equal to PyTorch's, {_new_tokens(source)} new ones, {way} | {100 * share:.1f} % |"
@@ -217,8 +226,8 @@ def model_card(record: Mapping[str, Any], source: Source, name: str, form: Forma
         *(f"| perplexity on the given text, {way} | {x:.3f} |" for way, x in record.get("perplexity", {}).items()),
         f"| size, of the float32 weights | {record['bytes'] / record['float32_bytes']:.2f} |",
         *(
-            f"| milliseconds for {'one token' if what == 'token' else f'{_window(source)} tokens'}: "
-            f"exported, eager PyTorch | {times['exported']:.2f}, {times['pytorch']:.2f} |"
+            f"| milliseconds for {calls[what]}: exported, eager PyTorch "
+            f"| {times['exported']:.2f}, {times['pytorch']:.2f} |"
             for what, times in record["milliseconds"].items()
         ),
         "",

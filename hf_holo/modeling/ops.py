@@ -126,7 +126,7 @@ def minimum_phase_kernel_naive(gate_logits: torch.Tensor, taps: int) -> torch.Te
     """Twin of [`minimum_phase_kernel`]: explicit sums for the cepstrum, its phase, and the way back to the taps."""
     log_magnitude = F.logsigmoid(gate_logits)
     intervals = log_magnitude.shape[-1] - 1
-    frequency = math.pi / intervals * torch.arange(intervals + 1, dtype=log_magnitude.dtype)
+    frequency = math.pi / intervals * torch.arange(intervals + 1).to(log_magnitude)
     weight = torch.full_like(frequency, 2.0)  # every frequency between 0 and π stands for two
     weight[0] = weight[-1] = 1.0
     phase = torch.zeros_like(log_magnitude)
@@ -406,7 +406,7 @@ def _recurrence(q, k, v, log_decay, write, state, document):
     """The loop of the naive twins: forget at a border of documents, decay, add `write(t, state)`, read."""
     if state is None:
         state = k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])
-    current = torch.zeros(k.shape[0], dtype=torch.long)
+    current = torch.zeros(k.shape[0], dtype=torch.long, device=k.device)
     rows = []
     for t in range(k.shape[2]):
         if document is not None:
@@ -613,16 +613,14 @@ def _compose_chunks(across, leave, fresh, recalled, state):
     identity = torch.from_numpy(np.eye(int(leave.shape[-2]))).to(state)
     turn = across[..., None, None] * identity - leave @ recalled  # [B, H, N, F, F]
     shift = leave @ fresh  # [B, H, N, F, V]
-    chunks = shift.shape[2]
+    number = torch.arange(shift.shape[2], device=shift.device)  # of every chunk
     for level in range(DOUBLINGS):
-        back = 2**level
-        earlier_shift = F.pad(shift, (0, 0, 0, 0, back, 0))[:, :, :chunks]
-        earlier_turn = torch.cat([identity.expand_as(turn)[:, :, :1].expand(-1, -1, back, -1, -1), turn], 2)
-        shift = shift + turn @ earlier_shift
-        turn = turn @ earlier_turn[:, :, :chunks]
-    number = torch.ones_like(shift[0, 0, :, 0, 0]).cumsum(0)  # of every chunk, from 1
+        at = number - 2**level
+        joined, at = (at >= 0)[:, None, None], at.clamp_min(0)
+        shift = shift + (turn @ shift.index_select(2, at)).masked_fill(~joined, 0.0)
+        turn = torch.where(joined, turn @ turn.index_select(2, at), turn)
     after = turn @ state[:, :, None] + shift
-    after = after.masked_fill((number > 2**DOUBLINGS)[:, None, None], float("nan"))
+    after = after.masked_fill((number >= 2**DOUBLINGS)[:, None, None], float("nan"))
     return torch.cat([state[:, :, None], after], 2)[:, :, :-1], after[:, :, -1]
 
 

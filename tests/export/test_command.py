@@ -1,8 +1,12 @@
 """`hf-holo export`: a folder for each format, complete or not there at all."""
 
+import errno
 import json
+import re
+import shutil
 import subprocess
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,10 +14,10 @@ import transformers
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config
 
-from hf_holo import HoloSurgeryConfig, apply_surgery
+from hf_holo import HoloError, HoloSurgeryConfig, apply_surgery
 from hf_holo.cli import main
 from hf_holo.export import command, formats
-from hf_holo.export.formats import FORMATS, Source
+from hf_holo.export.formats import FORMATS, Format, Source
 from hf_holo.export.graph import Graph, folded
 
 from .conftest import bytes_in, save, tiny_model
@@ -37,18 +41,75 @@ def test_a_format_gets_a_folder_with_its_report(hsn_folder, tmp_path, quick_expo
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["torchscript"]
 
 
-def broken_writer(source, folder):
-    (folder / "half").write_text("")
-    raise RuntimeError("no such operator\nsecond line")
+class Branching(torch.nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
 
 
-def test_a_failed_format_leaves_nothing_and_stops_no_other(hsn_folder, tmp_path, quick_export, monkeypatch, capsys):
-    monkeypatch.setitem(FORMATS, "torch-export", replace(FORMATS["torch-export"], write=broken_writer))
+def refused_by_the_exporter(source, folder):
+    (folder / "half").touch()
+    torch.export.export(Branching(), (torch.ones(2),))
+
+
+def refused_by_the_tracer(source, folder):
+    torch.jit.script(lambda *tensors: tensors)
+
+
+def damaged(source, folder):
+    (folder / "model.pt").write_bytes(b"PK half an archive")
+
+
+def out_of_disk(source, folder):
+    (folder / "half").touch()
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def out_of_memory(source, folder):
+    torch.empty(2**60)
+
+
+@pytest.mark.parametrize("write", [refused_by_the_exporter, refused_by_the_tracer, damaged, out_of_disk, out_of_memory])
+def test_a_failed_format_leaves_nothing_and_stops_no_other(
+    hsn_folder, tmp_path, quick_export, monkeypatch, capsys, write
+):
+    """Whatever it raises, and wherever: when it is written, and when it is read again to be measured."""
+    eager = Format("model.eager", lambda *_: None, lambda _, graph: partial(graph.call, Source(str(hsn_folder)).model))
+    monkeypatch.setitem(FORMATS, "torchscript", replace(FORMATS["torchscript"], write=write))
+    monkeypatch.setitem(FORMATS, "torch-export", eager)
     with pytest.raises(SystemExit) as stopped:
-        main(["export", str(hsn_folder), str(tmp_path), "--format", "torch-export", "torchscript"])
+        main(["export", str(hsn_folder), str(tmp_path), "--format", "torchscript", "torch-export"])
     assert stopped.value.code == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["torchscript"]
-    assert "torch-export failed: RuntimeError: no such operator (" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["torch-export"]
+    (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-holo: ")]
+    assert re.fullmatch(r"hf-holo: torchscript failed: \w+: .+ \(--verbose shows where\)", message)
+
+
+def test_an_older_export_outlives_a_failure(hsn_folder, tmp_path, quick_export, monkeypatch):
+    (tmp_path / "torchscript").mkdir()
+    (tmp_path / "torchscript" / "old").touch()
+    monkeypatch.setitem(FORMATS, "torchscript", replace(FORMATS["torchscript"], write=out_of_disk))
+    with pytest.raises(SystemExit):
+        main(["export", str(hsn_folder), str(tmp_path), "--format", "torchscript"])
+    assert [path.name for path in (tmp_path / "torchscript").iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize("content", [b"{", b"cut off"])
+def test_a_damaged_checkpoint_is_one_line(hsn_folder, tmp_path, capsys, content):
+    folder = shutil.copytree(hsn_folder, tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(content)
+    assert main(["export", str(folder), str(tmp_path / "out"), "--format", "torchscript"]) == 2
+    assert "cannot be loaded for export" in capsys.readouterr().err
+
+
+def test_a_damaged_tokenizer_is_not_left_out(hsn_folder, tmp_path, capsys):
+    folder = shutil.copytree(hsn_folder, tmp_path / "model")
+    assert Source(str(folder)).processor is not None
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(HoloError, match=r"tokenizer\.json.* cannot be read"):
+        _ = Source(str(folder)).processor
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    assert Source(str(folder)).processor is None
 
 
 def test_a_wrong_export_is_a_failed_one(hsn_folder, tmp_path, quick_export, monkeypatch, capsys):
@@ -71,12 +132,13 @@ def test_a_wrong_export_is_a_failed_one(hsn_folder, tmp_path, quick_export, monk
         (["--task", "text-generatio"], "did you mean 'text-generation'?"),
         (["--task", "image-classification"], "the family 'hsn' has no head for it"),
         (["--text", "missing.txt"], "text='missing.txt' cannot be read"),
+        (["--text", __file__, "--task", "feature-extraction"], "the task 'feature-extraction' has no perplexity"),
     ],
 )
 def test_bad_input_is_one_line(hsn_folder, tmp_path, capsys, arguments, message):
     assert main(["export", str(hsn_folder), str(tmp_path / "out"), *arguments]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-holo: ")]
+    assert message in error
 
 
 def test_what_is_not_installed_is_named(hsn_folder, tmp_path, monkeypatch, capsys):

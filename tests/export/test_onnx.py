@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ from onnx import ModelProto, TensorProto, checker, helper, load, numpy_helper
 from onnx import save as save_onnx
 from onnxruntime import InferenceSession
 from optimum.exporters.onnx import main_export
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_holo import architectures
+from hf_holo import HoloSurgeryConfig, apply_surgery, architectures
+from hf_holo.cli import main as command_line
 from hf_holo.export import standalone_script
-from hf_holo.export.formats import load_onnx
+from hf_holo.export.formats import FORMATS, load_onnx
 from hf_holo.export.graph import Graph
 from hf_holo.export.onnx_config import register, tasks
 from hf_holo.export.onnx_int8 import quantize, read_by_activations
@@ -204,6 +207,36 @@ def test_every_family_and_head_is_known_to_optimum():
         known = TasksManager.get_supported_tasks_for_model_type(architecture.name, "onnx", library_name="transformers")
         assert set(tasks(architecture)) == set(known)
         assert len(known) >= len(architecture.models)
+
+
+@pytest.mark.parametrize("damage", ["half", "unknown operator"])
+def test_what_the_runtime_refuses_is_a_failed_format(hsn_folder, tmp_path, monkeypatch, capsys, damage):
+    def write(source, folder):
+        model = small_model()
+        model.graph.node[0].op_type = "Nonsense"
+        content = model.SerializeToString()
+        (folder / "model.onnx").write_bytes(content[:99] if damage == "half" else content)
+
+    monkeypatch.setitem(FORMATS, "onnx", replace(FORMATS["onnx"], write=write))
+    with pytest.raises(SystemExit) as stopped:
+        command_line(["export", str(hsn_folder), str(tmp_path), "--format", "onnx"])
+    assert stopped.value.code == 1 and not list(tmp_path.iterdir())
+    assert "hf-holo: onnx failed: " in capsys.readouterr().err
+
+
+def test_models_of_transformers_are_folded_too():
+    """Surgery may have put holographic layers into them, and Optimum has a patcher of its own for each."""
+    from optimum.exporters.tasks import TasksManager
+
+    register()
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes))
+    apply_surgery(model, HoloSurgeryConfig(harmonics=4))
+    before = dict(model.named_parameters())
+    make = TasksManager.get_exporter_config_constructor("onnx", model=model, task="text-generation")
+    with make(model.config).patch_model_for_export(model):
+        assert not any(name.endswith(("amplitude", "phase")) for name, _ in model.named_parameters())
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hf_holo.modeling import ops
 
@@ -38,11 +40,35 @@ def scan_inputs(length: int, groups: int = 1):
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 100])
 @pytest.mark.parametrize("scan", ["interference_scan", "cancelling_scan"])
 def test_scans_without_a_loop(recording, scan, length):
-    inputs = scan_inputs(length, groups=2)
-    state = torch.randn(2, 2, 6, 5, dtype=torch.float64)
-    expected = getattr(ops, f"{scan}_naive")(*inputs, state)
-    for given, wanted in zip(getattr(ops, scan)(*inputs, state), expected, strict=True):
+    """Values and, for a compiler takes this form too, gradients."""
+    inputs = [*scan_inputs(length, groups=2), torch.randn(2, 2, 6, 5, dtype=torch.float64)]
+    for tensor in inputs:
+        tensor.requires_grad_()
+    found = getattr(ops, scan)(*inputs)
+    expected = getattr(ops, f"{scan}_naive")(*inputs)
+    weights = [torch.randn_like(output) for output in expected]
+    gradients = (torch.autograd.grad(outputs, inputs, weights, materialize_grads=True) for outputs in (found, expected))
+    for given, wanted in zip((*found, *next(gradients)), (*expected, *next(gradients)), strict=True):
         torch.testing.assert_close(given, wanted, rtol=0, atol=1e-10)
+
+
+class Sizes(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that an operation gives."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        sizes = [tensor.numel() for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
+        self.largest = max([self.largest, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("scan", ["interference_scan", "cancelling_scan"])
+def test_a_short_text_does_not_pay_for_the_longest(recording, scan):
+    with Sizes() as sizes:
+        getattr(ops, scan)(*scan_inputs(2))
+    assert sizes.largest == 2 * 2 * ops.CHUNK**2
 
 
 def test_too_many_chunks_give_nan_and_no_wrong_number(recording, monkeypatch):

@@ -1,11 +1,16 @@
-"""A third-party architecture with a mixer of its own exports without any export code of its own."""
+"""A third-party architecture with a mixer of its own exports without export code of its own: texts, images, sounds."""
+
+import json
 
 import pytest
 import torch
 from torch import nn
+from transformers import ViTImageProcessor, Wav2Vec2FeatureExtractor
+from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassifierOutput
 
-from hf_holo import architectures, register_architecture, registry
-from hf_holo.export.graph import states_of
+from hf_holo import HoloError, architectures, register_architecture, registry
+from hf_holo.cli import main
+from hf_holo.export.graph import Graph, states_of
 from hf_holo.modeling.base import RecurrentBackbone, RecurrentForCausalLM, RecurrentPreTrainedModel
 from hf_holo.modeling.configuration_base import RecurrentConfig
 from hf_holo.modeling.layers import at_least_float32
@@ -59,13 +64,96 @@ class AverageForCausalLM(AveragePreTrainedModel, RecurrentForCausalLM):
     backbone_class = AverageModel
 
 
-@pytest.fixture
-def model(monkeypatch):
-    """A registered model, forgotten after the test."""
-    monkeypatch.setattr(registry, "_ARCHITECTURES", architectures())
-    register_architecture("export-average", AverageConfig, {"AutoModelForCausalLM": AverageForCausalLM})
+class AverageForImageClassification(AveragePreTrainedModel):
+    """Patches of 4 × 4 as tokens, row by row; the last one is classified."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.patches = nn.Conv2d(3, config.hidden_size, 4, stride=4)
+        self.model = AverageModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @property
+    def dummy_inputs(self):
+        return {"pixel_values": torch.zeros(1, 3, 8, 12)}
+
+    def forward(self, pixel_values, return_dict=None):
+        x = self.patches(pixel_values).flatten(2).mT
+        last = self.model(inputs_embeds=x, use_cache=False).last_hidden_state[:, -1]
+        return ImageClassifierOutput(logits=self.classifier(last))
+
+
+class AverageForAudioClassification(AveragePreTrainedModel):
+    """Four samples are a token; the mean of all is classified."""
+
+    main_input_name = "input_values"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.frames = nn.Conv1d(1, config.hidden_size, 4, stride=4)
+        self.model = AverageModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @property
+    def dummy_inputs(self):
+        return {"input_values": torch.zeros(1, 40)}
+
+    def forward(self, input_values, attention_mask=None, return_dict=None):
+        if attention_mask is not None:
+            input_values = input_values * attention_mask
+        x = self.frames(input_values[:, None]).mT
+        hidden = self.model(inputs_embeds=x, use_cache=False).last_hidden_state
+        return SequenceClassifierOutput(logits=self.classifier(hidden.mean(1)))
+
+
+class AverageForSequenceClassification(AverageForImageClassification):
+    """A text and an image: its patches stand in front."""
+
+    main_input_name = "input_ids"
+
+    def forward(self, input_ids, attention_mask=None, pixel_values=None, return_dict=None):
+        patches = self.patches(pixel_values).flatten(2).mT
+        x = torch.cat([patches, self.model.get_input_embeddings()(input_ids)], 1)
+        mask = torch.cat([torch.ones_like(patches[..., 0], dtype=torch.long), attention_mask], 1)
+        hidden = self.model(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
+        return SequenceClassifierOutput(logits=self.classifier(hidden.mean(1)))
+
+
+HEADS = {
+    "AutoModelForCausalLM": AverageForCausalLM,
+    "AutoModelForImageClassification": AverageForImageClassification,
+    "AutoModelForAudioClassification": AverageForAudioClassification,
+    "AutoModelForSequenceClassification": AverageForSequenceClassification,
+}
+
+
+def made(model_class):
     torch.manual_seed(0)
-    return AverageForCausalLM(AverageConfig(**SIZES)).eval().requires_grad_(False)
+    return model_class(AverageConfig(**SIZES, num_labels=5)).eval().requires_grad_(False)
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    """Forgotten after the test."""
+    monkeypatch.setattr(registry, "_ARCHITECTURES", architectures())
+    register_architecture("export-average", AverageConfig, HEADS)
+
+
+@pytest.fixture
+def model():
+    return made(AverageForCausalLM)
+
+
+def save_classifier(kind: str, folder):
+    """A saved classifier of images or sounds with its processor."""
+    made(HEADS[f"AutoModelFor{kind}Classification"]).save_pretrained(folder)
+    processor = ViTImageProcessor(size={"height": 8, "width": 12}) if kind == "Image" else Wav2Vec2FeatureExtractor()
+    processor.save_pretrained(folder)
+    return str(folder)
 
 
 def test_its_state_is_known(model):
@@ -88,3 +176,65 @@ def test_it_exports_to_onnx_and_generates(model, tmp_path):
     inputs = {"input_ids": torch.arange(1, 9).view(2, 4), "attention_mask": torch.tensor([[0, 0, 1, 1], [1] * 4])}
     options = {"max_new_tokens": 12, "pad_token_id": 0, "num_beams": 2}
     assert torch.equal(model.generate(**inputs, **options), runtime.generate(**inputs, **options))
+
+
+@pytest.mark.parametrize(
+    ("task", "shapes"),
+    [
+        ("image-classification", {"pixel_values": (3, 3, 8, 12)}),
+        ("audio-classification", {"input_values": (3, 47), "attention_mask": (3, 47)}),  # longer by the tokens
+    ],
+)
+def test_inputs_have_the_sizes_that_the_model_says(task, shapes):
+    graph = Graph(task, AverageConfig(**SIZES))
+    example = graph.example(batch=3, tokens=7)
+    assert {name: tuple(example[name].shape) for name in shapes} == shapes and example.keys() == shapes.keys()
+    assert example[graph.model_class.main_input_name].std() > 0.5
+
+
+def test_an_unknown_size_of_an_image_is_one_line(monkeypatch):
+    monkeypatch.delattr(AverageForImageClassification, "dummy_inputs")
+    with pytest.raises(HoloError, match=r"AverageForImageClassification\.dummy_inputs must hold pixel_values"):
+        Graph("image-classification", AverageConfig(**SIZES)).example()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "checked"),
+    [("Image", "torchscript", 1), ("Image", "torch-export", 1), ("Audio", "torchscript", 2)],
+)
+def test_a_classifier_exports(tmp_path, quick_export, kind, name, checked):
+    """An image has one size, a sound many lengths."""
+    assert main(["export", save_classifier(kind, tmp_path / "saved"), str(tmp_path), "--format", name]) == 0
+    report = json.loads((tmp_path / name / "report.json").read_text())
+    assert len(report["parity"]) == checked and "generation" not in report
+    assert report["milliseconds"]["input"]["exported"] > 0
+    card = (tmp_path / name / "README.md").read_text()
+    assert f"pipeline_tag: {kind.lower()}-classification" in card and "lengths" not in card
+    assert (tmp_path / name / "preprocessor_config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["torchscript", "onnx"])
+def test_a_text_and_an_image_are_read_together(tmp_path, quick_export, name):
+    if name == "onnx":
+        pytest.importorskip("optimum.exporters.onnx", reason="needs the extra `onnx`")
+    made(AverageForSequenceClassification).save_pretrained(tmp_path / "saved")
+    assert main(["export", str(tmp_path / "saved"), str(tmp_path), "--format", name]) == 0
+    report = json.loads((tmp_path / name / "report.json").read_text())
+    assert [row["length"] for row in report["parity"]] == [1, 17] and "text" in report["milliseconds"]
+    card = (tmp_path / name / "README.md").read_text()
+    assert "- input_ids: axis 0 batch_size, axis 1 sequence_length" in card and "- pixel_values: axis 0" in card
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("Image", (4, 3, 8, 12)), ("Audio", (3, 111))])
+def test_a_classifier_runs_in_the_class_of_optimum(tmp_path, quick_export, kind, shape):
+    runtime = pytest.importorskip("optimum.onnxruntime", reason="needs the extra `onnx`")
+    source = save_classifier(kind, tmp_path / "saved")
+    assert main(["export", source, str(tmp_path), "--format", "onnx", "onnx-int8"]) == 0
+    model = made(HEADS[f"AutoModelFor{kind}Classification"])
+    inputs = {model.main_input_name: torch.randn(shape)}
+    if kind == "Audio":
+        inputs["attention_mask"] = torch.ones(shape, dtype=torch.long)
+    for name, tolerance in (("onnx", 1e-5), ("onnx-int8", 0.05)):
+        exported = getattr(runtime, f"ORTModelFor{kind}Classification").from_pretrained(tmp_path / name)
+        found, wanted = exported(**inputs).logits, model(**inputs).logits
+        torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
