@@ -56,6 +56,17 @@ def test_an_honest_preset_passes(capsys):
     assert "suffix exchange" in text and "left padding" in text and "2 passed, 0 failed" in text
 
 
+def test_the_device_can_be_named(capsys):
+    status, text = run(capsys, "hsn-tiny", *QUICK, "--device", "cpu")
+    assert status == 0 and "2 passed, 0 failed" in text
+
+
+@pytest.mark.parametrize("device", ["nowhere", "meta"])
+def test_a_device_that_cannot_be_used_is_refused(device, capsys):
+    status = cli.main(["check", "hsn-tiny", *QUICK, "--device", device])
+    assert status == 2 and f"--device: {device!r} cannot be used" in capsys.readouterr().err
+
+
 def test_a_leaking_family_fails_with_status_1(capsys, peeking):
     status, text = run(capsys, "peeking", *QUICK)
     assert status == 1

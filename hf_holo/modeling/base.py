@@ -18,7 +18,7 @@ from transformers.modeling_outputs import (
 )
 
 from .cache import RecurrentCache
-from .layers import TokenLayout, make_norm
+from .layers import TokenLayout, at_least_float32, make_norm
 from .loading import check_finite, check_memory, clear_errors, within_memory
 from .ops import exporting
 from .remote import auto_map, with_code
@@ -548,9 +548,10 @@ class SequenceClassificationHead(_ClassificationHead):
         """[B, T, D] to [B, D]."""
         if attention_mask is None:
             attention_mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        valid = attention_mask[:, -hidden.shape[1] :].to(hidden.dtype)
+        # bfloat16 counts no further than 256
+        valid = attention_mask[:, -hidden.shape[1] :].to(at_least_float32(hidden.dtype))
         if not self.config.is_causal:
-            return (hidden * valid[..., None]).sum(1) / valid.sum(1, keepdim=True).clamp_min(1)
+            return ((hidden * valid[..., None]).sum(1) / valid.sum(1, keepdim=True).clamp_min(1)).to(hidden.dtype)
         last = (valid * torch.arange(1, hidden.shape[1] + 1, device=hidden.device)).argmax(1)
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
 

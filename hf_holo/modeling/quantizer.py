@@ -5,16 +5,18 @@ It is a quantizer of transformers (`quant_method` "holo") that follows the plan 
 
 import copy
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .harmonics import HarmonicBasis, HoloLinear, named_seed
-from .loading import check_finite
+from .loading import check_files, check_finite, weight_files
 
 ENTRY = {"harmonics", "basis", "folded", "pivoted", "lender"}  # what a plan says of a layer
 
@@ -54,16 +56,29 @@ class PlanQuantizer(HfQuantizer):
             raise ValueError("layers=None: a surgery is planned by hf_holo, which is not imported")
         return copy.deepcopy(self.quantization_config)
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def update_tp_plan(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Not about plans: nothing else is called before transformers 4.57 opens a file. It does not say which one, so
+        this looks into the folder that `AutoModel...from_pretrained` was given."""
+        if config.name_or_path:
+            check_files(weight_files(config.name_or_path))
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        check_files(checkpoint_files or ())  # transformers 5 opens them later
         config = self.quantization_config = model.config.quantization_config = self.resolve(model)
         swap(model, config)
+        for basis in _bases(model).values():
+            basis.regenerate(torch.device("cpu"))  # a device_map cannot place what has no data
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for module in model.modules():
-            if isinstance(module, HoloLinear):
-                module.basis.regenerate(next(module.parameters()).device)  # 4.57 leaves it on meta
-                if not self.pre_quantized:
-                    module.reset_parameters()
+        for basis in _bases(model).values():
+            basis.regenerate()  # transformers 5 leaves it empty
+        if not self.pre_quantized:
+            for layer in model.modules():
+                if isinstance(layer, HoloLinear):
+                    layer.reset_parameters()
         config, checksum = self.quantization_config, checksum_of_bases(model)
         if config.checksum not in (None, checksum):
             raise ValueError(
@@ -146,6 +161,11 @@ def dense_shape(layer: nn.Module) -> tuple[int, int]:
 
 def checksum_of_bases(model: nn.Module) -> int | None:
     """Of all bases that are made and not stored, in the order of their names; None if there is none, or on meta."""
-    bases = {name: module for name, module in model.named_modules() if isinstance(module, HarmonicBasis)}
+    bases = _bases(model)
     sums = [bases[name].checksum for name in sorted(bases) if bases[name].checksum is not None]
     return zlib.crc32(repr(sums).encode()) if sums else None
+
+
+def _bases(model: nn.Module) -> dict[str, HarmonicBasis]:
+    """All bases by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, HarmonicBasis)}

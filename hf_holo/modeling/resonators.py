@@ -82,7 +82,7 @@ def resonate_naive(u, damping, omega, magnitude, phase, state=None, lengths=None
     """Twin of [`resonate`]: the recurrence, token by token."""
     if state is None:
         state = u.new_zeros(u.shape[0], u.shape[2], 2 * magnitude.shape[1])
-    current = torch.zeros(u.shape[0], dtype=torch.long)
+    current = torch.zeros(u.shape[0], dtype=torch.long, device=u.device)
     rows, wanted = [], state
     for t in range(u.shape[1]):
         label = current if document is None else document[:, t]
@@ -351,11 +351,14 @@ class ResonatorBank(nn.Module):
         state: torch.Tensor | None = None,
         lengths: torch.Tensor | None = None,
         document: torch.Tensor | None = None,
+        delayed: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[`resonate`] with these parameters; `u` `[B, T, D]` is in at least float32."""
+        """[`resonate`] with these parameters; `u` `[B, T, D]` is in at least float32. If `delayed`, y is what the
+        channels hear of the state before every step."""
         magnitude, phase = self.magnitude.to(u.dtype), self.phase.to(u.dtype)
         omega, damping = self.omega(u.device), self.damping().to(u.dtype)
-        return resonate(u, damping, omega, magnitude, phase, state, lengths, document)
+        y, after = resonate(u, damping, omega, magnitude, phase, state, lengths, document)
+        return _one_step_later(y, None if state is None else self.read(state)) if delayed else y, after
 
 
 class FadingSum(nn.Module):
@@ -389,6 +392,7 @@ class FadingSum(nn.Module):
         state: torch.Tensor | None = None,
         lengths: torch.Tensor | None = None,
         document: torch.Tensor | None = None,
+        delayed: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As [`ResonatorBank.forward`]: y `[B, T, D]` and the state after `lengths` steps, `[B, 1, D]`."""
         ones = u.new_ones(u.shape[0], 1, u.shape[1])  # [B, H, T] with one head, whose keys and queries are 1
@@ -396,8 +400,14 @@ class FadingSum(nn.Module):
         decay = -positive_damping(self.raw_damping).to(u.dtype) * real
         write = torch.zeros_like(ones).masked_fill(real == 0, float("-inf"))
         before = None if state is None else state[:, :, None]  # [B, H, F, D] with one feature
-        y, state = interference_scan(ones[..., None], ones[..., None], u[:, None], decay, write, before, document)
-        return y[:, 0], state[:, :, 0]
+        y, after = interference_scan(ones[..., None], ones[..., None], u[:, None], decay, write, before, document)
+        y = y[:, 0]
+        return _one_step_later(y, None if state is None else self.read(state)) if delayed else y, after[:, :, 0]
+
+
+def _one_step_later(y: torch.Tensor, first: torch.Tensor | None) -> torch.Tensor:
+    """`y` `[B, T, D]` moved on by one step, behind `first` `[B, D]` (None: zeros)."""
+    return torch.cat([torch.zeros_like(y[:, :1]) if first is None else first[:, None], y[:, :-1]], 1)
 
 
 class ChunkContext(nn.Module):
@@ -450,9 +460,8 @@ class ChunkContext(nn.Module):
         complete = sums[..., -1].gather(1, last) > self.chunk_length - 0.5
         done = last + complete  # [B, 1]
         means = sums[..., :-1] / self.chunk_length
-        heard, state = self.bank(means, coarse, done[:, 0], document)
-        first = torch.zeros_like(heard[:, 0]) if coarse is None else self.bank.read(coarse)
-        heard = torch.cat([first[:, None], heard[:, :-1]], 1)  # [B, S, D], by the tokens of every chunk
+        # [B, S, D], by the tokens of every chunk; in one call, around which weights may come from the CPU or the disk
+        heard, state = self.bank(means, coarse, done[:, 0], document, delayed=True)
         if document is not None:
             earlier = F.pad(document, (1, 0))
             heard = heard * (document == earlier[:, :-1])[..., None]

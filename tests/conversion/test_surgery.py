@@ -268,6 +268,17 @@ def test_in_bfloat16_every_number_is_rounded_once(tmp_path):
                 assert ours.dtype == torch.bfloat16 and torch.equal(ours, theirs.bfloat16())
 
 
+@torch.no_grad()
+def test_a_device_map_places_bases_too(tmp_path):
+    """A basis that is not stored has no data before the weights are placed; layers may lie on the disk."""
+    model = converted_model("llama")
+    model.save_pretrained(tmp_path / "model")
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    for limits in ({}, {"max_memory": {"cpu": int(0.6 * total)}, "offload_folder": tmp_path / "disk"}):
+        placed = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map="auto", **limits)
+        torch.testing.assert_close(logits(placed), logits(model), rtol=0, atol=1e-6)
+
+
 def test_a_stored_basis_is_loaded(tmp_path):
     """What `hf-holo convert` leaves: "data" bases, shared and pivoted."""
     plan = {}

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator, PartialState, debug_launcher
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -138,6 +139,7 @@ def test_bf16_learns(tiny, family, tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="autocast in fp16 does nothing on a CPU")
 def test_fp16_learns(tiny, family):
+    AcceleratorState._reset_state(reset_partial_state=True)  # of other tests, which may have chosen the CPU
     accelerator = Accelerator(mixed_precision="fp16")
     model = tiny(family).train()
     model, optimizer = accelerator.prepare(model, make_optimizer("adamw", model))
@@ -149,6 +151,7 @@ def test_fp16_learns(tiny, family):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+    AcceleratorState._reset_state(reset_partial_state=True)
     assert losses[-1] < losses[0]
 
 
@@ -175,8 +178,9 @@ def test_accumulated_gradients_are_those_of_one_large_batch(tiny, family, tmp_pa
 
 
 @pytest.mark.feature("Accelerate", "device_map with layers on the disk")
-def test_a_model_that_lies_on_the_disk_in_part(tiny, family, tmp_path):
-    model, ids = tiny(family), batches()[0]
+@pytest.mark.parametrize(("family", "variant"), [("hsn", 0), ("holo", 0), ("resonance", "hierarchical")])
+def test_a_model_that_lies_on_the_disk_in_part(tiny, family, variant, tmp_path):
+    model, ids = tiny(family, variant=variant, num_hidden_layers=4), batches()[0]
     model.save_pretrained(tmp_path / "model")
     total = sum(p.nbytes for p in model.parameters())
     offloaded = AutoModelForCausalLM.from_pretrained(
@@ -185,3 +189,6 @@ def test_a_model_that_lies_on_the_disk_in_part(tiny, family, tmp_path):
     assert {"cpu", "disk"} == set(map(str, offloaded.hf_device_map.values()))
     with torch.no_grad():
         torch.testing.assert_close(offloaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-6)
+        start, token = ids[:, :-1], ids[:, -1:]
+        continued = offloaded(input_ids=token, past_key_values=offloaded(input_ids=start).past_key_values).logits
+        torch.testing.assert_close(continued, model(input_ids=ids).logits[:, -1:], rtol=0, atol=1e-5)

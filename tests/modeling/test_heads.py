@@ -68,6 +68,14 @@ def test_sequence_logits_ignore_padding_on_either_side(variant, tiny_model, rand
 
 
 @torch.no_grad()
+def test_half_precision_finds_the_last_token_of_a_long_text(tiny_model, random_ids):
+    """Whole numbers beyond 256 are rounded in bfloat16."""
+    model, ids = tiny_model("bundle", HsnForSequenceClassification, dtype=torch.bfloat16), random_ids(1, 600)
+    with torch.no_grad():
+        expected = model.score(model.model(ids).last_hidden_state[:, -1])
+        torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=0)
+
+
 def test_every_token_reaches_the_sequence_logits(variant, tiny_model, random_ids):
     model = tiny_model(variant, HsnForSequenceClassification, num_labels=3)
     ids = random_ids(1, 10)

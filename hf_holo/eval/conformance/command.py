@@ -8,12 +8,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tqdm.auto import tqdm
 
-from ...errors import HoloError, Parser, unknown
+from ...errors import HoloError, Parser, first_line, unknown
 from ...registry import architectures
 from . import CHECKS, GROUPS, Report, Result, Subject, run_check, select
 from .targets import subjects_of
@@ -31,7 +32,8 @@ def main(argv: list[str]) -> None:
     args = _parse(argv)
     targets = list(architectures()) if args.all else args.targets
     options = {"quick": args.quick, "seed": args.seed, "trust_remote_code": args.trust_remote_code}
-    reports = {target: run_checks(subjects_of(target, **options), args.checks, args.quick) for target in targets}
+    with usable_device(args.device):
+        reports = {target: run_checks(subjects_of(target, **options), args.checks, args.quick) for target in targets}
     if args.json:
         merged = Report([result for report in reports.values() for result in report.results])
         print(merged.to_json())
@@ -40,6 +42,19 @@ def main(argv: list[str]) -> None:
             print_report(target, report)
     if not all(report.passed for report in reports.values()):
         raise SystemExit(1)
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of this name, on which tensors are made under `with`.
+
+    Raises:
+        HoloError: there is no such device, or nothing can be computed on it.
+    """
+    try:
+        torch.ones(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:  # the latter of a torch that was built without it
+        raise HoloError(f"--device: {name!r} cannot be used: {first_line(error)}") from None
+    return torch.device(name)
 
 
 def run_checks(subjects: Sequence[Subject], names: Sequence[str] | None = None, quick: bool = False) -> Report:
@@ -109,6 +124,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--checks", nargs="+", metavar="NAME", help=f"only these checks or groups ({', '.join(GROUPS)})"
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights and inputs")
+    parser.add_argument("--device", default="cpu", help="where to run the models, for example cuda; default: cpu")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--trust_remote_code", action="store_true", help="let a checkpoint bring its own code")
     args = parser.parse_args(argv)

@@ -38,7 +38,7 @@ CAPABILITIES = ("constant_state", "packing", "rollback")
 
 
 class Subject:
-    """One model under test.
+    """One model under test, on torch's default device: to test on a GPU, work under `with torch.device("cuda")`.
 
     Args:
         source: the model to test (it is copied and never changed), or its class.
@@ -199,7 +199,8 @@ class Subject:
         else:
             model = copy.deepcopy(self._source)
         model.__dict__.pop("forward", None)  # what mixed-precision training wraps around it
-        model = model.to("cpu", torch.float32).eval()  # .float() refuses a model that a quantizer has made
+        # .float() refuses a model that a quantizer has made
+        model = model.to(torch.get_default_device(), torch.float32).eval()
         text_config = model.config.get_text_config()
         if self._takes_text and getattr(text_config, "pad_token_id", None) is None:
             text_config.pad_token_id = 0  # heads that pool find the end of a text by it
@@ -237,7 +238,7 @@ class Subject:
     # ------------------------------------------------------------------------------------------ its inputs
     def generator(self, salt: int = 0) -> torch.Generator:
         """A random generator that depends on the seed and `salt` only."""
-        return torch.Generator().manual_seed(1000 * self.seed + salt)
+        return torch.Generator(torch.get_default_device()).manual_seed(1000 * self.seed + salt)
 
     @cached_property
     def vocabulary(self) -> torch.Tensor:
@@ -336,7 +337,7 @@ def perturb(model: nn.Module, seed: int = 0) -> nn.Module:
     Matrices of linear and convolutional layers get noise that keeps the scale of what flows through them, embeddings
     noise of half their own size; all other parameters (norms, biases, gates, decays) noise of 0.15.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     seen = set()
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
