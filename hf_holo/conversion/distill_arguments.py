@@ -6,10 +6,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import HoloError
-from ..training.arguments import HoloTrainingArguments, RecipeParser, described, load_recipe, recipe_names, suggestion
+from ..training.arguments import (
+    NOT_FOR_RECIPES,
+    HoloTrainingArguments,
+    RecipeParser,
+    described,
+    load_recipe,
+    recipe_names,
+    suggestion,
+)
 
 PREFIX = "distill-"  # of the recipes in the package
-NOT_SAVED = ("output_dir", "overwrite", "resume_from_checkpoint", "start_stage")
+NOT_SAVED = (*NOT_FOR_RECIPES, "start_stage")
 
 
 @dataclass
@@ -163,7 +171,7 @@ def parse(argv: list[str]) -> Distillation:
     stages = [{name: value for name, value in stage.items() if name not in given} for stage in stages]
     common = {"output_dir": f"runs/{recipe.rpartition('/')[2].removesuffix('.yaml')}", **values}
     models, texts, _, training = _dataclasses(common)
-    saved = {name: value for name, value in values.items() if name not in NOT_SAVED}
+    saved = {name: value for name, value in values.items() if not name.startswith(NOT_SAVED)}
     return Distillation(models, texts, _stages(stages, common), training, saved | {"stages": stages})
 
 

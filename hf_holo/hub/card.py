@@ -2,15 +2,18 @@
 
 import csv
 import platform
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
 import transformers
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from ..conversion.evaluation import numbers_on_disk
+from ..errors import HoloError, first_line
 from ..eval.conformance.causality import CausalityReport
 from ..files import replacing
 from ..modeling.remote import auto_classes_of
@@ -113,7 +116,7 @@ def make_card(
         license: identifier for the header, for example "apache-2.0"; default: none is named.
 
     Raises:
-        HoloError: there is no readable config.json.
+        HoloError: there is no readable config.json, or recipe.yaml is no recipe.
     """
     config, recipe, scores = read_config(folder), _recipe(folder), _scores(folder)
     auto_class = auto_class_of(config)
@@ -166,18 +169,46 @@ def _facts(folder: Path, config: dict[str, Any]) -> dict[str, str]:
 
 
 def _recipe(folder: Path) -> dict[str, Any]:
-    """The recipe that lies in the folder, without the paths of the machine it was made on."""
+    """The recipe that lies in the folder, without the paths of the machine it was made on.
+
+    Raises:
+        HoloError: it is none.
+    """
     path = folder / "recipe.yaml"
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {key: _shared(value) for key, value in recipe.items()}
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise HoloError(f"DIR: {str(path)!r} is no valid YAML: {first_line(error)}") from None
+    if not isinstance(recipe, dict):
+        raise HoloError(f"DIR: {str(path)!r} is not a mapping of argument names to values")
+    return _shared(recipe)
 
 
 def _shared(value: Any) -> Any:
-    return Path(value).name if isinstance(value, str) and ("/" in value or "\\" in value) else value
+    """A value of a recipe, in which paths are cut to their last part; repositories keep their names."""
+    if isinstance(value, dict):
+        return {key: _shared(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_shared(part) for part in value]
+    return PureWindowsPath(value).name if isinstance(value, str) and _is_path(value) else value  # it knows both slashes
+
+
+def _is_path(text: str) -> bool:
+    """Whether it is a place on this machine; the name of a repository has a slash, too."""
+    if not {"/", "\\"} & set(text):
+        return False
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return True
+    return Path(text).exists()
 
 
 def _data_name(recipe: dict[str, Any]) -> str | None:
-    return recipe.get("dataset_name") or recipe.get("train_file")
+    """The data set or the files of `hf-holo train` or `hf-holo distill`."""
+    files = recipe.get("train_files") or []
+    several = ", ".join(files if isinstance(files, list) else [files])
+    return recipe.get("dataset_name") or recipe.get("train_file") or several or None
 
 
 def _data(recipe: dict[str, Any]) -> str:

@@ -83,7 +83,8 @@ def collect(folder: Path, repo: str, license: str | None = None) -> tuple[list[I
     and unfinished files stay, and so do pickles, which can run code when they are read.
 
     Raises:
-        HoloError: the folder holds no whole checkpoint, or the name of the repository is bad.
+        HoloError: the folder holds no whole checkpoint, or a link to a file elsewhere, or the name of the repository is
+            bad.
     """
     if not folder.is_dir():
         raise HoloError(f"DIR: {str(folder)!r} is no folder")
@@ -91,14 +92,33 @@ def collect(folder: Path, repo: str, license: str | None = None) -> tuple[list[I
         validate_repo_id(repo)
     except HFValidationError as error:
         raise HoloError(f"REPO: {repo!r} is no name for a repository: {first_line(error)}") from None
-    added = {name: text.encode() for name, text in missing_code(folder).items()}
-    check_weights(folder)
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    paths = sorted(path for path in folder.iterdir() if not path.is_dir())
     kept = [path for path in paths if not _stays(path)]
+    check_links(kept)
+    check_weights(folder)
+    added = {name: text.encode() for name, text in missing_code(folder).items()}
     items = {path.name: Item(path.name, path) for path in kept if path.name != "README.md"}
     items |= {name: Item(name, content, "completed by this command") for name, content in added.items()}
     items["README.md"] = _card(folder, repo, license)
     return [items[name] for name in sorted(items)], [path.name for path in paths if path not in kept]
+
+
+def check_links(paths: list[Path]) -> None:
+    """Refuse links out of their folder: what they lead to was not put there to be published.
+
+    The cache of huggingface_hub is one place: in its `snapshots/COMMIT` all files are links to `blobs`.
+
+    Raises:
+        HoloError: the message names the link.
+    """
+    for path in paths:
+        folder, target = path.parent.resolve(), path.resolve()
+        cached = folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs"
+        if not (cached or target.is_relative_to(folder)):
+            raise HoloError(
+                f"DIR: {path.name} links to {str(target)!r}, outside of the folder; put a copy in its place, or delete "
+                "the link"
+            )
 
 
 def check_weights(folder: Path) -> None:
@@ -109,7 +129,10 @@ def check_weights(folder: Path) -> None:
     """
     files = sorted(folder.glob("*.safetensors"))
     for index in folder.glob("*.safetensors.index.json"):
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise HoloError(f"DIR: {str(index)!r} does not say which file holds which weights") from None
         missing = sorted(shards - {path.name for path in files})
         if missing:
             raise HoloError(f"DIR: {str(folder)!r} lacks {', '.join(missing)}, which {index.name} names")
@@ -124,7 +147,8 @@ def check_weights(folder: Path) -> None:
 
 
 def _stays(path: Path) -> bool:
-    return path.name.startswith(".") or ".tmp" in path.name or path.suffix in PICKLES
+    unreadable = not path.is_file()  # a link to nowhere
+    return unreadable or path.name.startswith(".") or ".tmp" in path.name or path.suffix in PICKLES
 
 
 def _card(folder: Path, repo: str, license: str | None) -> Item:

@@ -1,13 +1,15 @@
 """What is looked at when a checkpoint is loaded: whether it fits, its files are whole and its weights are numbers."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 _limit: ContextVar[int | None] = ContextVar("bytes that the weights of a model may take", default=None)
 
@@ -69,6 +71,27 @@ def clear_errors(name: object) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())
         raise RuntimeError(f"{name}: its weights have other shapes than its config says: {reason}") from error
+
+
+def check_files(files: Iterable[str | Path]) -> None:
+    """Refuse safetensors files that are cut off or something else; it reads their headers, not their weights.
+
+    Args:
+        files: in other formats are passed over.
+
+    Raises:
+        OSError: the message names the file.
+    """
+    for file in files:
+        if str(file).endswith(".safetensors"):
+            with clear_errors(file), safe_open(file, "pt"):
+                pass
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files that `from_pretrained` reads from a local folder; none if it is not there."""
+    whole = Path(folder, SAFE_WEIGHTS_NAME)
+    return [whole] if whole.is_file() else sorted(Path(folder).glob(f"{whole.stem}-*-of-*{whole.suffix}"))
 
 
 @torch.no_grad()

@@ -16,8 +16,17 @@ from transformers import HfArgumentParser, TrainingArguments
 from ..errors import HoloError, Parser
 
 DEFAULT_RECIPE = "quickstart"
-# Where a run writes or publishes, and what it may delete, is said by who starts it: recipes come from others, too.
-NOT_FOR_RECIPES = ("output_dir", "overwrite", "resume_from_checkpoint", "logging_dir", "push_to_hub")
+# Where a run writes or publishes, and what it may delete, is said by who starts it: recipes come from others, too, and
+# go to others, who should find no token in them. An argument whose name begins so is not for recipes.
+NOT_FOR_RECIPES = (
+    "output_dir",
+    "overwrite",
+    "resume_from_checkpoint",
+    "logging_dir",
+    "push_to_hub",
+    "hub_",
+    "trackio_",
+)
 # Naming one of these on the command line puts the recipe's choice among them aside.
 ALTERNATIVES = (("preset", "model_name_or_path"), ("train_file", "dataset_name"))
 
@@ -59,7 +68,9 @@ class DataArguments:
     mlm_probability: float = described("Share of the tokens that the task `masked` hides.", 0.15)
     block_size: int = described("Tokens in a training window.", 256)
     stride: int | None = described("Distance between the starts of training windows; default: block_size.")
-    tokenizer: str | None = described("characters (default), bytes, bpe, or the folder of a saved tokenizer.")
+    tokenizer: str | None = described(
+        "Of a new model: characters (default), bytes, bpe, or the folder of a saved tokenizer."
+    )
     vocab_size: int = described("Size of the vocabulary that bpe learns.", 4096)
     sample_prompt: str | None = described(
         "Start of the sample, or text to fill (at its end, or where it says <|mask|>); default: validation text."
@@ -112,8 +123,8 @@ class Run:
     Attributes:
         model, data, training: the arguments.
         model_overrides: config values to change.
-        recipe: the run as a recipe: our own arguments, and those of transformers that are not at their defaults. Where
-            to write, and whether to overwrite or resume, is left out.
+        recipe: the run as a recipe: our own arguments, and those of transformers that are not at their defaults. What
+            is not for a recipe to say is left out.
     """
 
     model: ModelArguments
@@ -138,7 +149,7 @@ def load_recipe(recipe: str, package: str = __package__, prefix: str = "") -> di
 
     Raises:
         HoloError: there is no such recipe, it is no mapping of argument names to values, or it sets what is not for a
-            recipe to say (`NOT_FOR_RECIPES`, and what begins with `hub_`).
+            recipe to say (what begins with one of `NOT_FOR_RECIPES`).
     """
     known = recipe_names(package, prefix)
     if recipe in known:
@@ -156,7 +167,7 @@ def load_recipe(recipe: str, package: str = __package__, prefix: str = "") -> di
     stages = values.get("stages")
     parts = [values, *filter(lambda part: isinstance(part, dict), stages if isinstance(stages, list) else [])]
     for name in chain.from_iterable(parts):
-        if name in NOT_FOR_RECIPES or str(name).startswith("hub_"):
+        if str(name).startswith(NOT_FOR_RECIPES):
             raise HoloError(f"recipe: {recipe!r} sets {name!r}, which is for the command line alone to say")
     return values
 
@@ -240,6 +251,7 @@ def _key_values(pairs: list[str]) -> dict[str, Any]:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
+    """What is added to the error for an unknown argument: the known one that is most like it, if any is."""
     nearest = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
@@ -247,6 +259,5 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 def _resolved(given: dict[str, Any], defaults: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     own = {name for kind in KINDS for name in kind.__annotations__}
     values = {name: given[name] for name in defaults if name in own or given[name] != defaults[name]}
-    for name in ("output_dir", "overwrite", "resume_from_checkpoint"):
-        values.pop(name)
-    return {name: value for name, value in {**values, "model": overrides}.items() if value is not None}
+    values = {**values, "model": overrides}
+    return {n: value for n, value in values.items() if value is not None and not n.startswith(NOT_FOR_RECIPES)}

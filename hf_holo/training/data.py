@@ -107,9 +107,13 @@ def read_records(
     records = [row for table in tables for row in table]
     if not records:
         raise HoloError(f"{source} holds no instruction data; a parquet, JSON or JSON-lines file is wanted")
-    missing = {"instruction", "output"} - records[0].keys()
+    needed = ("instruction", "output")
+    missing = [name for name in needed if name not in records[0]]
     if missing:
-        raise HoloError(f"{source} has no column {', '.join(sorted(missing))}; the Alpaca format is wanted")
+        raise HoloError(f"{source} has no column {', '.join(missing)}; the Alpaca format is wanted")
+    for number, record in enumerate(records):
+        if not all(isinstance(record[name], str) for name in needed):
+            raise HoloError(f"{source}: record {number} has no text as its {' or its '.join(needed)}: {record}"[:300])
     return records
 
 
@@ -167,10 +171,16 @@ def _read_hub(name: str, config: str | None):
         ) from None
 
 
-def _column(table, text_column: str, source: str) -> list[str]:
+def _column(table, text_column: str, source: str) -> list[str | None]:
     if text_column not in table.column_names:
         raise HoloError(f"text_column: {source!r} has no column {text_column!r}, only {', '.join(table.column_names)}")
-    return table[text_column][:]
+    texts = table[text_column][:]
+    wrong = next((text for text in texts if not isinstance(text, str | None)), None)
+    if wrong is not None:
+        raise HoloError(
+            f"text_column: {text_column!r} of {source!r} holds {type(wrong).__name__}, where text is wanted"
+        )
+    return texts
 
 
 # Text ---------------------------------------------------------------------------------------------------------------

@@ -53,7 +53,8 @@ RUN_FILES = (
     "answers.txt",
     "README.md",
     "config.json",
-    "model.safetensors",
+    "model*.safetensors*",
+    "checkpoint-*",
     UNFINISHED,
 )
 
@@ -124,10 +125,14 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
 
 
 def remains_of_a_run(folder: Path) -> list[Path]:
-    """The files and checkpoints of an earlier run in `folder`."""
+    """The files and checkpoints of an earlier run in `folder`.
+
+    Raises:
+        HoloError: it is a file.
+    """
     if folder.is_file():
         raise HoloError(f"output_dir: {str(folder)!r} is a file; name a folder")
-    return [folder / name for name in RUN_FILES if (folder / name).exists()] + list(folder.glob("checkpoint-*"))
+    return [path for pattern in RUN_FILES for path in folder.glob(pattern)]
 
 
 def load_config(run: Run) -> PretrainedConfig:
@@ -188,15 +193,19 @@ def load_tokenizer(
     data: DataArguments, saved: str | Path | None, texts: list[str], masked: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer in the folder `saved`, or else the one that the arguments ask for, made from `texts`; if `masked`,
-    it has a mask token."""
+    it has a mask token.
+
+    Raises:
+        HoloError: there is none.
+    """
     if saved is None and (data.tokenizer is None or data.tokenizer in KINDS):
         return make_tokenizer(data.tokenizer or "characters", texts, data.vocab_size, masked)
     folder = str(saved or data.tokenizer)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=saved is None)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
         if saved:
-            raise HoloError(f"model_name_or_path: {folder!r} holds no model with a tokenizer") from None
+            raise HoloError(f"model_name_or_path: {folder!r} holds no tokenizer: {first_line(error)}") from None
         raise HoloError(
             f"tokenizer: {folder!r} is none of {', '.join(KINDS)}, nor the folder of a saved tokenizer"
         ) from None

@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import TrainOutput
 
 from ..eval.metrics import LanguageScores
@@ -86,7 +93,6 @@ class HoloTrainer(Trainer):
     def __init__(
         self, *args: Any, characters: int | None = None, ema_decay: float = 0.0, shift: bool = True, **kwargs: Any
     ) -> None:
-        self.characters = characters
         self.saving = False
         self.average = WeightAverage(ema_decay) if ema_decay else None
         scores = LanguageScores(characters, shift)
@@ -95,15 +101,31 @@ class HoloTrainer(Trainer):
             self.add_callback(self.average)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in transformers, but a run that was cut off behind its last step is only loaded; Trainer would take
-        another step."""
+        """As in transformers, but a run that was cut off behind its last step is only loaded, where Trainer would take
+        another step, and early stopping goes on counting, where Trainer would start anew."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = next(map(str, reversed(complete_checkpoints(self.args.output_dir))), True)
         if isinstance(resume_from_checkpoint, str):
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
+            self._restore_counters(state)
             if self._has_ended(state):
                 return self._load_ended(resume_from_checkpoint, state)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    @property
+    def _early_stopping(self) -> list[EarlyStoppingCallback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStoppingCallback)]
+
+    def _restore_counters(self, state: TrainerState) -> None:
+        """How often early stopping has seen no progress; how often it may, this run says anew."""
+        for callback in self._early_stopping:
+            saved = state.stateful_callbacks.get(type(callback).__name__)
+            if isinstance(saved, dict):  # there is one of its kind
+                vars(callback).update(saved["attributes"])
+
     def _has_ended(self, state: TrainerState) -> bool:
+        if any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in self._early_stopping):
+            return True
         if self.args.max_steps > 0:
             return state.global_step >= self.args.max_steps
         return state.global_step >= state.max_steps and state.num_train_epochs >= self.args.num_train_epochs

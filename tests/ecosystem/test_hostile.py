@@ -7,6 +7,7 @@ import pickle
 import resource
 import shutil
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,9 @@ from hf_holo.training.train import main as train
 WEIGHTS = "model.safetensors"
 ABSURD = 10**12
 ALLOWED = 512 * 2**20  # bytes on top of what the process holds: far more than a tiny model needs
+HOSTILE = partial(pytest.mark.feature, "hostile input")
+DAMAGED_WEIGHTS = HOSTILE("damaged weights are refused")
+ABSURD_SIZES = HOSTILE("absurd sizes are refused before memory is taken")
 
 
 @pytest.fixture
@@ -34,6 +38,20 @@ def checkpoint(tiny, family, tmp_path) -> Path:
     tokenizer.save_pretrained(folder)
     tiny(family, vocab_size=len(tokenizer)).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes))
+
+
+@pytest.fixture
+def converted(llama, tmp_path) -> Path:
+    """A checkpoint of a model of transformers with holographic layers."""
+    apply_surgery(llama, HoloSurgeryConfig(harmonics=8))
+    llama.save_pretrained(tmp_path / "converted")
+    return tmp_path / "converted"
 
 
 @pytest.fixture
@@ -82,6 +100,7 @@ def change_weight(folder: Path, change) -> str:
 # Weights ------------------------------------------------------------------------------------------------------------
 
 
+@DAMAGED_WEIGHTS
 @pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.999])
 def test_a_truncated_file_is_named(checkpoint, share):
     content = (checkpoint / WEIGHTS).read_bytes()
@@ -90,6 +109,7 @@ def test_a_truncated_file_is_named(checkpoint, share):
         load(checkpoint)
 
 
+@DAMAGED_WEIGHTS
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
 def test_a_shard_may_be_damaged(checkpoint, damage):
     model = load(checkpoint)
@@ -104,12 +124,14 @@ def test_a_shard_may_be_damaged(checkpoint, damage):
         load(checkpoint)
 
 
+@DAMAGED_WEIGHTS
 def test_wrong_shapes_are_refused(checkpoint):
     change_weight(checkpoint, lambda weight: weight[:-1])
     with pytest.raises(RuntimeError, match=f"{checkpoint.name}: its weights have other shapes than its config says"):
         load(checkpoint)
 
 
+@DAMAGED_WEIGHTS
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_named(checkpoint, value):
     def damaged(weight: torch.Tensor) -> torch.Tensor:
@@ -128,18 +150,30 @@ def test_large_numbers_are_numbers(checkpoint, dtype):
     assert (load(checkpoint, dtype=dtype).state_dict()[name] == largest).all()
 
 
-def test_a_converted_model_is_looked_at_too(tmp_path):
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes))
-    apply_surgery(model, HoloSurgeryConfig(harmonics=8))
-    model.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / WEIGHTS)
+def test_a_converted_model_is_looked_at_too(converted):
+    weights = load_file(converted / WEIGHTS)
     next(weight for name, weight in weights.items() if name.endswith("amplitude"))[0, 0] = torch.nan
-    save_file(weights, tmp_path / WEIGHTS, {"format": "pt"})
+    save_file(weights, converted / WEIGHTS, {"format": "pt"})
     with pytest.raises(ValueError, match="hold NaN or infinity"):
-        load(tmp_path)
+        load(converted)
 
 
+@pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.999])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_truncated_file_of_a_converted_model_is_named(converted, share, sharded):
+    if sharded:
+        model = load(converted)
+        (converted / WEIGHTS).unlink()
+        model.save_pretrained(converted, max_shard_size="10KB")
+    file = sorted(converted.glob("*.safetensors"))[-1]
+    assert load(converted) is not None and (file.name != WEIGHTS) == sharded
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(OSError, match=rf"{file.name}: its weights are no whole safetensors file"):
+        load(converted)
+
+
+@HOSTILE("a pickle is refused and never run")
 def test_a_pickle_is_refused_and_never_run(checkpoint, bomb):
     (checkpoint / WEIGHTS).rename(checkpoint / "kept")
     with (checkpoint / WEIGHTS).open("wb") as file:
@@ -158,6 +192,7 @@ def test_a_pickle_is_refused_and_never_run(checkpoint, bomb):
     assert not bomb.went_off
 
 
+@HOSTILE("resuming runs no code", family="hsn")
 def test_a_checkpoint_to_resume_from_runs_no_code(tmp_path, bomb):
     (tmp_path / "text.txt").write_text("a text " * 200)
     flags = f"--train_file {tmp_path}/text.txt --output_dir {tmp_path}/run --model hidden_size=16 num_hidden_layers=1 "
@@ -177,6 +212,7 @@ def test_a_checkpoint_to_resume_from_runs_no_code(tmp_path, bomb):
 # Configs ------------------------------------------------------------------------------------------------------------
 
 
+@ABSURD_SIZES
 def test_absurd_sizes_are_refused_before_memory_is_taken(checkpoint):
     """Every whole number in config.json is made absurd, one at a time, in a process that may take little memory. What
     is no size (the id of a token) may load."""
@@ -189,6 +225,7 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(checkpoint):
     assert set(outcomes.values()) <= {"loaded", "ValueError", "RuntimeError: shapes"}
 
 
+@ABSURD_SIZES
 @pytest.mark.parametrize("name", ["hidden_size", "vocab_size"])
 def test_sizes_beyond_the_file_are_refused_before_memory_is_taken(checkpoint, name):
     """Sizes that a model could have, but not one with these weights."""
@@ -238,6 +275,7 @@ def in_a_small_process(function, *arguments, seconds: int = 120):
         process.join()
 
 
+@HOSTILE("config values of the wrong kind are refused")
 @pytest.mark.parametrize("value", ["32", 3.5, [], {}, True, -1, None])
 @pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "num_hidden_layers", "hidden_dropout_prob"])
 def test_values_of_the_wrong_kind_are_named(family, name, value):
@@ -261,11 +299,9 @@ PLANS = {
 
 
 @pytest.mark.parametrize("case", PLANS)
-def test_a_converted_checkpoint_with_a_bad_plan_is_refused(case, tmp_path):
+def test_a_converted_checkpoint_with_a_bad_plan_is_refused(case, llama, tmp_path):
     plan, message = PLANS[case]
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes))
-    model.save_pretrained(tmp_path)
+    llama.save_pretrained(tmp_path)
     change_config(tmp_path, quantization_config={"quant_method": "holo", "layers": plan})
     with pytest.raises(ValueError, match=message):
         load(tmp_path)
@@ -274,6 +310,7 @@ def test_a_converted_checkpoint_with_a_bad_plan_is_refused(case, tmp_path):
 # Code ---------------------------------------------------------------------------------------------------------------
 
 
+@HOSTILE("an auto_map runs nothing that is not trusted")
 @pytest.mark.parametrize("place", ["evil", "../evil", "{outside}", "somebody/evil--evil"])
 def test_an_auto_map_runs_nothing_that_is_not_trusted(checkpoint, bomb, tmp_path, place):
     for folder in (checkpoint, tmp_path):
@@ -302,6 +339,7 @@ RECIPES = {
     "overwrite: true": "'overwrite', which is for the command line alone",
     "resume_from_checkpoint: ../x/checkpoint-1": "'resume_from_checkpoint', which is for the command line alone",
     "push_to_hub: true": "'push_to_hub', which is for the command line alone",
+    "trackio_space_id: somebody/else": "'trackio_space_id', which is for the command line alone",
     "hub_model_id: somebody/else": "'hub_model_id', which is for the command line alone",
     "max_steps: [1, 2]": "'max_steps' to .* a single value",
     "train_file: {a: 1}": "'train_file' to .* a single value",
@@ -315,6 +353,7 @@ RECIPES = {
 }
 
 
+@HOSTILE("path tricks and code in a recipe are refused", family="hsn")
 @pytest.mark.parametrize("content", RECIPES)
 def test_a_recipe_cannot_say_everything(content, tmp_path, monkeypatch, bomb):
     monkeypatch.chdir(tmp_path)
@@ -331,6 +370,16 @@ def test_the_name_of_a_recipe_is_no_path_into_the_package(name):
         parse(["--recipe", name])
 
 
+def test_a_token_for_the_hub_is_not_written_down(tmp_path):
+    """The recipe of a run lies beside its model, and goes up with it."""
+    secret = ["--push_to_hub", "--hub_token", "hf_secret", "--hub_model_id", "me/it"]
+    recipe = {"teacher": "t", "student": "s", "train_files": ["x"], "stages": [{"match": "logits"}]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    for run in (parse(secret), parse_distillation([str(tmp_path / "recipe.yaml"), *secret])):
+        assert run.training.hub_token == "hf_secret"
+        assert not {"push_to_hub", "hub_token", "hub_model_id"} & run.recipe.keys() and "secret" not in str(run.recipe)
+
+
 @pytest.mark.parametrize("name", ["../../x", "/tmp/x", "..", "a/b", ""])
 def test_the_name_of_a_stage_is_a_plain_name(name, tmp_path):
     recipe = {"teacher": "t", "student": "s", "train_files": ["x"], "stages": [{"match": "logits", "name": name}]}
@@ -339,6 +388,7 @@ def test_the_name_of_a_stage_is_a_plain_name(name, tmp_path):
         parse_distillation([str(tmp_path / "bad.yaml")])
 
 
+@HOSTILE("path tricks in the name of a repository are refused")
 @pytest.mark.parametrize("name", ["../../x", "../x", "/tmp/x", "a/b/c", "a/..", "a/b--c", "https://a.b/c", ""])
 def test_the_name_of_a_repository_is_no_path(checkpoint, name, capsys):
     before = sorted(path.name for path in checkpoint.iterdir())
@@ -356,6 +406,7 @@ def test_a_model_that_is_a_path_to_something_else_is_refused(name, tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
+@HOSTILE("the commands say it in one line")
 @pytest.mark.parametrize("damage", ["truncated", "shapes", "nan"])
 def test_the_commands_say_it_in_one_line(checkpoint, damage, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("a text " * 200)

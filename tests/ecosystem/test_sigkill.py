@@ -22,6 +22,7 @@ from hf_holo import cli
 from hf_holo.modeling import modeling_hsn  # noqa: F401 (likewise)
 from hf_holo.training import train  # noqa: F401 (likewise)
 
+pytestmark = pytest.mark.feature("training", "resuming after SIGKILL", family="hsn")
 WRITING = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}  # audit events, and `open` to write
 FLAGS = shlex.split(
     "--preset hsn-tiny --model hidden_size=16 num_hidden_layers=1 hidden_dropout_prob=0.1 --block_size 16 --stride 8 "

@@ -49,6 +49,28 @@ def test_a_card_tells_what_the_folder_shows(run_folder):
     assert "secret" not in text and str(run_folder.parent) not in text
 
 
+def test_paths_are_cut_wherever_they_stand_and_repositories_are_named(saved, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    recipe = {
+        "teacher": "someone/large-model",
+        "student": "tiny/config.json",
+        "train_files": ["/home/someone/secret/a.txt", "../secret/b.txt"],
+        "stages": [{"match": "logits", "folder": "~/secret/c"}, {"match": "states", "folder": r"C:\secret\d"}],
+    }
+    (saved / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    text = str(make_card(saved, "me/it"))
+    assert "teacher: someone/large-model" in text and "student: config.json" in text and "folder: c" in text
+    assert "Trained on `a.txt, b.txt`." in text
+    assert "folder: d" in text and "secret" not in text
+
+
+@pytest.mark.parametrize("content", ["a: [", "- 1", "3"])
+def test_a_recipe_that_is_none_is_named(saved, content):
+    (saved / "recipe.yaml").write_text(content)
+    with pytest.raises(HoloError, match=r"recipe\.yaml' is n"):
+        make_card(saved, "me/it")
+
+
 def test_the_header_is_what_the_hub_reads(run_folder):
     write_card(run_folder)
     data = ModelCard.load(run_folder / "README.md").data

@@ -201,6 +201,51 @@ def test_a_shard_that_is_missing(saved, capsys):
     assert f"lacks {shards[-1].name}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("index", ["", "[]", "{}", '{"weight_map": 3}'])
+def test_an_index_that_is_none(saved, capsys, index):
+    (saved / "model.safetensors.index.json").write_text(index)
+    assert push(saved, REPO, "--dry-run") == 2
+    assert "index.json' does not say which file holds which weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["secrets.txt", "config.json", "README.md", "model.safetensors"])
+def test_a_link_out_of_the_folder_is_refused(saved, tmp_path, capsys, name):
+    outside = tmp_path / "outside"
+    (saved / name).touch()
+    (saved / name).rename(outside)
+    (saved / name).symlink_to(outside)
+    assert push(saved, REPO, "--dry-run") == 2
+    assert f"{name} links to {str(outside)!r}, outside of the folder" in capsys.readouterr().err
+
+
+def test_links_that_stay_in_the_folder_are_followed(small_hub, saved):
+    (saved / "vocabulary.json").symlink_to(saved / "tokenizer.json")
+    (saved.parent / "link").symlink_to(saved)
+    assert push(saved.parent / "link", REPO) == 0
+    assert small_hub.repos[REPO]["files"]["vocabulary.json"] == (saved / "tokenizer.json").read_bytes()
+
+
+def test_links_that_stay_behind_do_no_harm(saved, tmp_path, capsys):
+    (tmp_path / "outside").touch()
+    (saved / ".hidden").symlink_to(tmp_path / "outside")
+    (saved / "gone.txt").symlink_to(tmp_path / "nowhere")
+    assert push(saved, REPO, "--dry-run") == 0
+    assert "not sent: .hidden, gone.txt" in capsys.readouterr().out
+
+
+def test_a_folder_in_the_cache_of_the_hub(small_hub, saved, tmp_path):
+    """Its files are links to those beside it that have the hash for a name."""
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "12ab", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(saved.iterdir()):
+        path.rename(blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    assert push(snapshot, REPO) == 0
+    files = small_hub.repos[REPO]["files"]
+    assert all(files[path.name] == path.read_bytes() for path in snapshot.iterdir())
+
+
 def test_a_folder_without_weights(saved, capsys):
     (saved / "model.safetensors").unlink()
     assert push(saved, REPO, "--dry-run") == 2

@@ -61,6 +61,13 @@ def test_parquet_with_another_column(tmp_path):
         read_documents(str(tmp_path / "a.parquet"))
 
 
+def test_a_column_of_numbers_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": null, "label": 1}\n{"text": "one", "label": 0}\n')
+    assert read_documents(str(tmp_path / "a.jsonl")) == ["one"]
+    with pytest.raises(HoloError, match=r"text_column: 'label' .* holds int, where text is wanted"):
+        read_documents(str(tmp_path / "a.jsonl"), text_column="label")
+
+
 def test_python_help_is_prose():
     (text,) = python_help()
     assert len(text) > 200_000
@@ -114,6 +121,12 @@ def test_records_need_the_alpaca_columns(tmp_path):
         read_records(str(tmp_path / "a.json"))
     (tmp_path / "b.json").write_text(json.dumps(RECORDS))
     assert read_records(str(tmp_path / "b.json")) == RECORDS
+
+
+def test_a_record_without_an_answer_is_named(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"instruction": "a", "output": "b"}, {"instruction": "c"}]))
+    with pytest.raises(HoloError, match="record 1 has no text as its instruction or its output"):
+        read_records(str(tmp_path / "a.json"))
 
 
 # Text

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import EarlyStoppingCallback
 
 from hf_holo.errors import HoloError
+from hf_holo.training import train as training
 from hf_holo.training.train import main
 from hf_holo.training.trainer import HoloTrainer, complete_checkpoints
 
@@ -88,6 +90,41 @@ def test_the_newest_and_the_best_checkpoint_are_kept(tiny_run, tmp_path, limit):
     assert same_weights(tmp_path / "run" / best_name, tmp_path / "run")
 
 
+@pytest.fixture
+def stopping_run(tiny_run, monkeypatch):
+    """Runs that stop when the loss has fallen so many times in a row: `stopping_run(2, folder="a")`."""
+    best = ["--load_best_model_at_end", "--metric_for_best_model", "loss", "--greater_is_better", "true"]
+    every = ["--ema_decay", "0", "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"]
+    make_trainer = training.make_trainer
+
+    def run(patience: int, *flags: str, folder: str) -> HoloTrainer:
+        def with_patience(*args) -> HoloTrainer:
+            trainer = make_trainer(*args)
+            trainer.add_callback(EarlyStoppingCallback(patience))
+            return trainer
+
+        monkeypatch.setattr(training, "make_trainer", with_patience)
+        return tiny_run(*best, *every, "--save_total_limit", "9", *flags, folder=folder)
+
+    return run
+
+
+@pytest.mark.parametrize("left", [2, 3])
+def test_a_run_that_stopped_early_and_was_killed_stops_there_again(stopping_run, tmp_path, monkeypatch, left):
+    """It goes on counting from the checkpoint that is left; behind the last one it is only finished."""
+    assert stopping_run(2, folder="whole").state.global_step == 3 < stopping_run(9, folder="longer").state.global_step
+    with monkeypatch.context() as killed, pytest.raises(SystemExit):
+        killed.setattr(training, "finish", lambda *_: sys.exit("killed"))
+        stopping_run(2, folder="part")
+    for checkpoint in complete_checkpoints(tmp_path / "part")[left:]:
+        shutil.rmtree(checkpoint)
+    assert stopping_run(2, "--resume_from_checkpoint", folder="part").state.global_step == 3
+    assert same_weights(tmp_path / "whole", tmp_path / "part")
+    for name in ("metrics.csv", "sample.txt"):
+        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "part" / name).read_text()
+    assert stopping_run(3, "--resume_from_checkpoint", folder="part").state.global_step == 4  # it was more patient
+
+
 def test_an_interrupt_says_how_to_go_on(monkeypatch, text_file, tmp_path, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -135,7 +172,10 @@ def test_a_folder_with_a_run_is_left_alone(tiny_run, tmp_path):
 
 def test_overwrite_deletes_the_old_run(tiny_run, tmp_path):
     tiny_run("--max_steps", "6")
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        (tmp_path / "run" / name).touch()
     tiny_run("--max_steps", "3", "--overwrite")
+    assert {path.name for path in (tmp_path / "run").glob("model*.safetensors*")} == {"model.safetensors"}
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-3"}
 
 

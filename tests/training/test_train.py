@@ -116,7 +116,7 @@ def test_documents_kept_apart(tiny_run, tmp_path):
     trainer = tiny_run("--documents", "apart", "--train_file", str(folder), "--validation_fraction", "0.2")
     (_, held_out) = hold_out_documents(read_documents(str(folder)), 0.2)
     assert len(trainer.eval_dataset.datasets) == len(held_out) < 12
-    assert trainer.characters == sum(map(len, held_out))
+    assert trainer.compute_metrics.characters == sum(map(len, held_out))
 
 
 @pytest.mark.feature("training", "instructions in Alpaca's format", family="hsn")
