@@ -195,6 +195,17 @@ def infilling(f: dict) -> str:
     )
 
 
+def movie_reviews(f: dict) -> str:
+    settings = f["settings"]
+    rows = ", ".join(f"{row['model']} {row['accuracy']:.1%} ({row['parameters']:,} parameters)" for row in f["rows"])
+    return (
+        f"whole movie reviews judged right, ± {max(row['standard_error'] for row in f['rows']):.1%}, by models that "
+        f"have seen {settings['train_reviews']:,} of them {settings['epochs']:g} times and nothing else, each at its "
+        f"best of the learning rates {settings['learning_rates']}, ModernBERT the first {settings['bert_length']} "
+        f"tokens only: {rows}"
+    )
+
+
 def exported(f: dict) -> str:
     rows = []
     for row in f["rows"]:
@@ -228,6 +239,7 @@ ROWS: dict[str, Callable[[dict], str]] = {
     "long_context": long_context,
     "vocabulary": vocabulary,
     "infilling": infilling,
+    "movie_reviews": movie_reviews,
     "export_hsn_small": exported,
     "export_trained": exported,
 }

@@ -51,21 +51,38 @@ def test_it_starts_from_a_model_that_fills_masks(classify, tmp_path, capsys):
     assert (trained.model.embed_tokens.weight == base.model.embed_tokens.weight).all()
 
 
-def test_whole_reviews_are_classified_beside_a_bert(monkeypatch, tmp_path, capsys):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    module = importlib.import_module("classify_movie_reviews")
+@pytest.fixture
+def reviews(tmp_path) -> list[str]:
+    """Files for training and for testing, of eight reviews each."""
+    texts = [word * times for times in (3, 10, 20, 40) for word in ("a fine film ", "a dull film ")]
     for split in ("train", "test"):
-        texts = [word * times for times in (3, 40) for word in ("a fine film ", "a dull film ")]
-        Dataset.from_dict({"text": texts, "label": [1, 0, 1, 0]}).to_parquet(str(tmp_path / f"{split}.parquet"))
-    flags = "--max_steps 2 --batch_size 2 --bert_length 16 --vocab_size 270 --cpu"
-    files = [str(tmp_path / f"{split}.parquet") for split in ("train", "test")]
-    monkeypatch.setattr("sys.argv", ["classify", *files, *flags.split(), "--output_dir", str(tmp_path / "out")])
-    module.main()
-    rows = {row["model"]: row for row in json.loads((tmp_path / "out" / "reviews.json").read_text())}
-    assert list(rows) == ["hsn", "resonance", "bert"] and all(0 <= row["accuracy"] <= 1 for row in rows.values())
-    assert rows["hsn"]["longest_review"] == rows["resonance"]["longest_review"] > rows["bert"]["longest_review"] == 16
-    sizes = [row["parameters"] for row in rows.values()]
+        Dataset.from_dict({"text": texts, "label": [1, 0] * 4}).to_parquet(str(tmp_path / f"{split}.parquet"))
+    return [str(tmp_path / f"{split}.parquet") for split in ("train", "test")]
+
+
+def test_whole_reviews_are_classified_beside_a_bert(monkeypatch, reviews, tmp_path, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.syspath_prepend(EXAMPLES.with_name("benchmarks"))
+    flags = "--epochs 0.5 --batch_size 2 --width 32 --bert_length 16 --vocab_size 270 --learning_rates 1e-3 0 --cpu"
+    folders = ["--output_dir", str(tmp_path / "out"), "--results", str(tmp_path)]
+    importlib.import_module("movie_reviews").main([*reviews, *flags.split(), *folders])
+    report = json.loads((tmp_path / "movie_reviews.json").read_text())
+    figures = report["figures"]
+    words, *rows = figures["rows"]
+    assert words["accuracy"] == 1.0 and "100.0% ± 0.0%  TF-IDF" in capsys.readouterr().out  # one word tells
+    assert [row["model"] for row in rows] == ["hsn", "resonance", "modernbert"]
+    for row in rows:
+        assert 0 <= row["accuracy"] <= 1 and set(row["validation_accuracy"]) == {"0.001", "0.0"}
+    hsn, resonance, bert = rows
+    assert hsn["longest_review"] == resonance["longest_review"] > bert["longest_review"] == 16
+    assert hsn["tokens_in_training"] == resonance["tokens_in_training"] > bert["tokens_in_training"]
+    sizes = [row["parameters"] for row in rows]
     assert max(sizes) < 1.3 * min(sizes)
+    assert {"seed", "epochs", "learning_rates", "train_reviews"} <= figures["settings"].keys()
+    own = json.loads((tmp_path / "out" / "reviews.json").read_text())
+    assert own["rows"] == figures["rows"] and own["seconds"] > 0 and "transformers" in own["versions"]
+    said = importlib.import_module("readme").table(tmp_path)
+    assert "TF-IDF 100.0%" in said and "have seen 7 of them 0.5 times" in said
 
 
 def test_every_package_with_enough_files_is_a_class(monkeypatch):
