@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from characters import CharacterText, windowed_loss
 from fitting import Fit, fit
-from report import RESULTS, print_footer, print_table, read_report, report_name, write_report
+from report import RESULTS, earlier_rows, print_footer, print_table, report_name, write_report
 from transformers import PreTrainedModel
 
 from hf_holo import SpectralGate
@@ -81,9 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = ("seconds", "steps", "learning_rate", "width", "depth", "rows", "length", "seed")
     settings = {key: getattr(args, key) for key in names if getattr(args, key) is not None}
     settings["characters"] = len(text.train) + len(text.validation)
-    earlier = read_report(name, args.results)
-    same = earlier["figures"].get("settings") == settings
-    runs, seconds = (earlier["figures"]["runs"], earlier["seconds"]) if same else ([], 0.0)
+    runs, seconds = earlier_rows(name, {"settings": settings}, args.results, "runs")
 
     how = Fit(args.learning_rate, "muon", args.steps, args.seconds, args.rows, args.length, args.seed)
     for variant in args.variants or variants:

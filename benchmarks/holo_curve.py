@@ -3,8 +3,8 @@
     python benchmarks/holo_curve.py tinyshakespeare.txt
 
 All models have the same width, depth, embeddings at the start, windows, steps and AdamW; they differ in their
-projections alone. The learning rate is the best of `--learning_rates`, chosen for the dense twin and, at a quarter of
-its parameters, for each basis. The basis "random" is made from a seed. The basis "data" is fixed too: for each
+projections alone. The learning rate is tuned for each of them: from that of the model before it is doubled and halved
+for as long as the loss falls. The basis "random" is made from a seed. The basis "data" is fixed too: for each
 projection the R directions in which the input of the same projection of the trained dense twin has the most energy (the
 first eigenvectors of E[x xᵀ] on training windows); it is stored, and the coefficients start at random as ever. So
 "data" has seen a trained model, and "random" has not.
@@ -22,7 +22,7 @@ import torch
 from characters import CharacterText, windowed_loss
 from fitting import Fit, fit
 from matplotlib.figure import Figure
-from report import RESULTS, print_footer, print_table, read_report, write_report
+from report import RESULTS, earlier_rows, print_footer, print_table, write_report
 from torch import nn
 
 from hf_holo.files import replacing, write_csv
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("text", type=Path, help="text file; the last tenth validates")
     parser.add_argument("--harmonics", nargs="+", type=int, default=HARMONICS, help="at most --width")
     parser.add_argument("--bases", nargs="+", choices=BASES, default=BASES)
-    parser.add_argument("--learning_rates", nargs="+", type=float, default=[0.002, 0.004, 0.008], help="of AdamW")
+    parser.add_argument("--learning_rate", type=float, default=0.004, help="of AdamW, to start with")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
@@ -178,16 +178,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--harmonics must lie between 1 and --width {args.width}")
 
     text = CharacterText(args.text)
-    names = ("learning_rates", "steps", "rows", "length", "width", "depth", "seed")
+    names = ("steps", "rows", "length", "width", "depth", "seed")
     settings = {name: getattr(args, name) for name in names} | {"characters": len(text.train) + len(text.validation)}
-    earlier = read_report(NAME, args.results)
-    runs = earlier["figures"]["runs"] if earlier["figures"].get("settings") == settings else []
+    runs, _ = earlier_rows(NAME, {"settings": settings}, args.results, "runs")
     fresh = build(text.vocab_size, args)
     directions: dict[str, torch.Tensor] = {}  # of the dense twin
 
-    def run(basis: str, harmonics: int | None, rate: float) -> None:
-        if any((r["basis"], r["harmonics"], r["learning_rate"]) == (basis, harmonics, rate) for r in runs):
-            return
+    def loss_of(basis: str, harmonics: int | None, rate: float) -> float:
+        """Of a run that is there already, or else of a new one."""
+        key = (basis, harmonics, rate)
+        found = next((r for r in runs if (r["basis"], r["harmonics"], r["learning_rate"]) == key), None)
+        if found:
+            return found["loss"]
         print(f"{basis}, {harmonics or 'no'} harmonics, learning rate {rate}", flush=True)
         model = build(text.vocab_size, args, basis, harmonics)
         share_embeddings(model, fresh)
@@ -198,22 +200,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         seconds = sum(run["seconds"] for run in runs)
         path = write_report(NAME, figures, seed=args.seed, seconds=seconds, folder=args.results)
         write_csv(runs, path.with_suffix(".csv"))
+        return runs[-1]["loss"]
 
-    def tuned(basis: str, harmonics: int | None) -> float:
-        for rate in args.learning_rates:
-            run(basis, harmonics, rate)
-        return next(r["learning_rate"] for r in best(runs) if (r["basis"], r["harmonics"]) == (basis, harmonics))
+    def tuned(basis: str, harmonics: int | None, rate: float) -> float:
+        """The learning rate that neither doubling nor halving makes better."""
+        loss = loss_of(basis, harmonics, rate)
+        for factor in (2, 1 / 2):
+            while (further := loss_of(basis, harmonics, factor * rate)) < loss:
+                rate, loss = factor * rate, further
+        return rate
 
-    dense_rate = tuned("dense", None)
-    quarter = min(args.harmonics, key=lambda harmonics: abs(harmonics - args.width // 8))
+    dense_rate = tuned("dense", None, args.learning_rate)
     for basis in args.bases:
+        rate = dense_rate
         if basis == "data":
             twin = build(text.vocab_size, args)
             train(twin, text, dense_rate, args)
             directions.update(principal_directions(twin, text, args))
-        rate = tuned(basis, quarter)
         for harmonics in args.harmonics:
-            run(basis, harmonics, rate)
+            rate = tuned(basis, harmonics, rate)
 
     chosen = best(runs)
     print_table([{**run, "harmonics": run["harmonics"] or "-"} for run in chosen])

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from characters import CharacterText, windowed_loss
 from fitting import Fit, fit
-from report import RESULTS, print_footer, print_table, read_report, write_report
+from report import RESULTS, earlier_rows, print_footer, print_table, write_report
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_holo import HsnConfig, HsnForCausalLM
@@ -79,9 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = ("optimizer", "steps", "rows", "length", "width", "depth", "seed")
     settings = {name: getattr(args, name) for name in names} | {"characters": len(text.train) + len(text.validation)}
     name = f"{NAME}_{args.optimizer}"
-    earlier = read_report(name, args.results)
-    same = earlier["figures"].get("settings") == settings
-    runs, seconds = (earlier["figures"]["runs"], earlier["seconds"]) if same else ([], 0.0)
+    runs, seconds = earlier_rows(name, {"settings": settings}, args.results, "runs")
 
     for model_name in args.models:
         for rate in args.learning_rates or LEARNING_RATES[args.optimizer]:

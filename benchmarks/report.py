@@ -69,11 +69,11 @@ def read_report(name: str, folder: Path = RESULTS) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"figures": {}, "seconds": 0.0}
 
 
-def earlier_rows(name: str, settings: Mapping, folder: Path = RESULTS) -> tuple[list[dict], float]:
-    """The rows that an earlier run with these settings has left, and the seconds that they took."""
+def earlier_rows(name: str, settings: Mapping, folder: Path = RESULTS, key: str = "rows") -> tuple[list[dict], float]:
+    """The rows that an earlier run with these settings has left under `key`, and the seconds that they took."""
     earlier = read_report(name, folder)
     if settings.items() <= earlier["figures"].items():
-        return earlier["figures"]["rows"], earlier["seconds"]
+        return earlier["figures"][key], earlier["seconds"]
     return [], 0.0
 
 
