@@ -4,9 +4,10 @@
         --held_out 0.5 0.1
     python benchmarks/distillation.py MODEL STUDENTS --text wikitext2-valid.txt tinyshakespeare.txt --held_out 0.5 0.1
 
-Every student is trained with `hf-holo distill distill-surgery` on the part of the texts that calibrated it, and its
-perplexity is measured on the windows that surgery.json names. The seconds are those of training, without scoring. What
-lies in `--folder` is used again, and rows that the result file holds already are not measured anew.
+Every student is trained with `hf-holo distill` on the part of the texts that calibrated it (distill-surgery, or
+distill-attention where attention alone was converted), and its perplexity is measured on the windows that surgery.json
+names. The seconds are those of training, without scoring. What lies in `--folder` is used again, and rows that the
+result file holds already are not measured anew.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 from report import RESULTS, earlier_rows, flags, print_footer, print_table, read_report, write_report
-from surgery import CALIBRATED, Trial, ratios
+from surgery import CALIBRATED, NOT_REFITTED, Trial, ratios
 from transformers import AutoModelForCausalLM
 
 from hf_holo.conversion.convert_arguments import ConvertArguments
@@ -25,6 +26,8 @@ from hf_holo.conversion.distill import main as distill
 from hf_holo.conversion.evaluation import perplexity
 from hf_holo.conversion.sources import Source, Text, load_texts, load_tokenizer
 
+CHOSEN = {"all": CALIBRATED, "attention": NOT_REFITTED}  # the conversion that is better after distillation
+RECIPES = {"all": "distill-surgery", "attention": "distill-attention"}
 GLANCE = 2  # held-out windows that the distillation itself scores; here they are scored on many more
 
 
@@ -46,11 +49,11 @@ def distil(recipe: str, student: Path, folder: Path, args: argparse.Namespace, *
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
-def distilled(student: Path, folder: Path, args: argparse.Namespace) -> dict:
+def distilled(recipe: str, student: Path, folder: Path, args: argparse.Namespace) -> dict:
     """Train this student, and return what its report says about the training."""
     steps = {"max_steps": args.steps} if args.steps else {}
-    (stage,) = distil(args.recipe, student, folder, args, evaluation_windows=GLANCE, **steps)["stages"]
-    return {key: stage[key] for key in ("trained", "steps", "tokens", "seconds")}
+    (stage,) = distil(recipe, student, folder, args, evaluation_windows=GLANCE, **steps)["stages"]
+    return {"recipe": recipe, **{key: stage[key] for key in ("trained", "steps", "tokens", "seconds")}}
 
 
 def measured(folder: Path, texts: Sequence[Text]) -> dict[str, float]:
@@ -65,7 +68,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--text", nargs="+", required=True)
     parser.add_argument("--held_out", nargs="+", type=float, default=[0.1], help="share at the end of each text")
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.8, 0.7, 0.6, 0.4], help="students to distil")
-    parser.add_argument("--recipe", default="distill-surgery", help="of `hf-holo distill`, with a single stage")
     parser.add_argument("--steps", type=int, help="of every distillation; default: those of the recipe")
     parser.add_argument("--bf16", action="store_true", help="where the processor knows that type: half the time")
     parser.add_argument("--folder", type=Path, default=Path("runs/distillation"), help="folder of the distilled models")
@@ -82,15 +84,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = ConvertArguments(text=args.text, held_out=args.held_out, eval_windows=windows, **sizes)
     texts = load_texts(options, load_tokenizer(args.model), Source.find(args.model))
     teacher, *converted = before["rows"]
-    settings = {"recipe": args.recipe, "bf16": args.bf16, "teacher": teacher}
+    settings = {"bf16": args.bf16, "teacher": teacher}
     rows, spent = earlier_rows("distillation", settings, args.results)
     done = {(row["method"], row["scope"], row["ratio"]) for row in rows}
     for row in converted:
         trial = Trial(row["method"], row["scope"], row["ratio"])
         student, folder = args.students / trial.folder, args.folder / trial.folder
-        if trial.method != CALIBRATED or trial.ratio not in args.ratios or trial in done or not student.is_dir():
+        wanted = trial.method == CHOSEN[trial.scope] and trial.ratio in args.ratios
+        if not wanted or trial in done or not student.is_dir():
             continue
-        training = distilled(student, folder, args)
+        training = distilled(RECIPES[trial.scope], student, folder, args)
         scores = measured(folder, texts)
         zero_shot = {f"{name} before": row[name] for name in ratios(scores, teacher)}
         rows.append({**trial._asdict(), "kept": row["kept"], **training, **zero_shot, **scores})

@@ -36,15 +36,16 @@ from hf_holo.conversion.calibration import (
     stacked_weight,
     surgery_plan,
 )
-from hf_holo.conversion.convert_arguments import REFIT_FROM, ConvertArguments
+from hf_holo.conversion.convert_arguments import ConvertArguments
 from hf_holo.conversion.evaluation import numbers_on_disk, perplexity
-from hf_holo.conversion.refit import enough, refit
+from hf_holo.conversion.refit import refit
 from hf_holo.conversion.sources import Source, Text, load_texts, load_tokenizer, mixed
 from hf_holo.conversion.surgery import choose
 
 Method = Callable[[PreTrainedModel, float], None]  # converts in place, to this ratio
-CALIBRATED, PER_MATRIX, PLAIN, RANDOM = (
+CALIBRATED, NOT_REFITTED, PER_MATRIX, PLAIN, RANDOM = (
     "calibrated",
+    "calibrated, not refitted",
     "activation-aware SVD per matrix",
     "plain SVD per matrix",
     "random basis",
@@ -58,27 +59,26 @@ def factors_of(model: PreTrainedModel, sites: Sequence[Site], statistics: Sequen
 
 
 def calibrated(
-    model: PreTrainedModel, sites: Sequence[Site], statistics: Sequence[Statistics], windows: torch.Tensor
+    sites: Sequence[Site], statistics: Sequence[Statistics], factors: Sequence[Factors], windows: torch.Tensor | None
 ) -> Method:
-    """`hf-holo convert`: shared and pivoted bases, Fisher weights, ranks chosen together, small ratios refitted."""
-    factors = factors_of(model, sites, statistics)
+    """`hf-holo convert`: shared and pivoted bases, Fisher weights, ranks chosen together; refitted to the windows."""
 
     def convert(student: PreTrainedModel, ratio: float) -> None:
         ranks = allocate(sites, [f.loss for f in factors], ratio)
-        if ratio <= REFIT_FROM:
-            refit(student, sites, ranks, [numbers.fisher for numbers in statistics], enough(windows, sites))
-            student.config.quantization_config = surgery_with(sites, ranks, pivoted=True)
-        else:
+        if windows is None:
             finish(student, sites, factors, ranks, pivoted=True)
+        else:
+            refit(student, sites, ranks, [numbers.fisher for numbers in statistics], windows)
+            student.config.quantization_config = surgery_with(sites, ranks, pivoted=True)
 
     return convert
 
 
 def per_matrix(model: PreTrainedModel, sites: Sequence[Site], grams: Sequence[torch.Tensor]) -> Method:
     """Two thin factors for each matrix on its own, the same share everywhere."""
-    factors = factors_of(model, sites, [Statistics(gram) for gram in grams])
 
     def convert(student: PreTrainedModel, ratio: float) -> None:
+        factors = factors_of(model, sites, [Statistics(gram) for gram in grams])
         ranks = [site.largest_rank(ratio, pivoted=False) for site in sites]
         finish(student, sites, factors, ranks, pivoted=False)
 
@@ -142,7 +142,7 @@ class Trial(NamedTuple):
     @property
     def folder(self) -> str:
         """Name of the folder of the student."""
-        return f"{self.method}-{self.scope}-{self.ratio:.2f}".replace(" ", "-")
+        return f"{self.method}-{self.scope}-{self.ratio:.2f}".replace(",", "").replace(" ", "-")
 
 
 def methods_for(model: PreTrainedModel, texts: Sequence[Text], args: argparse.Namespace) -> dict[tuple, Method]:
@@ -151,12 +151,13 @@ def methods_for(model: PreTrainedModel, texts: Sequence[Text], args: argparse.Na
     sites = find_sites(model, surgery_of("all", shared=True))
     statistics = collect(model, sites, windows, windows[: args.fisher_tokens // args.window], args.seed)
     single = find_sites(model, surgery_of("all"))
+    fitted = list(zip(sites, statistics, factors_of(model, sites, statistics), strict=True))
     attention = {name for site in find_sites(model, surgery_of("attention")) for name in site.layers}
-    chosen = [pair for pair in zip(sites, statistics, strict=True) if pair[0].layers[0] in attention]
+    scopes = {"all": fitted, "attention": [entry for entry in fitted if entry[0].layers[0] in attention]}
     unweighted = [gram_without_activations(model, site) for site in single]
     return {
-        (CALIBRATED, "all"): calibrated(model, sites, statistics, windows),
-        (CALIBRATED, "attention"): calibrated(model, *zip(*chosen, strict=True), windows),
+        **{(CALIBRATED, scope): calibrated(*zip(*entries, strict=True), windows) for scope, entries in scopes.items()},
+        **{(NOT_REFITTED, scope): calibrated(*zip(*entries, strict=True), None) for scope, entries in scopes.items()},
         (PER_MATRIX, "all"): per_matrix(model, single, grams_per_matrix(model, sites, statistics)),
         (PLAIN, "all"): per_matrix(model, single, unweighted),
         (RANDOM, "all"): random_basis,
@@ -224,8 +225,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows, spent = earlier_rows("surgery", settings, args.results)
 
     trials = [Trial(CALIBRATED, "all", ratio) for ratio in args.ratios]
-    trials += [Trial(CALIBRATED, "attention", ratio) for ratio in args.attention_ratios]
-    trials += [Trial(method, "all", ratio) for method in (PER_MATRIX, PLAIN, RANDOM) for ratio in args.baseline_ratios]
+    trials += [Trial(m, "attention", ratio) for m in (CALIBRATED, NOT_REFITTED) for ratio in args.attention_ratios]
+    others = (NOT_REFITTED, PER_MATRIX, PLAIN, RANDOM)
+    trials += [Trial(method, "all", ratio) for method in others for ratio in args.baseline_ratios]
     done = {(row["method"], row["scope"], row["ratio"]) for row in rows}
     missing = [trial for trial in trials if trial not in done]
     with tempfile.TemporaryDirectory() as scratch:

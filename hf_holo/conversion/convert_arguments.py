@@ -11,7 +11,6 @@ from .surgery import HoloSurgeryConfig
 
 PREFIX = "convert-"  # of the recipes in the package
 RATIO = 0.8  # of a calibrated conversion
-REFIT_FROM = 0.7  # ratio: with more left of the layers, refitting gains little
 
 # What says nothing about the other kind of conversion.
 OF_LINEAR_LAYERS = (
@@ -64,8 +63,8 @@ class ConvertArguments:
     tokens: int = described("Calibration tokens for the activations.", 65536)
     fisher_tokens: int = described("How many of them for the gradients too.", 16384)
     refit: bool | None = described(
-        "With calibrated: fit every block again to the inputs that the student itself produces; default: from a ratio "
-        f"of {REFIT_FROM} down."
+        "With calibrated: fit every block again to the inputs that the student itself produces; default: if there are "
+        "ten tokens of text for each input of the widest layer."
     )
     eval_windows: int = described("Held-out windows of each text to measure perplexity on; 0: all.", 32)
     memory: float = described("GiB that the statistics may take at a time; with less the text is read more often.", 4.0)
@@ -136,7 +135,6 @@ class ConvertArguments:
                 raise HoloError(f"harmonics={self.harmonics} is chosen by the calibration itself; give --ratio instead")
             if not 0 < self.ratio < 1:
                 raise HoloError(f"ratio={self.ratio} must lie between 0 and 1")
-            self.refit = self.ratio <= REFIT_FROM if self.refit is None else self.refit
         elif self.refit:
             raise HoloError("refit=True needs the calibrated method, which fits layers to a text")
         for name in ("tokens", "fisher_tokens"):

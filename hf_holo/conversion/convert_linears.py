@@ -27,7 +27,7 @@ from .conversion import Conversion, size_in_bytes
 from .convert_arguments import ConvertArguments
 from .evaluation import numbers_on_disk
 from .linear_report import LayerRow, plot_layers, print_coverage, write_layers
-from .refit import check_refit, enough, refit
+from .refit import check_refit, refit, worth_refitting
 from .sources import Source, Text, mixed
 from .surgery import apply_surgery, choose, plan
 from .work_folder import WorkFolder
@@ -95,7 +95,10 @@ class CalibratedSurgery(RegeneratedSurgery):
     def _check(self) -> None:
         self.sites = find_sites(self.twin, self.surgery)
         check_ratio(self.sites, self.options.ratio)
-        if self.options.refit:
+        self.refit = self.options.refit
+        if self.refit is None:
+            self.refit = worth_refitting(self.twin, self.sites, self.options.tokens)
+        elif self.refit:
             check_refit(self.twin, self.sites)
         self.disk += 4 * sum(2 * site.size**2 for site in self.sites)
 
@@ -125,7 +128,7 @@ class CalibratedSurgery(RegeneratedSurgery):
             for number in tqdm(batch, desc="factors", unit="site"):
                 if not work.has_tensors(_factors(number)):
                     factorise_into(work, model, self.sites[number], number)
-                if not options.refit:
+                if not self.refit:
                     work.drop_tensors(_statistics(number))
 
     def apply(self, model: PreTrainedModel, texts: list[Text], work: WorkFolder) -> PreTrainedModel:
@@ -133,9 +136,9 @@ class CalibratedSurgery(RegeneratedSurgery):
         numbers = range(len(self.sites))
         losses = [work.load_tensors(_factors(number), "loss")["loss"] for number in numbers]
         ranks = allocate(self.sites, losses, self.options.ratio)
-        if self.options.refit:
+        if self.refit:
             fishers = [work.load_tensors(_statistics(number), "fisher")["fisher"] for number in numbers]
-            errors = refit(model, self.sites, ranks, fishers, enough(mixed(texts), self.sites))
+            errors = refit(model, self.sites, ranks, fishers, mixed(texts))
         else:
             errors = [self._install(model, number, ranks[number], work) for number in tqdm(numbers, desc="surgery")]
         for site, rank, error in zip(self.sites, ranks, errors, strict=True):

@@ -15,10 +15,10 @@ Source: layer-wise least squares on the student's own inputs, as in GPTQ (Franta
 """
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -32,7 +32,7 @@ from .calibration import Site, Statistics, factorise, install, removed_after, st
 from .surgery import block_list, dense_shape, is_linear
 
 DAMPING = 0.03  # λ, as a share of the mean eigenvalue of E[x̃ x̃ᵀ]
-TOKENS_PER_INPUT = 10  # of the widest layer: with fewer, refitting fits noise; it reads each of them ten times
+TOKENS_PER_INPUT = 10  # of the widest layer: with fewer, refitting fits noise
 MOST_WRITERS = 3  # linear layers of one block that write into the residual stream
 SAME = 1e-2  # relative difference up to which two sums of activations are taken for the same, in half precision too
 
@@ -47,14 +47,15 @@ def refit(
 ) -> list[float]:
     """Convert in place, block after block, with weights fitted anew to the student's own inputs.
 
-    Memory: beside the model a copy of one block, and the hidden states of all windows twice.
+    Memory: beside the model a copy of one block, the hidden states of all windows twice, and what the layers of one
+    block read in the teacher.
 
     Args:
         model: with all its dense layers, in eval mode.
         sites: inside the blocks, see [`check_refit`].
         ranks: harmonics of each site; None stays dense.
         fishers: G of each site, see [`Statistics`].
-        windows: token ids `[N, T]`, see [`enough`].
+        windows: token ids `[N, T]`; the more, the better: see [`worth_refitting`].
 
     Returns:
         The error of each site, see [`Factors.error`].
@@ -77,40 +78,42 @@ def refit(
             if site.layers[0].startswith(prefix) and ranks[number] is not None
         }
         writers = residual_writers(teacher, call, theirs[0])
-        for layer in _in_order(teacher, call, theirs[0], list(numbers)):
+        order = _in_order(teacher, call, theirs[0], list(numbers))
+        wanted, theirs = zip(*(_pass(teacher, call, hidden, order, writers) for hidden in theirs), strict=True)
+        for layer in order:
             number = numbers[layer]
             site, weight = sites[number], stacked_weight(model, sites[number])
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            passages = zip(
-                (_arrive(teacher, call, hidden, layer, writers) for hidden in theirs),
-                (_arrive(block, call, hidden, layer, writers) for hidden in ours),
-                strict=True,
-            )
+            found = (_pass(block, call, hidden, [layer], writers, stop=True)[0] for hidden in ours)
+            passages = ((w[layer], f[layer]) for w, f in zip(wanted, found, strict=True))
             fitted, gram = fit(weight, passages, layer in writers)  # [m, n] and [n, n]
             moments = fitted @ gram @ fitted.T if site.projects_outputs else gram
             factors = factorise(site, fitted, Statistics(moments, fishers[number]))
             install(model, site, factors, ranks[number], weight=fitted)
             errors[number] = factors.error(ranks[number])
-        theirs = [call(teacher, hidden) for hidden in theirs]
         ours = [call(block, hidden) for hidden in ours]
+        del wanted  # before those of the next block are there
     return errors
 
 
-def enough(windows: torch.Tensor, sites: Sequence[Site]) -> torch.Tensor:
-    """The first quarter of the windows `[N, T]`, more if the sites have too many inputs for that. The start of mixed
-    texts is a mixture too, see [`~hf_holo.conversion.sources.mixed`]."""
-    wanted = math.ceil(TOKENS_PER_INPUT * max(site.inputs for site in sites) / windows.shape[1])
-    return windows[: max(wanted, len(windows) // 4)]
+def worth_refitting(model: PreTrainedModel, sites: Sequence[Site], tokens: int) -> bool:
+    """Whether all sites lie inside the blocks, and a text of so many tokens suffices for the widest."""
+    return not _outside(model, sites) and tokens >= TOKENS_PER_INPUT * max(site.inputs for site in sites)
 
 
 def check_refit(model: PreTrainedModel, sites: Sequence[Site]) -> None:
     """Raises HoloError if a site lies outside the blocks, where no order of layers is known."""
-    prefix = f"{block_list(model)}."
-    outside = next((layer for site in sites for layer in site.layers if not layer.startswith(prefix)), None)
-    if outside is not None:
+    outside = _outside(model, sites)
+    if outside:
         raise HoloError(
-            f"refit=True fits layers inside the blocks {prefix!r}, not {outside!r}; exclude it, or refit nothing"
+            f"refit=True fits layers inside the blocks {block_list(model)!r}, not {outside[0]!r}; exclude it, or refit "
+            "nothing"
         )
+
+
+def _outside(model: PreTrainedModel, sites: Sequence[Site]) -> list[str]:
+    prefix = f"{block_list(model)}."
+    return [layer for site in sites for layer in site.layers if not layer.startswith(prefix)]
 
 
 # Weights ------------------------------------------------------------------------------------------------------------
@@ -197,23 +200,33 @@ def _record_calls(model: PreTrainedModel, blocks: Sequence[nn.Module], window: t
     return calls
 
 
-def _arrive(block: nn.Module, call: Call, hidden: torch.Tensor, layer: str, writers: Sequence[str]) -> Arrival:
-    """Run the block up to a layer."""
-    arrivals, stream = [], hidden
+def _pass(
+    block: nn.Module,
+    call: Call,
+    hidden: torch.Tensor,
+    layers: Sequence[str],
+    writers: Sequence[str],
+    stop: bool = False,
+) -> tuple[dict[str, Arrival], torch.Tensor | None]:
+    """Run the block, up to the last of these layers if told to `stop` there: what came to each, and what left it."""
+    arrivals: dict[str, Arrival] = {}
+    stream = hidden
 
     def add(writer: nn.Module, args: tuple, output: torch.Tensor) -> None:
         nonlocal stream
         stream = stream + output
 
-    def arrive(module: nn.Module, args: tuple[torch.Tensor]) -> None:
-        arrivals.append(Arrival(args[0].flatten(0, -2), stream.flatten(0, -2)))
-        raise _Reached
+    def arrive(name: str, layer: nn.Module, args: tuple[torch.Tensor]) -> None:
+        arrivals[name] = Arrival(args[0].flatten(0, -2), stream.flatten(0, -2))
+        if stop and len(arrivals) == len(layers):
+            raise _Reached
 
     hooks = [block.get_submodule(name).register_forward_hook(add) for name in writers]
-    hooks.append(block.get_submodule(layer).register_forward_pre_hook(arrive))
+    hooks += [block.get_submodule(name).register_forward_pre_hook(partial(arrive, name)) for name in layers]
+    output = None
     with suppress(_Reached), removed_after(hooks):
-        call(block, hidden)
-    return arrivals[0]
+        output = call(block, hidden)
+    return arrivals, output
 
 
 def _in_order(block: nn.Module, call: Call, hidden: torch.Tensor, layers: list[str]) -> list[str]:

@@ -138,20 +138,23 @@ class WhitenedAdamW(AdamW):
 
     AdamW moves every entry of a matrix C by about the learning rate. Where C reads features z that are correlated, or
     of very unequal size, such a step changes its outputs by far too much in a few directions, and hardly in the others.
-    Here the steps are those that AdamW would take on Ĉ = C G^½, which reads G^-½ z instead: features of unit size and
-    without correlation. They are relative to the size of Ĉ at the start. (The input side of K-FAC, Martens and Grosse,
-    2015, with the features measured once.)
+    Here the steps are those that AdamW would take on Ĉ = C G^½ V, which reads Vᵀ G^-½ z instead: features of unit size
+    and without correlation, turned so that the columns of Ĉ are orthogonal, the singular directions of what C does.
+    They are relative to the size of the column of Ĉ at the start. (The input side of K-FAC, Martens and Grosse, 2015,
+    with the features measured once.)
 
     Args:
-        grams: for each parameter `[O, R]`, G = E[z zᵀ] of its features `[R, R]`.
-        lr: learning rate, relative: the step of an entry divided by the root mean square of Ĉ.
+        grams: for each parameter `[O, R]`, G = E[z zᵀ] of its features `[R, R]`. Parameters with the same object read
+            the same features, and share V.
+        lr: learning rate, relative: the step of an entry divided by the root mean square of its column of Ĉ.
         betas, eps: as in AdamW.
 
     Raises:
         ValueError: a parameter is no matrix, or its G has another size.
     """
 
-    FLOOR = 1e-4  # least eigenvalue of G, as a share of the mean: what hardly ever occurs must not take large steps
+    LEAST = 0.1  # size of a column, as a share of that of all Ĉ: where C does nothing yet, it shall learn too
+    FLOOR = 1e-6  # least eigenvalue of G, as a share of the mean: what hardly ever occurs must not take large steps
 
     def __init__(
         self,
@@ -160,23 +163,29 @@ class WhitenedAdamW(AdamW):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
     ) -> None:
-        groups, known = [], {}
+        readers: dict[int, list[nn.Parameter]] = {}
         for parameter, gram in grams.items():
             if parameter.ndim != 2 or gram.shape != (parameter.shape[1],) * 2:
                 raise ValueError(f"grams: {tuple(gram.shape)} does not fit a parameter {tuple(parameter.shape)}")
-            if id(gram) not in known:  # layers that read the same features share G
-                known[id(gram)] = self._roots(gram)
-            root, inverse = known[id(gram)]
-            size = (parameter.detach().double() @ root).square().mean().sqrt().item()
-            groups.append({"params": [parameter], "whitener": inverse.to(parameter.dtype), "size": size})
+            readers.setdefault(id(gram), []).append(parameter)
+        groups = []
+        for parameters in readers.values():
+            forth, back = self._turn(parameters, grams[parameters[0]])
+            for parameter in parameters:
+                power = (parameter.detach().double() @ forth).square().mean(0)  # of each column of Ĉ
+                size = power.clamp_min(self.LEAST**2 * power.mean()).sqrt()
+                step = (size[:, None] * back).to(parameter.dtype)
+                groups.append({"params": [parameter], "whitener": back.T.to(parameter.dtype), "step": step})
         super().__init__(groups, lr, betas, eps, weight_decay=0.0)
 
     @classmethod
-    def _roots(cls, gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """G^½ and G^-½."""
+    def _turn(cls, parameters: list[nn.Parameter], gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """T = G^½ V, which makes Ĉ = C T of all these parameters, and its inverse."""
         values, vectors = torch.linalg.eigh(gram.double())
         roots = values.clamp_min(cls.FLOOR * values.mean()).sqrt()
-        return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+        whitened = torch.cat([p.detach().double() for p in parameters]) @ (vectors * roots)  # C G^½ up to a rotation
+        rotation = torch.linalg.eigh(whitened.T @ whitened)[1]
+        return (vectors * roots) @ rotation, rotation.T @ (vectors / roots).T
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -190,5 +199,5 @@ class WhitenedAdamW(AdamW):
             parameter.grad = parameter.grad @ group["whitener"]  # of Ĉ
         super().step()
         for group, parameter, before in moved:
-            parameter.copy_(before + group["size"] * (parameter - before) @ group["whitener"])
+            parameter.copy_(before + (parameter - before) @ group["step"])
         return loss

@@ -5,7 +5,7 @@ import torch
 
 from hf_holo.conversion import HoloSurgeryConfig
 from hf_holo.conversion.calibration import allocate, collect, factorise, find_sites, install, stacked_weight
-from hf_holo.conversion.refit import DAMPING, Arrival, Call, enough, fit, refit, residual_writers
+from hf_holo.conversion.refit import DAMPING, Arrival, Call, fit, refit, residual_writers, worth_refitting
 from hf_holo.errors import HoloError
 
 WRITERS = {
@@ -101,7 +101,10 @@ def test_layers_outside_the_blocks_cannot_be_refitted(make_teacher):
         refit(model, sites, [4], [None], token_windows(2))
 
 
-@pytest.mark.parametrize("count, length, taken", [(400, 32, 100), (50, 32, 20), (9, 32, 9)])
-def test_refitting_reads_a_quarter_but_ten_tokens_for_each_input(make_teacher, count, length, taken):
-    sites = find_sites(make_teacher("llama"), HoloSurgeryConfig(shared=True))  # the widest reads 64 inputs
-    assert len(enough(torch.zeros(count, length, dtype=torch.long), sites)) == taken
+@pytest.mark.parametrize(
+    "modules, tokens, worth", [(None, 640, True), (None, 639, False), (["self_attn", "lm_head"], 640, False)]
+)
+def test_refitting_is_worth_it_inside_the_blocks_from_ten_tokens_for_each_input(make_teacher, modules, tokens, worth):
+    model = make_teacher("llama", tie_word_embeddings=False)
+    sites = find_sites(model, HoloSurgeryConfig(modules=modules, shared=True))  # the widest reads 64 inputs
+    assert worth_refitting(model, sites, tokens) is worth

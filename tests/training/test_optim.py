@@ -198,24 +198,33 @@ def whitened_problem(rows: int = 3, features: int = 5) -> tuple[nn.Parameter, to
 
 
 def test_whitened_steps_are_those_of_adamw_on_the_whitened_matrix():
-    coefficients, gram = whitened_problem()
-    values, vectors = torch.linalg.eigh(gram)
-    roots = values.clamp_min(WhitenedAdamW.FLOOR * values.mean()).sqrt()
-    root, inverse = (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
-    start = coefficients.detach() @ root
-    size = start.square().mean().sqrt()
-    twin = nn.Parameter(start / size)  # Ĉ in units of its size
+    coefficients, gram = whitened_problem(rows=8)
+    gram += 1e-5 * gram.trace() * torch.eye(len(gram))  # above the floor
+    lower = torch.linalg.cholesky(gram)  # C L reads white features
+    u, size, v = torch.linalg.svd(coefficients.detach() @ lower, full_matrices=False)
+    away = torch.linalg.inv(lower).T @ v.T  # from gradients of C to those of Ĉ; and C = Ĉ awayᵀ, for these rows
+    power = size.square() / len(coefficients)  # mean square of the columns of Ĉ = U S
+    steps = power.clamp_min(WhitenedAdamW.LEAST**2 * power.sum() / len(gram)).sqrt()
+    twin = nn.Parameter(u * (size / steps))  # Ĉ in units of the steps
     ours, theirs = (
         WhitenedAdamW({coefficients: gram}, 0.05),
         torch.optim.AdamW([twin], 0.05, (0.9, 0.95), weight_decay=0.0, eps=1e-8),
     )
     target = torch.randn_like(coefficients)
     for _ in range(5):
-        for optimizer, matrix in ((ours, coefficients), (theirs, twin * size @ inverse)):
+        for optimizer, matrix in ((ours, coefficients), (theirs, (twin * steps) @ away.T)):
             optimizer.zero_grad()
-            ((matrix - target) @ root).square().sum().backward()
+            ((matrix - target) @ lower).square().sum().backward()
             optimizer.step()
-    torch.testing.assert_close(coefficients.detach(), twin.detach() * size @ inverse, rtol=1e-6, atol=1e-9)
+    expected = (twin * steps) @ away.T
+    torch.testing.assert_close(coefficients.detach(), expected.detach(), rtol=1e-6, atol=1e-9)
+
+
+def test_layers_that_read_the_same_features_are_turned_together():
+    (first, gram), (second, _) = whitened_problem(), whitened_problem()
+    both = nn.Parameter(torch.cat([first, second]).detach())
+    alone, together = WhitenedAdamW({both: gram}), WhitenedAdamW({first: gram, second: gram})
+    torch.testing.assert_close(alone.param_groups[0]["whitener"], together.param_groups[1]["whitener"])
 
 
 def test_whitened_adamw_learns_where_adamw_does_not():
