@@ -19,7 +19,7 @@ from transformers.modeling_outputs import (
 
 from .cache import RecurrentCache
 from .layers import TokenLayout, at_least_float32, make_norm
-from .loading import check_finite, check_memory, clear_errors, within_memory
+from .loading import check_finite, check_memory, check_offloaded, clear_errors, within_memory
 from .ops import exporting
 from .remote import auto_map, with_code
 from .vocabulary import IGNORED, CompressedEmbedding, check_ids, dense_token_losses, language_loss, make_embedding
@@ -97,13 +97,16 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         Raises:
             OSError: there are no weights in the format safetensors, or a file is cut off.
             RuntimeError: weights have other shapes than the config asks for.
-            ValueError: weights are NaN or infinite, the config is out of range, or it describes more weights than this
-                machine has memory for and there is no `device_map`.
+            ValueError: weights are NaN or infinite, the config is out of range, it describes more weights than this
+                machine has memory for and there is no `device_map`, or a `device_map` leaves on the disk what
+                transformers 4.57 does not read from there.
         """
         name, safe = pretrained_model_name_or_path, use_safetensors is not False
         with clear_errors(name), within_memory(kwargs.get("device_map") is None):
             loaded = super().from_pretrained(name, *args, use_safetensors=safe, **kwargs)
-        check_finite(loaded[0] if isinstance(loaded, tuple) else loaded, name)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        check_finite(model, name)
+        check_offloaded(model, name)
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:

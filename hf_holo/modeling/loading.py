@@ -117,3 +117,27 @@ def check_finite(model: nn.Module, name: object) -> None:
             f"{name}: {bad[0]}{others} of {len(plain)} weights hold NaN or infinity; the run that wrote them had "
             "diverged, or a file is damaged"
         )
+
+
+def check_offloaded(model: nn.Module, name: object) -> None:
+    """Refuse stored buffers that were not read because their layer lies on the disk, as transformers 4.57 does: the
+    outputs would be wrong, and nothing would say so.
+
+    Args:
+        model: with its weights.
+        name: of the checkpoint.
+
+    Raises:
+        ValueError: the message names the buffer.
+    """
+    places = getattr(model, "hf_device_map", {})
+    on_disk = tuple(f"{part}." if part else "" for part, place in places.items() if place == "disk")
+    if not on_disk:
+        return
+    stored = model.state_dict().keys()
+    for key, buffer in model.named_buffers():
+        if key in stored and key.startswith(on_disk) and not buffer.is_meta and not buffer.any():
+            raise ValueError(
+                f"{name}: device_map puts {key!r} on the disk, from where this version of transformers does not read "
+                "it; give the model more memory, or use transformers 5"
+            )

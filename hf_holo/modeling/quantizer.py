@@ -16,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .harmonics import HarmonicBasis, HoloLinear, named_seed
-from .loading import check_files, check_finite, weight_files
+from .loading import check_files, check_finite, check_offloaded, weight_files
 
 ENTRY = {"harmonics", "basis", "folded", "pivoted", "lender"}  # what a plan says of a layer
 
@@ -87,6 +87,7 @@ class PlanQuantizer(HfQuantizer):
             )
         config.checksum = checksum
         check_finite(model, "the converted model")
+        check_offloaded(model, "the converted model")
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
