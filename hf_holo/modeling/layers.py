@@ -142,9 +142,10 @@ class SpectralGate(nn.Module):
 
     def kernel(self) -> torch.Tensor:
         """The taps `[D, K]`: lags 0 to K - 1 if causal, else lags -((K - 1) // 2) to K // 2."""
-        logits = interpolate_gate(self.logits, self.RESOLUTION * max(1, self.taps - 1) + 1)
         design = minimum_phase_kernel if self.causal else zero_phase_kernel
-        kernel = self.scale[:, None] * design(logits, self.taps)
+        with torch.autocast(self.logits.device.type, enabled=False):  # half precision would make another filter
+            logits = interpolate_gate(self.logits, self.RESOLUTION * max(1, self.taps - 1) + 1)
+            kernel = self.scale[:, None] * design(logits, self.taps)
         if self.delayed:
             prompt, late = kernel.split([kernel.shape[0] - self.delayed, self.delayed])
             kernel = torch.cat([prompt, F.pad(late, (1, 0))[:, :-1]])
@@ -161,8 +162,7 @@ class SpectralGate(nn.Module):
             return self.kernel()
         kept = self._kept
         if kept is None or not all(same_numbers(x, y) for x, y in zip(numbers, kept, strict=False)):
-            with torch.autocast("cpu", enabled=False):  # what is kept depends on the numbers alone
-                kept = self._kept = (*(x.detach().clone() for x in numbers), self.kernel())
+            kept = self._kept = (*(x.detach().clone() for x in numbers), self.kernel())
         return kept[-1]
 
     def response(self, bins: int = 65) -> torch.Tensor:

@@ -25,6 +25,14 @@ def test_blocks_lie_where_the_model_lies(name):
     assert getattr(modeling_hsn, name) is getattr(hf_holo, name)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_filter_is_designed_in_full_precision_under_autocast(causal):
+    gate = SpectralGate(8, causal=causal)
+    plain = gate.kernel()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(gate.kernel(), plain)
+
+
 @pytest.mark.parametrize("taps", [1, 2, 4, 7, 16])
 def test_a_causal_gate_looks_back_and_never_ahead(taps):
     torch.manual_seed(0)
