@@ -49,10 +49,11 @@ def distil(recipe: str, student: Path, folder: Path, args: argparse.Namespace, *
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
-def distilled(recipe: str, student: Path, folder: Path, args: argparse.Namespace) -> dict:
+def distilled(recipe: str, student: Path, folder: Path, window: int, args: argparse.Namespace) -> dict:
     """Train this student, and return what its report says about the training."""
     steps = {"max_steps": args.steps} if args.steps else {}
-    (stage,) = distil(recipe, student, folder, args, evaluation_windows=GLANCE, **steps)["stages"]
+    report = distil(recipe, student, folder, args, block_size=window, evaluation_windows=GLANCE, **steps)
+    (stage,) = report["stages"]
     return {"recipe": recipe, **{key: stage[key] for key in ("trained", "steps", "tokens", "seconds")}}
 
 
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         wanted = trial.method == CHOSEN[trial.scope] and trial.ratio in args.ratios
         if not wanted or trial in done or not student.is_dir():
             continue
-        training = distilled(RECIPES[trial.scope], student, folder, args)
+        training = distilled(RECIPES[trial.scope], student, folder, before["window"], args)
         scores = measured(folder, texts)
         zero_shot = {f"{name} before": row[name] for name in ratios(scores, teacher)}
         rows.append({**trial._asdict(), "kept": row["kept"], **training, **zero_shot, **scores})

@@ -384,9 +384,11 @@ def test_surgery_and_distillation(run, text, tmp_path):
     report, _ = run("surgery", *argv, "--ratios", 0.5)
     rows = report["figures"]["rows"]
     surgery = importlib.import_module("surgery")
+    both = [surgery.CALIBRATED, surgery.NOT_REFITTED]
     baselines = [surgery.PER_MATRIX, surgery.PLAIN, surgery.RANDOM]
-    assert [row["method"] for row in rows] == ["teacher", surgery.CALIBRATED, surgery.CALIBRATED, *baselines]
-    assert all(row["kept"] <= row["ratio"] for row in rows) and rows[2]["scope"] == "attention"
+    assert [row["method"] for row in rows if row["scope"] == "all"] == ["teacher", *both, *baselines]
+    assert [row["method"] for row in rows if row["scope"] == "attention"] == both
+    assert all(row["kept"] <= row["ratio"] for row in rows)
     assert rows[1]["text.txt, ratio"] == pytest.approx(rows[1]["text.txt"] / rows[0]["text.txt"])
     again, _ = run("surgery", *argv, "--ratios", 0.5, 0.7)
     assert [row for row in again["figures"]["rows"] if row["ratio"] != 0.7] == rows  # what is there stays
@@ -397,12 +399,16 @@ def test_surgery_and_distillation(run, text, tmp_path):
     assert scored["figures"]["rows"] == rows
     assert {path: path.stat().st_mtime_ns for path in kept.rglob("*.safetensors")} == saved
 
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("{block_size: 16, learning_rate: 0.01, use_cpu: true, stages: [{match: logits}]}")
-    options = ("--recipe", recipe, "--steps", 20, "--ratios", 0.5, "--folder", tmp_path / "distilled")
+    options = ("--steps", 20, "--ratios", 0.5, 0.4, "--folder", tmp_path / "distilled")
     report, _ = run("distillation", tmp_path / "model", kept, "--text", text, *options)
-    (row,) = report["figures"]["rows"]
-    assert row["steps"] == 20 and row["text.txt, ratio before"] == rows[1]["text.txt, ratio"]
-    assert row["text.txt, ratio"] != row["text.txt, ratio before"] and row["trained"] > 0
+    done = report["figures"]["rows"]
+    assert [(row["method"], row["scope"], row["recipe"]) for row in done] == [
+        (surgery.CALIBRATED, "all", "distill-surgery"),
+        (surgery.NOT_REFITTED, "attention", "distill-attention"),
+    ]
+    for row in done:
+        (start,) = (r for r in rows if (r["method"], r["scope"]) == (row["method"], row["scope"]))
+        assert row["steps"] == 20 and row["text.txt, ratio before"] == start["text.txt, ratio"]
+        assert row["text.txt, ratio"] != row["text.txt, ratio before"] and row["trained"] > 0
     table = importlib.import_module("readme").table(tmp_path)
     assert "50% of all linear layers kept" in table and "after distillation" in table
