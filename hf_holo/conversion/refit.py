@@ -146,13 +146,16 @@ def fit(
         W̃ `[m, n]` and E[x̃ x̃ᵀ] `[n, n]`, both in float64.
     """
     gram, cross, tokens = 0.0, 0.0, 0
+    by_inputs = weight.shape[0] > weight.shape[1] and not writes  # W is taken out of the sum where that is less work
     for theirs, ours in passages:
-        x = ours.x.to(weight.dtype)  # [tokens, n]
-        target = theirs.x.to(weight.dtype) @ weight.T  # [tokens, m]
+        x, target = ours.x.to(weight.dtype), theirs.x.to(weight.dtype)  # [tokens, n]
+        if not by_inputs:
+            target = target @ weight.T  # [tokens, m]
         if writes:
             target = target + theirs.stream - ours.stream
         gram, cross, tokens = gram + x.T @ x, cross + target.T @ x, tokens + len(x)
     gram, cross, weight = gram.double() / tokens, cross.double() / tokens, weight.double()
+    cross = weight @ cross if by_inputs else cross
     damping = DAMPING * gram.trace() / len(gram)
     damped = gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return torch.linalg.solve(damped, (cross + damping * weight).T).T, gram

@@ -35,12 +35,13 @@ def logit_error(student, teacher, windows) -> float:
     return float(distance.square().mean())
 
 
+@pytest.mark.parametrize("outputs", [3, 6])
 @pytest.mark.parametrize("writes", [False, True])
-def test_fitted_weights_solve_the_damped_least_squares(writes):
+def test_fitted_weights_solve_the_damped_least_squares(writes, outputs):
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    weight, theirs, noise = draw(3, 4), draw(2, 50, 4), draw(2, 50, 4)
-    streams = draw(2, 2, 50, 3)
+    weight, theirs, noise = draw(outputs, 4), draw(2, 50, 4), draw(2, 50, 4)
+    streams = draw(2, 2, 50, outputs)
     ours = theirs + 0.3 * noise
     passages = [(Arrival(theirs[n], streams[0, n]), Arrival(ours[n], streams[1, n])) for n in range(2)]
 
