@@ -78,9 +78,8 @@ def refit(
             if site.layers[0].startswith(prefix) and ranks[number] is not None
         }
         writers = residual_writers(teacher, call, theirs[0])
-        order = _in_order(teacher, call, theirs[0], list(numbers))
-        wanted, theirs = zip(*(_pass(teacher, call, hidden, order, writers) for hidden in theirs), strict=True)
-        for layer in order:
+        wanted, theirs = zip(*(_pass(teacher, call, hidden, list(numbers), writers) for hidden in theirs), strict=True)
+        for layer in wanted[0]:  # in the order in which the block calls them
             number = numbers[layer]
             site, weight = sites[number], stacked_weight(model, sites[number])
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -211,7 +210,8 @@ def _pass(
     writers: Sequence[str],
     stop: bool = False,
 ) -> tuple[dict[str, Arrival], torch.Tensor | None]:
-    """Run the block, up to the last of these layers if told to `stop` there: what came to each, and what left it."""
+    """Run the block, up to the last of these layers if told to `stop` there: what came to each, in the order of
+    the calls, and what left the block."""
     arrivals: dict[str, Arrival] = {}
     stream = hidden
 
@@ -230,18 +230,6 @@ def _pass(
     with suppress(_Reached), removed_after(hooks):
         output = call(block, hidden)
     return arrivals, output
-
-
-def _in_order(block: nn.Module, call: Call, hidden: torch.Tensor, layers: list[str]) -> list[str]:
-    """The layers in the order in which the block calls them."""
-    order: list[str] = []
-    hooks = [
-        block.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: order.append(name))
-        for name in layers
-    ]
-    with removed_after(hooks):
-        call(block, hidden)
-    return order
 
 
 def residual_writers(block: nn.Module, call: Call, hidden: torch.Tensor) -> tuple[str, ...]:
