@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from small_models import new_model
 from transformers import PreTrainedModel
-
-from hf_holo import get_architecture
 
 VOCABULARY = 61
 
@@ -28,14 +27,6 @@ def exact() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def small(family: str, head: str = "AutoModelForCausalLM", variant: str | None = None, **overrides) -> PreTrainedModel:
-    """A new model of a variant (default: the first) of a family, on the CPU and in evaluation mode."""
-    architecture = get_architecture(family)
-    kwargs = architecture.variants[variant or next(iter(architecture.variants))]
-    torch.manual_seed(0)
-    return architecture.models[head](architecture.config(**{**kwargs, **overrides})).eval()
-
-
 def random_ids(rows: int, length: int) -> torch.Tensor:
     """Token ids `[rows, length]` without the padding id 0."""
     return torch.randint(1, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(0))
@@ -43,7 +34,7 @@ def random_ids(rows: int, length: int) -> torch.Tensor:
 
 @pytest.fixture(name="small", scope="session")
 def small_fixture() -> Callable[..., PreTrainedModel]:
-    return small
+    return new_model
 
 
 @pytest.fixture(name="random_ids", scope="session")

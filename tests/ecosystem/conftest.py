@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from small_models import new_model
 from transformers import PreTrainedModel
 
 from hf_holo import architectures, get_architecture
@@ -14,10 +15,8 @@ VOCABULARY = 61
 
 def tiny(family: str, head: str = "AutoModelForCausalLM", variant: int | str = 0, **overrides) -> PreTrainedModel:
     """A new model of a variant of a family, with its weights moved away from their start."""
-    architecture = get_architecture(family)
-    name = variant if isinstance(variant, str) else [*architecture.variants][variant]
-    torch.manual_seed(0)
-    model = architecture.models[head](architecture.config(**{**architecture.variants[name], **overrides})).eval()
+    name = variant if isinstance(variant, str) else [*get_architecture(family).variants][variant]
+    model = new_model(family, head, name, **overrides)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

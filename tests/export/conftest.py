@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import pytest
-import torch
+from small_models import new_model
 
-from hf_holo import get_architecture
 from hf_holo.eval.conformance.subject import perturb
 from hf_holo.export.graph import TASKS, WITH_PAST
 from hf_holo.training.tokenizers import make_tokenizer
@@ -15,11 +14,7 @@ TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mi
 
 def tiny_model(family: str, variant: str | None = None, auto: str = "AutoModelForCausalLM", **overrides):
     """A model of a variant (default: the first) whose weights are moved away from where they start."""
-    architecture = get_architecture(family)
-    arguments = architecture.variants[variant or next(iter(architecture.variants))]
-    torch.manual_seed(0)
-    model = architecture.models[auto](architecture.config(**{**arguments, **overrides})).eval()
-    return perturb(model).requires_grad_(False)
+    return perturb(new_model(family, auto, variant, **overrides)).requires_grad_(False)
 
 
 def save(model, folder: Path) -> Path:

@@ -64,39 +64,39 @@ class AverageForCausalLM(AveragePreTrainedModel, RecurrentForCausalLM):
     backbone_class = AverageModel
 
 
-class AverageForImageClassification(AveragePreTrainedModel):
-    """Patches of 4 × 4 as tokens, row by row; the last one is classified."""
+class AverageClassifier(AveragePreTrainedModel):
+    """Pieces of an image or a sound are tokens."""
 
-    main_input_name = "pixel_values"
+    convolution, channels = nn.Conv2d, 3
 
     def __init__(self, config):
         super().__init__(config)
-        self.patches = nn.Conv2d(3, config.hidden_size, 4, stride=4)
+        self.pieces = self.convolution(self.channels, config.hidden_size, 4, stride=4)
         self.model = AverageModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
+
+
+class AverageForImageClassification(AverageClassifier):
+    """Patches of 4 × 4 as tokens, row by row; the last one is classified."""
+
+    main_input_name = "pixel_values"
 
     @property
     def dummy_inputs(self):
         return {"pixel_values": torch.zeros(1, 3, 8, 12)}
 
     def forward(self, pixel_values, return_dict=None):
-        x = self.patches(pixel_values).flatten(2).mT
+        x = self.pieces(pixel_values).flatten(2).mT
         last = self.model(inputs_embeds=x, use_cache=False).last_hidden_state[:, -1]
         return ImageClassifierOutput(logits=self.classifier(last))
 
 
-class AverageForAudioClassification(AveragePreTrainedModel):
+class AverageForAudioClassification(AverageClassifier):
     """Four samples are a token; the mean of all is classified."""
 
     main_input_name = "input_values"
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.frames = nn.Conv1d(1, config.hidden_size, 4, stride=4)
-        self.model = AverageModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+    convolution, channels = nn.Conv1d, 1
 
     @property
     def dummy_inputs(self):
@@ -105,7 +105,7 @@ class AverageForAudioClassification(AveragePreTrainedModel):
     def forward(self, input_values, attention_mask=None, return_dict=None):
         if attention_mask is not None:
             input_values = input_values * attention_mask
-        x = self.frames(input_values[:, None]).mT
+        x = self.pieces(input_values[:, None]).mT
         hidden = self.model(inputs_embeds=x, use_cache=False).last_hidden_state
         return SequenceClassifierOutput(logits=self.classifier(hidden.mean(1)))
 
@@ -116,7 +116,7 @@ class AverageForSequenceClassification(AverageForImageClassification):
     main_input_name = "input_ids"
 
     def forward(self, input_ids, attention_mask=None, pixel_values=None, return_dict=None):
-        patches = self.patches(pixel_values).flatten(2).mT
+        patches = self.pieces(pixel_values).flatten(2).mT
         x = torch.cat([patches, self.model.get_input_embeddings()(input_ids)], 1)
         mask = torch.cat([torch.ones_like(patches[..., 0], dtype=torch.long), attention_mask], 1)
         hidden = self.model(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
