@@ -121,7 +121,7 @@ def convert(teacher: str, out: Path, options: ConvertArguments, overwrite: bool 
         check_out(out, overwrite)
         job = prepare(teacher, out, options)
         conversion = job.conversion
-        with clear_disk_errors(out):
+        with clear_disk_errors("OUT", work_path(out)):
             work = WorkFolder(out, job.identity, overwrite)
             check_space(work, conversion.disk)
             model = job.source.load()
@@ -155,7 +155,7 @@ def convert(teacher: str, out: Path, options: ConvertArguments, overwrite: bool 
         seconds=seconds,
         peak_memory_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     )
-    with clear_disk_errors(out):
+    with clear_disk_errors("OUT", work_path(out)):
         conversion.write_layers(result)
         write_report(result, outcome)
         work.publish()

@@ -23,6 +23,7 @@ from ..errors import HoloError
 from ..eval.metrics import summed_losses
 from ..files import write_text
 from ..generation import generate_text
+from ..hub.card import write_card
 from ..hub.code import add_code
 from ..modeling.harmonics import HoloLinear
 from ..training.callbacks import CausalityCallback
@@ -36,6 +37,7 @@ from .distill_report import Report
 from .logit_cache import CachedLogits, write_cache
 from .objectives import Loss, block_twins, converted_layers, hidden_state_loss, logit_loss, output_loss
 from .sources import load_tokenizer, load_weights
+from .work_folder import clear_disk_errors
 
 FEATURE_WINDOWS = 8  # training windows that the features of holographic layers are measured on
 FINISHED = "stage.json"  # the last file that a stage writes
@@ -48,10 +50,12 @@ def main(argv: list[str]) -> None:
         HoloError: bad input; the message is one line that says what to do.
     """
     run = parse(argv)
+    folder = Path(run.training.output_dir)
     try:
-        distill(run)
+        with clear_disk_errors("output_dir", folder):
+            distill(run)
     except KeyboardInterrupt:
-        print(f"\nInterrupted. Go on with the same command and --resume_from_checkpoint: {run.training.output_dir}")
+        print(f"\nInterrupted. Go on with the same command and --resume_from_checkpoint: {folder}")
         raise SystemExit(130) from None
 
 
@@ -84,8 +88,6 @@ def distill(run: Distillation) -> PreTrainedModel | PeftModel:
     for stage in run.stages[len(finished) :]:  # bad input shows before the first stage costs time
         make_loss(stage, student, teacher)
         choose_trainable(student, teacher, stage, run.models.lora_rank)
-        if stage.training.optimizer == "whitened":
-            trained_layers(student)
 
     _prepare(run, folder, finished)
     report = Report.load(folder, len(finished)) if finished else Report(folder)
@@ -101,6 +103,7 @@ def distill(run: Distillation) -> PreTrainedModel | PeftModel:
     student.save_pretrained(folder)
     if isinstance(student, PreTrainedModel):  # adapters alone have no config.json
         add_code(folder)
+        write_card(folder)
     tokenizer.save_pretrained(folder)
     print(f"\nThe student lies in {folder}; figures in report.json, losses.csv and losses.png")
     return student
@@ -397,7 +400,9 @@ def make_optimizer(student: nn.Module, args: DistillTrainingArguments, train: Da
     betas = (args.adam_beta1, args.adam_beta2)
     if args.optimizer == "whitened":
         windows = torch.stack([train[i]["input_ids"] for i in evenly(train, FEATURE_WINDOWS).indices])
-        return WhitenedAdamW(feature_grams(student, windows), args.learning_rate, betas, args.adam_epsilon)
+        grams = feature_grams(student, windows)
+        others = [p for p in student.parameters() if p.requires_grad and p not in grams]
+        return WhitenedAdamW(grams, args.learning_rate, betas, args.adam_epsilon, others)
     if args.optimizer == "muon":
         try:
             return MuonAdamW.for_model(
@@ -408,32 +413,20 @@ def make_optimizer(student: nn.Module, args: DistillTrainingArguments, train: Da
     return None
 
 
-def trained_layers(student: nn.Module) -> list[HoloLinear]:
-    """The holographic layers whose coefficients train.
-
-    Raises:
-        HoloError: something else trains too, or there is none.
-    """
-    layers = [m for m in student.modules() if isinstance(m, HoloLinear) and m.folded and m.coefficients.requires_grad]
-    coefficients = {layer.coefficients for layer in layers}
-    other = next((n for n, p in student.named_parameters() if p.requires_grad and p not in coefficients), None)
-    if other:
-        raise HoloError(f"optimizer: 'whitened' trains the coefficients of folded holographic layers, not {other!r}")
-    return layers
-
-
 @torch.no_grad()
 def feature_grams(student: nn.Module, windows: torch.Tensor) -> dict[nn.Parameter, torch.Tensor]:
-    """E[z zᵀ] of the features z = B x that the trained coefficients of every holographic layer weigh.
+    """E[z zᵀ] of the features z = B x that the trained coefficients of every folded holographic layer weigh.
 
     Args:
-        student: see [`trained_layers`].
+        student: other parameters may train too.
         windows: token ids `[N, T]`.
 
     Returns:
         `[R, R]` for each trained parameter; layers with a common basis share it.
     """
-    layers = trained_layers(student)
+    layers = [m for m in student.modules() if isinstance(m, HoloLinear) and m.folded and m.coefficients.requires_grad]
+    if not layers:
+        return {}
     grams: dict[nn.Module, torch.Tensor] = {}
 
     def add(basis: nn.Module, args: tuple[torch.Tensor], features: torch.Tensor) -> None:

@@ -106,8 +106,8 @@ class DistillTrainingArguments(HoloTrainingArguments):
         "Go on where the run in output_dir was cut off.", nargs="?", const="last"
     )
     optimizer: Literal["whitened", "muon", "adamw"] = described(
-        "whitened: for the coefficients of holographic layers, with a relative learning rate (WhitenedAdamW); muon: "
-        "MuonAdamW; adamw: the optimizer that --optim names.",
+        "whitened: the coefficients of fitted holographic layers take steps relative to their size (WhitenedAdamW), "
+        "all else those of AdamW; muon: MuonAdamW; adamw: the optimizer that --optim names.",
         "adamw",
     )
     causality_check: bool = described("Stop the run if the student sees tokens that it should predict.", False)

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from ..errors import HoloError
 from ..files import replacing, write_text
 
-MARK = "report.json"  # every finished result holds one; nothing else is ever replaced
+MARK = "report.json"  # every finished conversion holds one; nothing else is ever replaced
+MARKED_BY = {"recipe", "numbers"}  # what it says there, and the report of a distillation does not
 
 
 class WorkFolder:
@@ -44,7 +45,10 @@ class WorkFolder:
             shutil.rmtree(self.path)
         elif known is not None:
             print(f"Going on with what lies in {self.path}.")
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise HoloError(f"OUT: {str(self.path)!r} cannot be made: {error.strerror}") from None
         self.save_json("identity", identity)
 
     def save_json(self, name: str, values: Any) -> None:
@@ -94,7 +98,7 @@ def check_out(out: Path, overwrite: bool) -> None:
     """Refuse a folder that may not be written.
 
     Raises:
-        HoloError: it exists and nothing was said of overwriting, or it holds no earlier result.
+        HoloError: it exists and nothing was said of overwriting, or it holds no earlier conversion.
     """
     if out.is_file():
         raise HoloError(f"OUT: {str(out)!r} is a file; name a folder")
@@ -102,13 +106,25 @@ def check_out(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise HoloError(f"OUT: {str(out)!r} exists; name another folder, or give --overwrite to replace it")
-    if not (out / MARK).is_file():
-        raise HoloError(f"OUT: {str(out)!r} holds no earlier result (no {MARK}), and is not overwritten; name another")
+    if not _is_conversion(out / MARK):
+        raise HoloError(f"OUT: {str(out)!r} holds no earlier conversion (by its {MARK}) and stays; name another folder")
+
+
+def _is_conversion(report: Path) -> bool:
+    try:
+        values = json.loads(report.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and values.keys() >= MARKED_BY
 
 
 @contextmanager
-def clear_disk_errors(out: Path) -> Iterator[None]:
+def clear_disk_errors(argument: str, folder: Path) -> Iterator[None]:
     """Turn a full or read-only disk into one line.
+
+    Args:
+        argument: that named the place.
+        folder: that is being written.
 
     Raises:
         HoloError: instead of the OSError, or of the SafetensorError that hides it.
@@ -120,8 +136,8 @@ def clear_disk_errors(out: Path) -> Iterator[None]:
         for number, reason in reasons.items():
             if getattr(error, "errno", None) == number or f"os error {number}" in str(error):
                 raise HoloError(
-                    f"OUT: {reason} while writing {str(work_path(out))!r}; make room, and the same command goes on"
+                    f"{argument}: {reason} while writing {str(folder)!r}; make room and go on from there"
                 ) from None
         if isinstance(error, PermissionError):
-            raise HoloError(f"OUT: {str(error.filename)!r} cannot be written: {error.strerror}") from None
+            raise HoloError(f"{argument}: {str(error.filename)!r} cannot be written: {error.strerror}") from None
         raise

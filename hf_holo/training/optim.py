@@ -148,6 +148,7 @@ class WhitenedAdamW(AdamW):
             the same features, and share V.
         lr: learning rate, relative: the step of an entry divided by the root mean square of its column of Ĉ.
         betas, eps: as in AdamW.
+        others: parameters without features, such as biases; AdamW trains them as they are, with the same `lr`.
 
     Raises:
         ValueError: a parameter is no matrix, or its G has another size.
@@ -162,6 +163,7 @@ class WhitenedAdamW(AdamW):
         lr: float = 5e-3,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        others: Iterable[nn.Parameter] = (),
     ) -> None:
         readers: dict[int, list[nn.Parameter]] = {}
         for parameter, gram in grams.items():
@@ -176,6 +178,8 @@ class WhitenedAdamW(AdamW):
                 size = power.clamp_min(self.LEAST**2 * power.mean()).sqrt()
                 step = (size[:, None] * back).to(parameter.dtype)
                 groups.append({"params": [parameter], "whitener": back.T.to(parameter.dtype), "step": step})
+        if others := list(others):
+            groups.append({"params": others})
         super().__init__(groups, lr, betas, eps, weight_decay=0.0)
 
     @classmethod
@@ -194,7 +198,8 @@ class WhitenedAdamW(AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        moved = [(group, p, p.clone()) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        whitened = [group for group in self.param_groups if "whitener" in group]
+        moved = [(group, p, p.clone()) for group in whitened for p in group["params"] if p.grad is not None]
         for group, parameter, _ in moved:
             parameter.grad = parameter.grad @ group["whitener"]  # of Ĉ
         super().step()

@@ -1,6 +1,7 @@
 """`hf-holo distill` on tiny models: stages that lower their loss, a teacher that stays, and runs that go on."""
 
 import csv
+import errno
 import json
 import shutil
 
@@ -116,6 +117,34 @@ def test_a_run_writes_all_it_promises_and_leaves_the_teacher(folders, capsys):
         assert torch.equal(value, last[name]), name
     assert before == {path.name: path.read_bytes() for path in (folders / "teacher").iterdir()}
     assert "perplexity ratio" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("surgery", "changes", "trains"),
+    [
+        ({"folded": True}, {}, {"coefficients", "bias"}),
+        ({}, {}, {"amplitude", "phase", "bias"}),
+        ({"folded": True}, {"lora_rank": 2}, None),  # what is saved is the adapter
+    ],
+)
+def test_the_recipe_of_surgery_teaches_every_student(tmp_path, surgery, changes, trains):
+    """Of fitted layers, of the original's, those with biases, and through adapters."""
+    teacher = LlamaForCausalLM(LlamaConfig(vocab_size=len(TOKENIZER), attention_bias=True, **SHAPE)).eval()
+    teacher.save_pretrained(tmp_path / "teacher")
+    TOKENIZER.save_pretrained(tmp_path / "teacher")
+    apply_surgery(teacher, HoloSurgeryConfig(harmonics=6, **surgery))
+    teacher.save_pretrained(tmp_path / "student")
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    flags = {**QUICK, "max_steps": 20, "learning_rate": 5e-3, **changes}
+    places = {name: tmp_path / name for name in ("teacher", "student")} | {"train_files": tmp_path / "text.txt"}
+    words = [f"--{name}={value}" for name, value in (places | flags).items()]
+    main(["distill-surgery", *words, "--output_dir", str(tmp_path / "out")])
+    rows = list(csv.DictReader((tmp_path / "out" / "losses.csv").open()))
+    losses = [float(row["stage_loss"]) for row in rows if row["stage_loss"]]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    if trains:
+        before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("student", "out"))
+        assert {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])} == trains
 
 
 @pytest.mark.parametrize("kind", ["hsn", "surgery"])
@@ -294,13 +323,25 @@ def test_the_recipes_of_the_package_are_valid(name):
         ([{"match": "logits"}], {"block_size": 100_000}, "fewer than one block"),
         ([{"match": "logits"}], {"validation_fraction": [0.1, 0.2]}, "2 shares for 1 texts"),
         ([{"match": "logits"}], {"lora_rank": 2, "lora_modules": ["nowhere"]}, "lora_modules"),
-        ([{"match": "logits"}], {"optimizer": "whitened"}, "optimizer: 'whitened' trains the coefficients"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(hsn_folders, stages, changes, said):
     with pytest.raises(HoloError, match=said):
         main(arguments(hsn_folders, stages, **changes))
     assert not (hsn_folders / "out").exists()
+
+
+def test_a_full_disk_is_named_and_the_run_goes_on(hsn_folders, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    stages = [{"match": "layers"}, {"match": "logits"}]
+    with monkeypatch.context() as patch, pytest.raises(HoloError, match="output_dir: the disk is full while writing"):
+        patch.setattr("hf_holo.conversion.distill.save_final", full)
+        main(arguments(hsn_folders, stages))
+    main(arguments(hsn_folders, stages, "--resume_from_checkpoint"))
+    assert (hsn_folders / "out" / "model.safetensors").exists()
+
 
 
 def test_a_student_of_another_vocabulary_or_shape_is_refused(hsn_folders):

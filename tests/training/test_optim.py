@@ -277,6 +277,21 @@ def test_whitened_adamw_goes_on_from_its_saved_state():
     torch.testing.assert_close(twin, coefficients, rtol=0, atol=0)
 
 
+def test_parameters_without_features_take_the_steps_of_adamw():
+    coefficients, gram = whitened_problem()
+    ours, theirs = (nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2))
+    optimizers = (
+        WhitenedAdamW({coefficients: gram}, 0.05, others=[ours]),
+        torch.optim.AdamW([theirs], 0.05, (0.9, 0.95), weight_decay=0.0),
+    )
+    for _ in range(3):
+        for optimizer, bias in zip(optimizers, (ours, theirs), strict=True):
+            optimizer.zero_grad()
+            (coefficients.sum() + bias.pow(3).sum()).backward()
+            optimizer.step()
+    assert torch.equal(ours, theirs)
+
+
 def test_whitened_adamw_refuses_a_gram_of_another_size():
     with pytest.raises(ValueError, match=r"grams: \(4, 4\) does not fit a parameter \(3, 5\)"):
         WhitenedAdamW({nn.Parameter(torch.zeros(3, 5)): torch.eye(4)})
