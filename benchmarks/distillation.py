@@ -12,7 +12,6 @@ result file holds already are not measured anew.
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,6 +61,10 @@ def measured(folder: Path, texts: Sequence[Text]) -> dict[str, float]:
     return {text.name: perplexity(model, text.held_out, text.name) for text in texts}
 
 
+def trained_seconds(rows: Sequence[dict]) -> float:
+    return sum(row["seconds"] for row in rows)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="folder of the teacher")
@@ -76,7 +79,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
     args = parser.parse_args(argv)
 
-    start = time.perf_counter()
     before = read_report("surgery", args.results)["figures"]
     if not before:
         parser.error(f"{args.results} holds no surgery.json: run benchmarks/surgery.py with --students first")
@@ -86,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts = load_texts(options, load_tokenizer(args.model), Source.find(args.model))
     teacher, *converted = before["rows"]
     settings = {"bf16": args.bf16, "teacher": teacher}
-    rows, spent = earlier_rows("distillation", settings, args.results)
+    rows, _ = earlier_rows("distillation", settings, args.results)
     done = {(row["method"], row["scope"], row["ratio"]) for row in rows}
     for row in converted:
         trial = Trial(row["method"], row["scope"], row["ratio"])
@@ -100,12 +102,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append({**trial._asdict(), "kept": row["kept"], **training, **zero_shot, **scores})
         rows[-1] |= ratios(scores, teacher)
         print_table(rows[-1:])
-        seconds = spent + time.perf_counter() - start
-        write_report("distillation", settings | {"rows": rows}, seed=args.seed, seconds=seconds, folder=args.results)
+        figures = settings | {"rows": rows}
+        write_report("distillation", figures, seed=args.seed, seconds=trained_seconds(rows), folder=args.results)
     if not rows:
         parser.error(f"{args.students} holds none of the models in surgery.json")
     print_table(rows)
-    print_footer(args.results / "distillation.json", spent + time.perf_counter() - start)
+    print_footer(args.results / "distillation.json", trained_seconds(rows))
 
 
 if __name__ == "__main__":

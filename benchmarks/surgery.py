@@ -262,6 +262,7 @@ def settings_of(model: PreTrainedModel, texts: Sequence[Text], options: ConvertA
         "window": options.window,
         "calibration_tokens": options.tokens,
         "fisher_tokens": options.fisher_tokens,
+        "held_out": options.held_out,
         "held_out_windows": {text.name: len(text.held_out) for text in texts},
     }
 
