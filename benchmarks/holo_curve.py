@@ -15,7 +15,7 @@ which gives the directions.
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from report import RESULTS, earlier_rows, print_footer, print_table, write_report
 from torch import nn
 
+from hf_holo.conversion.bases import fit_bases
 from hf_holo.files import replacing, write_csv
 from hf_holo.modeling.configuration_holo import HoloConfig
 from hf_holo.modeling.harmonics import HoloLinear
@@ -65,33 +66,11 @@ def projections(model: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in f".{n}"}
 
 
-@torch.no_grad()
-def principal_directions(twin: nn.Module, text: CharacterText, args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """For each projection the eigenvectors of E[x xᵀ] of its inputs as rows `[I, I]`, the strongest first."""
-    moments = {
-        name: torch.zeros(p.in_features, p.in_features, dtype=torch.float64) for name, p in projections(twin).items()
-    }
-    hooks = []
-    for name, projection in projections(twin).items():
-
-        def add(_, inputs, moment=moments[name]):
-            x = inputs[0].flatten(0, -2).double()
-            moment.add_(x.T @ x)
-
-        hooks.append(projection.register_forward_pre_hook(add))
+def calibration_batches(text: CharacterText, args: argparse.Namespace) -> Iterator[dict[str, torch.Tensor]]:
+    """Training windows on which the bases are fitted."""
     generator = torch.Generator().manual_seed(args.seed)
-    twin.eval()
     for _ in range(BATCHES):
-        twin(input_ids=text.batch(args.rows, args.length, generator)[0], use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return {name: torch.linalg.eigh(moment).eigenvectors.flip(1).T.float() for name, moment in moments.items()}
-
-
-def set_bases(model: nn.Module, directions: dict[str, torch.Tensor]) -> None:
-    """Fix every "data" basis to the first directions, as many as it has harmonics."""
-    for name, layer in projections(model).items():
-        layer.basis.store(directions[name][: layer.harmonics])
+        yield {"input_ids": text.batch(args.rows, args.length, generator)[0]}
 
 
 def counts(model: nn.Module) -> dict[str, int]:
@@ -129,14 +108,11 @@ def plot(runs: list[dict], path: Path) -> None:
         if chosen:
             x, y = [run["harmonics"] for run in chosen], [run["loss"] for run in chosen]
             axes.plot(x, y, "o-", color=colour, label=f"basis {basis!r}")
-            for run in chosen if basis == BASES[0] else ():
-                share = f"{run['block_parameters'] / size:.2f}"
-                axes.annotate(share, (run["harmonics"], run["loss"]), xytext=(0, 8), textcoords="offset points")
     axes.set_xscale("log", base=2)
-    ticks = sorted({run["harmonics"] for run in runs if run["harmonics"]})
-    axes.set_xticks(ticks, map(str, ticks))
+    shares = {run["harmonics"]: run["block_parameters"] / size for run in runs if run["harmonics"]}
+    axes.set_xticks(list(shares), [f"{harmonics}\n{share:.2f}" for harmonics, share in shares.items()])
     axes.set(
-        xlabel="harmonics (numbers at the points: trained parameters in the blocks, those of the dense twin being 1)",
+        xlabel="harmonics; below them the trained parameters in the blocks, those of the dense twin being 1",
         ylabel="validation loss (nats per character)",
     )
     axes.grid(alpha=0.3)
@@ -182,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {name: getattr(args, name) for name in names} | {"characters": len(text.train) + len(text.validation)}
     runs, _ = earlier_rows(NAME, {"settings": settings}, args.results, "runs")
     fresh = build(text.vocab_size, args)
-    directions: dict[str, torch.Tensor] = {}  # of the dense twin
+    twin = build(text.vocab_size, args)  # trained when its directions are asked for
 
     def loss_of(basis: str, harmonics: int | None, rate: float) -> float:
         """Of a run that is there already, or else of a new one."""
@@ -194,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = build(text.vocab_size, args, basis, harmonics)
         share_embeddings(model, fresh)
         if basis == "data":
-            set_bases(model, directions)
+            fit_bases(model, calibration_batches(text, args), source=twin)
         runs.append({"basis": basis, "harmonics": harmonics, **train(model, text, rate, args)})
         figures = {"settings": settings, "runs": runs, "above_dense_at_a_quarter": at_a_quarter(best(runs))}
         seconds = sum(run["seconds"] for run in runs)
@@ -214,9 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for basis in args.bases:
         rate = dense_rate
         if basis == "data":
-            twin = build(text.vocab_size, args)
             train(twin, text, dense_rate, args)
-            directions.update(principal_directions(twin, text, args))
         for harmonics in args.harmonics:
             rate = tuned(basis, harmonics, rate)
 

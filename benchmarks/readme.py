@@ -332,6 +332,34 @@ def surgery_table(folder: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
+def curve_table(folder: Path = RESULTS) -> str:
+    """HOLO from scratch beside its dense twin, as a Markdown table and the figure of the benchmark."""
+    report = read_report("holo_curve", folder)
+    settings, (dense, *others) = report["figures"]["settings"], best(report["figures"]["runs"])
+    lines = [
+        "| basis | harmonics | trained in the blocks | of the twin's | stored | nats per character | above the twin |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+        f"| dense twin | | {dense['block_parameters']:,} | 1 | {dense['stored']:,} | {dense['loss']:.3f} | |",
+    ]
+    for run in others:
+        share, above = run["block_parameters"] / dense["block_parameters"], run["loss"] - dense["loss"]
+        lines.append(
+            f"| {run['basis']} | {run['harmonics']} | {run['block_parameters']:,} | {share:.2f} | {run['stored']:,} | "
+            f"{run['loss']:.3f} | {above:+.3f} |"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "![Validation loss over the harmonics](images/holo_curve.png)",
+            "",
+            f"{settings['steps']} steps of {settings['rows']}×{settings['length']} with AdamW, width "
+            f"{settings['width']}, depth {settings['depth']}, {report['seconds']:,.0f} seconds for all "
+            f"{len(report['figures']['runs'])} runs on: {_machine(report)}.",
+        ]
+    )
+
+
 def long_table(folder: Path = RESULTS) -> str:
     """What long texts cost, as a Markdown table."""
     report = read_report("long_context", folder)
@@ -356,6 +384,17 @@ def long_table(folder: Path = RESULTS) -> str:
         f"random weights, {report['seconds']:.0f} seconds for all on: {_machine(report)}.",
     ]
     return "\n".join(lines)
+
+
+def gradient_line(folder: Path = RESULTS) -> str:
+    """How much the gradients of both kinds of weights vary over depth and over length, as a sentence."""
+    report = read_report("gradient_norms", folder)
+    rows = [
+        f"{row['varies_over_depth']:.2f} over depth and {row['varies_over_length']:.2f} over length with weights as "
+        f"{row['weights']}"
+        for row in report["figures"]["rows"]
+    ]
+    return f"The largest gradient of the first block, divided by the smallest: {'; '.join(rows)}."
 
 
 def vocabulary_table(folder: Path = RESULTS) -> str:
@@ -404,6 +443,36 @@ def infilling_table(folder: Path = RESULTS) -> str:
     )
 
 
+def recall_table(folder: Path = RESULTS) -> str:
+    """What a memory of 1,024 phasors recalls, and how far every dimension is from theory, as Markdown tables."""
+    report = read_report("memory_recall", folder)
+    points, ways = report["points"], ("one_shot", "cancelled")
+    lines = ["| pairs | one-shot | theory | with cancellation | theory |", "|--:|--:|--:|--:|--:|"]
+    for point in points:
+        if point["dimension"] == 1024 and point["pairs"] >= 48:  # fewer are all recalled
+            shares = (point[name + kind] for name in ways for kind in ("", "_theory"))
+            lines.append(f"| {point['pairs']:,} | {' | '.join(f'{share:.1%}' for share in shares)} |")
+    lines += ["", "| phasors | one-shot is off theory by at most | with cancellation by at most |", "|--:|---|---|"]
+    for dimension in dict.fromkeys(point["dimension"] for point in points):
+        own = [point for point in points if point["dimension"] == dimension]
+        cells = []
+        for name in ways:
+            far = max(own, key=lambda point: abs(point[name] - point[f"{name}_theory"]))
+            share, theory = far[name], far[f"{name}_theory"]
+            cells.append(f"{100 * (share - theory):+.1f} points: {share:.1%} of {far['pairs']:,} pairs")
+        lines.append(f"| {dimension:,} | {' | '.join(cells)} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{report['codes']:,} codes, {report['rounds']} rounds of cancellation; one-shot over at least "
+            f"{min(point['one_shot_reads'] for point in points):,} pairs a point, cancellation over at least "
+            f"{min(point['cancelled_reads'] for point in points):,}; {report['seconds']:,.0f} seconds by the clock "
+            f"for all {len(points)} points.",
+        ]
+    )
+
+
 def check_table() -> str:
     """The checks of the conformance kit, from their own descriptions."""
     lines = ["| group | check | what holds | needs |", "|---|---|---|---|"]
@@ -420,9 +489,12 @@ TABLES: dict[tuple[Path, str], Callable[[], str]] = {
     (DOCS / "conformance.md", "measured"): kit_table,
     (DOCS / "conformance.md", "checks"): check_table,
     (DOCS / "surgery.md", "measured"): surgery_table,
+    (DOCS / "holo.md", "measured"): curve_table,
     (DOCS / "resonance.md", "measured"): long_table,
+    (DOCS / "resonance.md", "gradients"): gradient_line,
     (DOCS / "vocabulary.md", "measured"): vocabulary_table,
     (DOCS / "code.md", "measured"): infilling_table,
+    (DOCS / "memory.md", "measured"): recall_table,
 }
 
 

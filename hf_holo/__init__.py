@@ -9,6 +9,7 @@ from typing import Any
 
 from .adapters import offer_adapters
 from .conversion import surgery  # noqa: F401  (it registers the quantizer "holo" with transformers)
+from .hub import saving  # noqa: F401  (it gives the models of this package their cards)
 from .modeling.configuration_holo import HoloConfig
 from .modeling.configuration_hsn import HsnConfig
 from .modeling.configuration_resonance import ResonanceConfig
@@ -44,6 +45,7 @@ offer_adapters("resonance", outputs=["in_proj"], inputs=["up_proj", "down_proj"]
 # Public names that are imported when first asked for, by module. The registry adds the model classes and, for each
 # preset, a function that makes its model: `hsn_tiny(vocab_size=...)`.
 _LAZY = {
+    "conversion.bases": ["fit_bases"],
     "conversion.surgery": ["HoloSurgeryConfig", "apply_surgery", "restore_linears"],
     "conversion.transfer": ["transfer_to_hsn"],
     "errors": ["HoloError"],

@@ -373,11 +373,11 @@ def check_ratio(sites: Sequence[Site], ratio: float) -> None:
 
 def _choices(site: Site, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Stored numbers and loss of each choice `[k + 1]`: ranks 1 to k, and the dense weights at the end."""
-    ranks = torch.arange(1, site.size + 1, dtype=torch.float64)
-    cost = ranks * (site.outputs + site.inputs - ranks) + site.inputs
+    ranks = [*range(1, site.size + 1), None]
+    cost = torch.tensor([site.stored(rank) for rank in ranks], dtype=torch.float64)
     tail = loss.double().cpu().flip(0).cumsum(0).flip(0)  # [k], with harmonic r itself: the loss of rank r - 1
     nothing = tail.new_zeros(1)
-    return torch.cat([cost, cost.new_tensor([site.numbers])]), torch.cat([tail[1:], nothing, nothing])
+    return cost, torch.cat([tail[1:], nothing, nothing])
 
 
 def _spent(costs: Sequence[torch.Tensor], choices: Sequence[int]) -> float:

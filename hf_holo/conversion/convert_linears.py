@@ -38,6 +38,7 @@ class RegeneratedSurgery(Conversion):
 
     lesson = "distill-surgery"
     advice = "It has to be trained before it is of use, best on what its teacher says:"
+    error_of = "weights"
 
     def __init__(self, source: Source, options: ConvertArguments):
         super().__init__(source, options)
@@ -63,12 +64,10 @@ class RegeneratedSurgery(Conversion):
         """The bases depend on no text."""
 
     def apply(self, model: PreTrainedModel, texts: list[Text], work: WorkFolder) -> PreTrainedModel:
-        apply_surgery(model, self.surgery)
-        for name, entry in model.config.quantization_config.layers.items():
-            layer = model.get_submodule(name)
-            count = layer.count_numbers()
-            row = LayerRow((name,), entry["harmonics"], layer.in_features, count["dense"], count["stored"], None)
-            self.rows.append(row)
+        for row in apply_surgery(model, self.surgery).converted:
+            layer = model.get_submodule(row["module"])
+            sizes = layer.harmonics, layer.in_features, row["numbers_before"], row["stored"]
+            self.rows.append(LayerRow((row["module"],), *sizes, row["error"]))
         return model
 
     def figures(self, result: Path) -> dict[str, Any]:
@@ -80,8 +79,7 @@ class RegeneratedSurgery(Conversion):
     def write_layers(self, result: Path) -> None:
         write_layers(result / "layers.csv", self.rows)
         plot_layers(result / "ranks.png", self.rows, "harmonics", "harmonics ÷ largest rank (dense: 1)")
-        if all(row.error is not None for row in self.rows):
-            plot_layers(result / "error.png", self.rows, "error", "squared error of the outputs, relative")
+        plot_layers(result / "error.png", self.rows, "error", f"squared error of the {self.error_of}, relative")
 
 
 class CalibratedSurgery(RegeneratedSurgery):
@@ -91,6 +89,7 @@ class CalibratedSurgery(RegeneratedSurgery):
     """
 
     advice = "It was fitted and not trained; training on what its teacher says brings it nearer:"
+    error_of = "outputs"
 
     def _check(self) -> None:
         self.sites = find_sites(self.twin, self.surgery)
@@ -101,6 +100,8 @@ class CalibratedSurgery(RegeneratedSurgery):
         elif self.refit:
             check_refit(self.twin, self.sites)
         self.disk += 4 * sum(2 * site.size**2 for site in self.sites)
+        if self.refit:
+            self.disk += size_in_bytes(self.twin)  # at most: the finished blocks
 
     def print_coverage(self) -> None:
         """A conversion will move harmonics between the layers; the table gives all the same share."""
@@ -138,7 +139,7 @@ class CalibratedSurgery(RegeneratedSurgery):
         ranks = allocate(self.sites, losses, self.options.ratio)
         if self.refit:
             fishers = [work.load_tensors(_statistics(number), "fisher")["fisher"] for number in numbers]
-            errors = refit(model, self.sites, ranks, fishers, mixed(texts))
+            errors = refit(model, self.sites, ranks, fishers, mixed(texts), work)
         else:
             errors = [self._install(model, number, ranks[number], work) for number in tqdm(numbers, desc="surgery")]
         for site, rank, error in zip(self.sites, ranks, errors, strict=True):

@@ -108,6 +108,7 @@ def write_report(folder: Path, outcome: Outcome) -> None:
 CARD = """---
 library_name: transformers
 base_model: {teacher}
+model_name: {name}
 tags: [hf-holo, holographic]
 ---
 # {name}

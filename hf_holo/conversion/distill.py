@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..errors import HoloError
 from ..eval.metrics import summed_losses
@@ -29,6 +30,7 @@ from ..modeling.harmonics import HoloLinear
 from ..training.callbacks import CausalityCallback
 from ..training.data import Collator, Splits, read_documents, split_documents, text_splits
 from ..training.optim import MuonAdamW, WhitenedAdamW
+from ..training.tokenizers import saved_tokenizer
 from ..training.train import find_checkpoint, save_final
 from ..training.trainer import HoloTrainer
 from .calibration import removed_after
@@ -50,6 +52,8 @@ def main(argv: list[str]) -> None:
         HoloError: bad input; the message is one line that says what to do.
     """
     run = parse(argv)
+    if (processes := PartialState().num_processes) > 1:
+        raise HoloError(f"a distillation runs in one process, not in {processes}: start `hf-holo distill` by itself")
     folder = Path(run.training.output_dir)
     try:
         with clear_disk_errors("output_dir", folder):
@@ -195,7 +199,7 @@ def shared_tokenizer(run: Distillation) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(run.models.teacher, argument="teacher")
     if not (Path(run.models.student) / "tokenizer_config.json").is_file():
         return tokenizer  # the student came without one
-    other = AutoTokenizer.from_pretrained(run.models.student)
+    other = saved_tokenizer(run.models.student, "student")
     if other.get_vocab() != tokenizer.get_vocab():
         raise HoloError(
             f"student: the tokenizer in {run.models.student!r} has another vocabulary than the teacher's; "

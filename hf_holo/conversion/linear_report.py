@@ -22,7 +22,8 @@ class LayerRow:
         harmonics: None where it stays dense.
         full: the largest rank that makes sense, min(outputs, inputs).
         dense, stored: numbers of the weights before, and on disk now.
-        error: mean squared error of the outputs on the calibration text relative to their mean square; None if unknown.
+        error: mean squared error of the outputs on the calibration text relative to their mean square; where
+            nothing was fitted to a text, squared error of the weights relative to their square.
     """
 
     layers: tuple[str, ...]
@@ -30,7 +31,7 @@ class LayerRow:
     full: int
     dense: int
     stored: int
-    error: float | None
+    error: float
 
     @property
     def block(self) -> int:
@@ -78,8 +79,8 @@ def write_layers(path: Path, rows: Sequence[LayerRow]) -> None:
         writer.writerow(["block", "layers", "harmonics", "largest_rank", "dense", "stored", "relative_squared_error"])
         for row in rows:
             rank = "dense" if row.harmonics is None else row.harmonics
-            error = "" if row.error is None else f"{row.error:.6g}"
-            writer.writerow([row.block, " ".join(row.layers), rank, row.full, row.dense, row.stored, error])
+            layers = " ".join(row.layers)
+            writer.writerow([row.block, layers, rank, row.full, row.dense, row.stored, f"{row.error:.6g}"])
 
 
 def plot_layers(path: Path, rows: Sequence[LayerRow], what: str, label: str) -> None:

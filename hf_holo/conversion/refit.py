@@ -15,7 +15,7 @@ Source: layer-wise least squares on the student's own inputs, as in GPTQ (Franta
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +28,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..errors import HoloError
-from .calibration import Site, Statistics, factorise, install, removed_after, stacked_weight
-from .surgery import block_list, dense_shape, is_linear
+from .calibration import Site, Statistics, factorise, install, removed_after, stacked_weight, surgery_plan
+from .surgery import HoloSurgeryConfig, block_list, dense_shape, is_linear, swap
+from .work_folder import WorkFolder
 
 DAMPING = 0.03  # λ, as a share of the mean eigenvalue of E[x̃ x̃ᵀ]
 TOKENS_PER_INPUT = 10  # of the widest layer: with fewer, refitting fits noise
@@ -44,6 +45,7 @@ def refit(
     ranks: Sequence[int | None],
     fishers: Sequence[torch.Tensor | None],
     windows: torch.Tensor,
+    work: WorkFolder | None = None,
 ) -> list[float]:
     """Convert in place, block after block, with weights fitted anew to the student's own inputs.
 
@@ -56,6 +58,8 @@ def refit(
         ranks: harmonics of each site; None stays dense.
         fishers: G of each site, see [`Statistics`].
         windows: token ids `[N, T]`; the more, the better: see [`worth_refitting`].
+        work: keeps each block that is finished; those that lie there already are taken from it. Default: nothing is
+            kept.
 
     Returns:
         The error of each site, see [`Factors.error`].
@@ -67,6 +71,8 @@ def refit(
     name = block_list(model)
     blocks = model.get_submodule(name)
     calls = _record_calls(model, blocks, windows[0])
+    if all(_is_kept(work, index) for index in range(len(blocks))):
+        windows = windows[:0]  # nothing is left to fit
     theirs = [call.hidden for call in (_record_calls(model, blocks[:1], window)[0] for window in windows)]
     ours = theirs
     errors = [0.0] * len(sites)
@@ -77,6 +83,10 @@ def refit(
             for number, site in enumerate(sites)
             if site.layers[0].startswith(prefix) and ranks[number] is not None
         }
+        if _is_kept(work, index):
+            _restore(work, index, model, sites, ranks, errors, numbers.values())
+            theirs, ours = [call(teacher, hidden) for hidden in theirs], [call(block, hidden) for hidden in ours]
+            continue
         writers = residual_writers(teacher, call, theirs[0])
         wanted, theirs = zip(*(_pass(teacher, call, hidden, list(numbers), writers) for hidden in theirs), strict=True)
         for layer in wanted[0]:  # in the order in which the block calls them
@@ -90,6 +100,8 @@ def refit(
             factors = factorise(site, fitted, Statistics(moments, fishers[number]))
             install(model, site, factors, ranks[number], weight=fitted)
             errors[number] = factors.error(ranks[number])
+        if work is not None:
+            _keep(work, index, model, sites, errors, numbers.values())
         ours = [call(block, hidden) for hidden in ours]
         del wanted  # before those of the next block are there
     return errors
@@ -113,6 +125,51 @@ def check_refit(model: PreTrainedModel, sites: Sequence[Site]) -> None:
 def _outside(model: PreTrainedModel, sites: Sequence[Site]) -> list[str]:
     prefix = f"{block_list(model)}."
     return [layer for site in sites for layer in site.layers if not layer.startswith(prefix)]
+
+
+# Finished blocks ----------------------------------------------------------------------------------------------------
+
+
+def _is_kept(work: WorkFolder | None, index: int) -> bool:
+    return work is not None and work.has_tensors(_block(index))
+
+
+def _keep(
+    work: WorkFolder,
+    index: int,
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    errors: Sequence[float],
+    numbers: Collection[int],
+) -> None:
+    """Put the converted layers of a block, and the errors of its sites, into the work folder."""
+    layers = {name: model.get_submodule(name) for number in numbers for name in sites[number].layers}
+    tensors = {f"{name}.{key}": x for name, layer in layers.items() for key, x in layer.state_dict().items()}
+    tensors["errors"] = torch.tensor([errors[number] for number in numbers], dtype=torch.float64)
+    work.save_tensors(_block(index), tensors)
+
+
+def _restore(
+    work: WorkFolder,
+    index: int,
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    ranks: Sequence[int | None],
+    errors: list[float],
+    numbers: Collection[int],
+) -> None:
+    """Convert a block as it was kept, and enter the errors of its sites."""
+    tensors = work.load_tensors(_block(index))
+    plan = surgery_plan([sites[number] for number in numbers], [ranks[number] for number in numbers])
+    for name, layer in swap(model, HoloSurgeryConfig(layers=plan)).items():
+        start = f"{name}."
+        layer.load_state_dict({key.removeprefix(start): x for key, x in tensors.items() if key.startswith(start)})
+    for number, error in zip(numbers, tensors["errors"].tolist(), strict=True):
+        errors[number] = error
+
+
+def _block(index: int) -> str:
+    return f"block-{index:04d}"
 
 
 # Weights ------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -19,6 +18,7 @@ from transformers import (
 
 from ..errors import UNREADABLE, HoloError, first_line
 from ..training.data import read_documents
+from ..training.tokenizers import saved_tokenizer
 from .convert_arguments import ConvertArguments
 from .evaluation import Windows, cut_windows, masked_token, next_token, spread
 
@@ -51,9 +51,12 @@ class Source:
         heads = {auto: mapping.get(type(config), None) for auto, mapping in AUTO_CLASSES.items()}
         named = config.architectures or []
         for auto, head in heads.items():
-            if head is not None and (head.__name__ in named or not named):
+            if head is not None and (head.__name__ in named or not named) and not config.is_encoder_decoder:
                 return cls(name, config, auto)
-        raise HoloError(f"TEACHER: {name!r} ({', '.join(named)}) is neither a causal nor a masked language model")
+        raise HoloError(
+            f"TEACHER: {name!r} ({', '.join(named)}) is neither a causal nor a masked language model; `apply_surgery` "
+            "converts others"
+        )
 
     @property
     def causal(self) -> bool:
@@ -93,16 +96,15 @@ def load_tokenizer(teacher: str, needed: bool = True, argument: str = "TEACHER")
     Raises:
         HoloError: there is none.
     """
-    reason = "it makes no tokens of a word"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(teacher)
-        if tokenizer("text", add_special_tokens=False).input_ids:
-            return tokenizer
-    except (OSError, ValueError, AttributeError) as error:  # the last in 4.57, where files are missing
-        reason = first_line(error)
-    if needed:
-        raise HoloError(f"{argument}: {teacher!r} has no tokenizer to read the text with: {reason}")
-    return None
+        tokenizer = saved_tokenizer(teacher, argument)
+        if not tokenizer("text", add_special_tokens=False).input_ids:
+            raise HoloError(f"{argument}: {teacher!r} has no tokenizer to read the text with: it makes no tokens of it")
+    except HoloError:
+        if needed:
+            raise
+        return None
+    return tokenizer
 
 
 @dataclass(frozen=True)
@@ -118,12 +120,17 @@ def load_texts(options: ConvertArguments, tokenizer: PreTrainedTokenizerBase | N
     """Read, split and encode the texts.
 
     Raises:
-        HoloError: there is none, one cannot be read, one is too short, or the windows are too long for the teacher.
+        HoloError: there is none, one cannot be read, one is too short, two have one name, or the windows are too long
+            for the teacher.
     """
     if not options.text:
         if options.calibrated:
             raise HoloError("text: a calibrated conversion needs --text, best several of different kinds")
         return []
+    names = [Path(name).name for name in options.text]
+    for name in names:
+        if names.count(name) > 1:  # the report tells them apart by their names
+            raise HoloError(f"text: two are called {name!r}; rename one, or name it once")
     positions = getattr(source.config, "max_position_embeddings", None) or options.window
     if options.window > positions:
         raise HoloError(f"window={options.window} is longer than the {positions} positions of the teacher")

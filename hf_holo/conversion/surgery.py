@@ -20,9 +20,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..errors import HoloError
+from ..errors import HoloError, unknown
 from ..modeling.harmonics import BASES, HarmonicBasis, HoloLinear
-from ..modeling.quantizer import PlanQuantizer, checksum_of_bases, dense_shape, is_linear, swap
+from ..modeling.quantizer import PlanQuantizer, check_plan, checksum_of_bases, dense_shape, is_linear, swap
 
 # How transformers marks a model that a quantizer has made, and its config.
 QUANTIZED = ("is_quantized", "hf_quantizer", "quantization_method", "quantization_config", "_pre_quantization_dtype")
@@ -38,7 +38,8 @@ class HoloSurgeryConfig(QuantizationConfigMixin):
         modules: regular expressions; a layer is converted if one is found in its name. Default: every linear layer
             inside the blocks.
         exclude: regular expressions of layers that stay.
-        keep_first, keep_last: number of blocks at the start and at the end that stay.
+        keep_first, keep_last: number of blocks that stay at the start and at the end of every list of blocks (an
+            encoder-decoder has two).
         harmonics: harmonics R of every layer; default 64, unless `ratio` is given.
         ratio: share of each layer's numbers that is kept, stored bases included; in (0, 1].
         basis: "random", "dct", "golden", or "data" (fitted to activations, by `hf-holo convert`).
@@ -48,9 +49,10 @@ class HoloSurgeryConfig(QuantizationConfigMixin):
         seed: of random bases.
         layers: the resolved plan, by module name; filled in by the surgery. Given, it replaces all of the above.
         checksum: of the bases that are made anew on loading; filled in by the surgery, verified on loading.
+        quant_method: "holo", by which transformers knows the config.
 
     Raises:
-        HoloError: a value is out of range.
+        HoloError: an argument is unknown, or a value of the wrong kind or out of range.
     """
 
     def __init__(
@@ -68,39 +70,60 @@ class HoloSurgeryConfig(QuantizationConfigMixin):
         seed: int = 0,
         layers: dict[str, dict[str, Any]] | None = None,
         checksum: int | None = None,
-        **kwargs,
+        quant_method: str = "holo",
+        **others,
     ):
-        self.quant_method = "holo"
+        self.quant_method = quant_method
         self.modules, self.exclude = _patterns("modules", modules), _patterns("exclude", exclude)
         self.keep_first, self.keep_last = keep_first, keep_last
         self.harmonics, self.ratio = harmonics, ratio
         self.basis, self.shared, self.folded, self.pivoted, self.seed = basis, shared, folded, pivoted, seed
         self.layers = layers
         self.checksum = checksum
+        if others:
+            raise unknown("argument", next(iter(others)), vars(self))
         self._check()
 
     def _check(self) -> None:
         if self.harmonics is not None and self.ratio is not None:
             raise HoloError(f"harmonics={self.harmonics} and ratio={self.ratio} exclude each other; give one of them")
-        if self.harmonics is not None and self.harmonics < 1:
-            raise HoloError(f"harmonics={self.harmonics} must be at least 1")
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            raise HoloError(f"ratio={self.ratio} must lie in (0, 1]")
+        if self.harmonics is not None:
+            _check_whole("harmonics", self.harmonics, least=1)
+        for name in ("keep_first", "keep_last", "seed"):
+            _check_whole(name, getattr(self, name), least=0)
+        if self.ratio is not None and not (isinstance(self.ratio, (int, float)) and 0 < self.ratio <= 1):
+            raise HoloError(f"ratio={self.ratio!r} must be a number in (0, 1]")
+        if self.quant_method != "holo":
+            raise HoloError(f"quant_method={self.quant_method!r} must be 'holo'")
         if self.basis not in BASES:
             raise HoloError(f"basis={self.basis!r} is unknown; choose one of {', '.join(BASES)}")
-        for name in ("keep_first", "keep_last"):
-            if getattr(self, name) < 0:
-                raise HoloError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("shared", "folded", "pivoted"):
+            if not isinstance(getattr(self, name), bool):
+                raise HoloError(f"{name}={getattr(self, name)!r} must be True or False")
+        if self.layers is not None:
+            try:
+                check_plan(self.layers)
+            except ValueError as error:
+                raise HoloError(str(error)) from None
+
+
+def _check_whole(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise HoloError(f"{name}={value!r} must be a whole number of at least {least}")
 
 
 def _patterns(argument: str, given: str | list[str] | None) -> list[str] | None:
     patterns = [given] if isinstance(given, str) else given
-    for pattern in patterns or ():
+    if patterns is None:
+        return None
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise HoloError(f"{argument}={given!r} must be a regular expression or a list of them")
+    for pattern in patterns:
         try:
             re.compile(pattern)
         except re.error as error:
             raise HoloError(f"{argument}: {pattern!r} is no regular expression: {error}") from None
-    return patterns
+    return list(patterns)
 
 
 @dataclass(frozen=True)
@@ -109,7 +132,8 @@ class SurgeryReport:
 
     Attributes:
         rows: for every module that has numbers of its own: `module`, its kind `before` and `after`, `numbers_before`,
-            `stored` (numbers in a checkpoint) and `trained` (parameters); a tied matrix counts once.
+            `stored` (numbers in a checkpoint) and `trained` (parameters); a tied matrix counts once. `error`: squared
+            error of the weights, relative to their square; None where nothing was fitted.
     """
 
     rows: list[dict[str, Any]]
@@ -141,23 +165,45 @@ def apply_surgery(model: PreTrainedModel, config: HoloSurgeryConfig | None = Non
 
     Raises:
         HoloError: a pattern matches nothing, a ratio cannot be reached, there are more harmonics than inputs, an output
-            layer is tied to the embeddings, the model is converted already, or a "data" basis is asked for (it needs
-            `hf-holo convert`). The model is then as it was.
+            layer is tied to the embeddings, a weight is not finite, the model is none of transformers, converted
+            already or wrapped in adapters, or a "data" basis is asked for (it needs `hf-holo convert`). The model is
+            then as it was.
     """
-    config = config or HoloSurgeryConfig()
-    if config.basis == "data" and config.layers is None:
-        raise HoloError("basis='data' has to be fitted to activations: use `hf-holo convert --method calibrated`")
-    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
-        raise HoloError("model: it is converted or quantized already; start from a dense model, or `restore_linears`")
+    config = HoloSurgeryConfig() if config is None else config
+    _check_arguments(model, config)
     config = resolved(model, config)
     before = _census(model)
+    _check_weights(before, config.layers)
+    errors = {}
     for name, new in swap(model, config).items():
         old = before.modules[name]
         if not next(old.parameters()).is_meta:
-            _fit(new, old)
+            errors[name] = _fit(new, old)
     config.checksum = checksum_of_bases(model)
     model.config.quantization_config = config
-    return _compare(before, _census(model))
+    return _compare(before, _census(model), errors)
+
+
+def _check_arguments(model: PreTrainedModel, config: HoloSurgeryConfig) -> None:
+    if not isinstance(config, HoloSurgeryConfig):
+        raise HoloError(f"config={config!r} must be a HoloSurgeryConfig")
+    if config.layers == {}:
+        raise HoloError("layers={} names no layer to convert; leave it out, and the surgery fills it in")
+    if config.basis == "data" and config.layers is None:
+        raise HoloError("basis='data' has to be fitted to activations: use `hf-holo convert --method calibrated`")
+    adapted = [n for n, module in model.named_modules() if isinstance(getattr(module, "base_layer", None), nn.Module)]
+    if adapted:
+        raise HoloError(f"model: {adapted[0]!r} carries an adapter; merge the adapters into the model, or unload them")
+    if not isinstance(model, PreTrainedModel):
+        raise HoloError(f"model={type(model).__name__} must be a model of transformers; others take HoloLinear by hand")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise HoloError("model: it is converted or quantized already; start from a dense model, or `restore_linears`")
+
+
+def _check_weights(census: "_Census", layers: dict[str, dict[str, Any]]) -> None:
+    for name, module in census.modules.items():
+        if name in layers and not all(p.is_meta or p.isfinite().all() for p in module.parameters()):
+            raise HoloError(f"model: the weights of {name!r} are not finite; mend them, or leave it out with exclude=")
 
 
 def resolved(model: nn.Module, config: HoloSurgeryConfig) -> HoloSurgeryConfig:
@@ -193,22 +239,21 @@ def choose(model: nn.Module, config: HoloSurgeryConfig) -> list[str]:
         HoloError: a pattern matches no linear layer, none is left, or one is tied to the embeddings.
     """
     linears = [name for name, module in model.named_modules() if is_linear(module)]
-    blocks = block_list(model)
-    inside = [name for name in linears if name.startswith(f"{blocks}.")]
+    depths = {name: len(model.get_submodule(name)) for name in block_lists(model)}
+    if not linears or not (depths or config.modules):
+        raise _no_blocks(model)
     for argument in ("modules", "exclude"):
         for pattern in getattr(config, argument) or ():
             if not any(re.search(pattern, name) for name in linears):
                 raise HoloError(f"{argument}: {pattern!r} matches none of the linear layers, such as {linears[0]!r}")
+    inside = [n for n in linears if n.startswith(tuple(f"{blocks}." for blocks in depths))]
     chosen = inside if config.modules is None else [n for n in linears if _matches(n, config.modules)]
-    chosen = [n for n in chosen if not _matches(n, config.exclude or ())]
-    depth = len(model.get_submodule(blocks))
-    kept = {*range(config.keep_first), *range(depth - config.keep_last, depth)}
-    chosen = [n for n in chosen if not (n in inside and int(n[len(blocks) + 1 :].partition(".")[0]) in kept)]
+    chosen = [n for n in chosen if not _matches(n, config.exclude or ()) and not _stays(n, depths, config)]
     if not chosen:
         raise HoloError("modules, exclude, keep_first and keep_last leave no linear layer to convert")
-    embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for name in chosen:
-        if embeddings is not None and model.get_submodule(name).weight is getattr(embeddings, "weight", None):
+        if id(model.get_submodule(name).weight) in embeddings:
             raise HoloError(f"modules: {name!r} is tied to the input embeddings and cannot be converted; leave it out")
     return chosen
 
@@ -217,16 +262,45 @@ def _matches(name: str, patterns: list[str]) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
+def _stays(name: str, depths: dict[str, int], config: HoloSurgeryConfig) -> bool:
+    """Whether a layer lies in the first or last blocks of its list, which stay."""
+    for blocks, depth in depths.items():
+        if name.startswith(f"{blocks}."):
+            number = int(name.removeprefix(f"{blocks}.").partition(".")[0])
+            return number < config.keep_first or number >= depth - config.keep_last
+    return False
+
+
+def block_lists(model: nn.Module) -> list[str]:
+    """Names of the lists of blocks: one in most models, two in an encoder-decoder or a model of text and images.
+
+    They are the outermost lists in the body of the model that hold linear layers inside their members; a list of linear
+    layers, or one beside the body, belongs to a head.
+    """
+    body = set((model.base_model if isinstance(model, PreTrainedModel) else model).modules())
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and module in body and not any(name.startswith(f"{n}.") for n in found):
+            linears = {m for m in module.modules() if isinstance(m, (nn.Linear, Conv1D))}
+            if linears.difference(module):
+                found.append(name)
+    return found
+
+
 def block_list(model: nn.Module) -> str:
-    """Name of the list of blocks: the `ModuleList` with the most parameters.
+    """The one of [`block_lists`] with the most parameters.
 
     Raises:
         HoloError: there is none.
     """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    lists = block_lists(model)
     if not lists:
-        raise HoloError(f"model={type(model).__name__} has no list of blocks; name the layers with modules=")
-    return max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
+        raise _no_blocks(model)
+    return max(lists, key=lambda name: sum(p.numel() for p in model.get_submodule(name).parameters()))
+
+
+def _no_blocks(model: nn.Module) -> HoloError:
+    return HoloError(f"model={type(model).__name__} has no list of blocks; name the layers with modules=")
 
 
 def same_input(model: nn.Module, a: str, b: str) -> bool:
@@ -264,14 +338,21 @@ def _harmonics(name: str, layer: nn.Module, config: HoloSurgeryConfig) -> int:
 
 
 @torch.no_grad()
-def _fit(new: HoloLinear, old: nn.Module) -> None:
-    """The coefficients whose product with the basis is nearest to the old weight."""
+def _fit(new: HoloLinear, old: nn.Module) -> float:
+    """Set the coefficients whose product with the basis is nearest to the old weight.
+
+    Returns:
+        The squared distance, relative to the square of the weight.
+    """
     weight = (old.weight.T if isinstance(old, Conv1D) else old.weight).double()  # [O, I]
     basis = new.basis.matrix().double()  # [R, I]
-    coefficients = torch.linalg.solve(basis @ basis.T, basis @ weight.T).T  # [O, R]
+    gram, product = basis @ basis.T, weight @ basis.T  # [R, R], [O, R]
+    coefficients = torch.linalg.solve(gram, product.T).T  # [O, R]
     new.load_factors(coefficients.to(old.weight.dtype))
     if old.bias is not None:
         new.bias.copy_(old.bias)
+    total = float(weight.square().sum())
+    return max(1 - float((product * coefficients).sum()) / total, 0.0) if total else 0.0  # Pythagoras
 
 
 @torch.no_grad()
@@ -296,6 +377,8 @@ def restore_linears(model: nn.Module) -> nn.Module:
             for mark in QUANTIZED:
                 vars(module).pop(mark, None)
                 vars(module.config).pop(mark, None)
+            if hasattr(module.config, "make_dense"):
+                module.config.make_dense()
     return model
 
 
@@ -327,7 +410,7 @@ def _new(parameters: Iterator[nn.Parameter], seen: set[int]) -> Iterator[nn.Para
             yield parameter
 
 
-def _compare(before: _Census, after: _Census) -> SurgeryReport:
+def _compare(before: _Census, after: _Census, errors: dict[str, float]) -> SurgeryReport:
     rows = []
     for name, (stored, trained) in after.numbers.items():
         rows.append(
@@ -338,6 +421,7 @@ def _compare(before: _Census, after: _Census) -> SurgeryReport:
                 "numbers_before": before.numbers[name][0],
                 "stored": stored,
                 "trained": trained,
+                "error": errors.get(name),
             }
         )
     return SurgeryReport(rows)

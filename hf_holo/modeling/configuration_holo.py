@@ -79,6 +79,10 @@ class HoloConfig(RecurrentConfig):
         self.rotary_base = rotary_base
         self._check()
 
+    def make_dense(self) -> None:
+        """Describe the model whose holographic layers became dense, as `restore_linears` leaves it."""
+        self.attention_projections = self.mlp_projections = "dense"
+
     def _check(self) -> None:
         check_positive(
             WIDEST,

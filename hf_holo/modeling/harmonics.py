@@ -91,7 +91,8 @@ class HarmonicBasis(nn.Module):
         checksum: of the numbers of a basis that was made, to about six digits; None for one that is stored.
 
     Raises:
-        ValueError: an unknown kind, harmonics outside 1 to in_features, or pivoted without a "data" basis.
+        ValueError: an unknown kind, harmonics outside 1 to in_features, a seed that is none, or pivoted without a
+            "data" basis.
     """
 
     def __init__(
@@ -109,6 +110,8 @@ class HarmonicBasis(nn.Module):
         check_positive(in_features=in_features, harmonics=harmonics)
         if harmonics > in_features:
             raise ValueError(f"harmonics={harmonics} is more than in_features={in_features}; use at most {in_features}")
+        if not isinstance(seed, int) or not 0 <= seed < 2**64:
+            raise ValueError(f"seed={seed!r} must be a whole number in [0, 2^64)")
         if pivoted and kind != "data":
             raise ValueError(f"pivoted=True needs basis='data', got basis={kind!r}: other bases cost no storage")
         self.in_features, self.harmonics, self.kind, self.seed, self.pivoted = (

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
 
 from .base import (
     Backbone,
@@ -26,6 +27,8 @@ from .loading import check_finite  # noqa: F401 (for remote.py)
 from .ops import exporting, rotate_pairs
 from .remote import with_code  # noqa: F401 (for remote.py)
 from .vocabulary import make_embedding  # noqa: F401 (for remote.py)
+
+logger = logging.get_logger(__name__)
 
 
 class HoloAttention(nn.Module):
@@ -90,9 +93,11 @@ class HoloAttention(nn.Module):
             q, k = rotate_pairs(q, angle), rotate_pairs(k, angle)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        grouped = self.key_heads != self.heads
+        groups = self.heads // self.key_heads
+        if groups > 1 and torch.onnx.is_in_onnx_export():  # where Optimum leaves `enable_gqa` out
+            k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=self.causal and mask is None and x.shape[1] > 1, enable_gqa=grouped
+            q, k, v, attn_mask=mask, is_causal=self.causal and mask is None and x.shape[1] > 1, enable_gqa=groups > 1
         )
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
@@ -285,13 +290,29 @@ class HoloPreTrainedModel(RecurrentPreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, HarmonicBasis):
             module.regenerate()
-            if module.kind == "data" and not module.pivoted:  # until it is fitted
-                start = harmonic_basis("random", module.harmonics, module.in_features, module.seed)
-                init_copy_(module.table, torch.from_numpy(start))
+            if module.kind == "data" and not module.pivoted:
+                init_copy_(module.table, random_start(module))
         else:
             super()._init_weights(module)
         if isinstance(module, HoloMLP) and module.sine is not None:
             module.sine.init_linear_(module.up_proj)
+
+    def train(self, mode: bool = True) -> "HoloPreTrainedModel":
+        """As in torch. Says once if the model is to be trained with "data" bases that have seen no data."""
+        basis = next((m for m in self.modules() if isinstance(m, HarmonicBasis) and m.kind == "data"), None)
+        if mode and basis is not None and not basis.pivoted and not basis.table.is_meta:
+            row = basis.table[0].float().cpu()  # tells enough
+            if torch.allclose(row, random_start(basis, 1)[0].float(), rtol=0.01):  # in bfloat16 too
+                logger.warning_once(
+                    "basis='data' was never fitted: the bases are random ones, which are stored. Call "
+                    "hf_holo.fit_bases(model, batches) before training, or take basis='random', which costs no storage."
+                )
+        return super().train(mode)
+
+
+def random_start(basis: HarmonicBasis, harmonics: int | None = None) -> torch.Tensor:
+    """The first rows `[harmonics, I]` (default: all) of what a "data" basis is until it is fitted."""
+    return torch.from_numpy(harmonic_basis("random", harmonics or basis.harmonics, basis.in_features, basis.seed))
 
 
 class HoloModel(HoloPreTrainedModel, Backbone):

@@ -12,12 +12,21 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, Phi3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BartConfig,
+    Phi3Config,
+    T5Config,
+    ViTConfig,
+)
 
 import hf_holo  # noqa: F401, registers the quantizer
 from hf_holo import HoloError
 from hf_holo.conversion import convert as command
-from hf_holo.conversion import convert_linears, work_folder
+from hf_holo.conversion import convert_linears, refit, work_folder
 from hf_holo.conversion.convert_linears import CalibratedSurgery
 from hf_holo.modeling.harmonics import HoloLinear
 from hf_holo.training.data import python_help
@@ -150,13 +159,20 @@ def test_keep_first_last_and_exclude(saved, texts, tmp_path):
 
 
 def test_harmonic_method_regenerates_its_bases(saved, texts, tmp_path):
-    out = tmp_path / "out"
-    run(saved(), out, "--method", "harmonic", "--basis", "dct", "--harmonics", "8", "--text", *texts)
+    teacher, out = saved(), tmp_path / "out"
+    run(teacher, out, "--method", "harmonic", "--basis", "dct", "--harmonics", "8", "--text", *texts)
     student = load(out)
     assert student.model.layers[0].mlp.up_proj.harmonics == 8
     assert not any("basis" in key for key in load_file(out / "model.safetensors"))
     assert json.loads((out / "report.json").read_text())["recipe"]["basis"] == "dct"
-    assert (out / "ranks.png").exists()
+    assert (out / "ranks.png").exists() and (out / "error.png").exists()
+    dense = load(teacher)
+    with (out / "layers.csv").open() as file:
+        for row in csv.DictReader(file):
+            old, new = (model.get_submodule(row["layers"]).weight.detach() for model in (dense, student))
+            error = float((new - old).square().sum() / old.square().sum())
+            assert float(row["relative_squared_error"]) == pytest.approx(error, rel=1e-3)
+            assert 0 < error < 1
 
 
 def test_recipe_file_and_card(saved, texts, tmp_path):
@@ -166,6 +182,7 @@ def test_recipe_file_and_card(saved, texts, tmp_path):
     run(saved(), out, "--recipe", recipe, "--ratio", "0.6")
     card = (out / "README.md").read_text()
     embedded = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])
+    assert "\nmodel_name: out\n" in card  # `hf-holo push` puts the name of the repository in its place
     assert embedded["ratio"] == 0.6
     assert embedded["modules"] == ["mlp"]
     assert embedded["seed"] == 3
@@ -276,6 +293,42 @@ def test_a_stopped_run_goes_on(saved, texts, tmp_path, monkeypatch, capsys):
     assert torch.equal(logits(load(out)), logits(load(tmp_path / "whole")))
 
 
+def test_refitting_goes_on_after_its_last_finished_block(saved, texts, tmp_path, monkeypatch):
+    teacher, out, words = saved(), tmp_path / "out", ["--ratio", "0.6", "--text", *texts]
+    run(teacher, tmp_path / "whole", *words)
+    fitted, fit, judge = [], refit.fit, command.judge
+
+    def stopping(weight, *rest):
+        if len(fitted) == 5:  # in the second of three blocks, with four sites each
+            raise KeyboardInterrupt
+        fitted.append(weight)
+        return fit(weight, *rest)
+
+    monkeypatch.setattr(refit, "fit", stopping)
+    with pytest.raises(SystemExit):
+        run(teacher, out, *words)
+
+    def stopping_at_the_student(model, job, work, who):
+        if who == "student":
+            raise KeyboardInterrupt
+        return judge(model, job, work, who)
+
+    fitted.clear()
+    monkeypatch.setattr(refit, "fit", lambda *args: fitted.append(args) or fit(*args))
+    monkeypatch.setattr(command, "judge", stopping_at_the_student)
+    with pytest.raises(SystemExit):
+        run(teacher, out, *words)
+    assert len(fitted) == 8  # the two other blocks
+    assert not out.exists()
+
+    fitted.clear()
+    monkeypatch.setattr(command, "judge", judge)
+    run(teacher, out, *words)
+    assert not fitted
+    for name in ("model.safetensors", "layers.csv"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_unfinished_work_with_other_options_is_not_mixed_in(saved, texts, tmp_path, monkeypatch):
     teacher, out = saved(), tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -305,6 +358,8 @@ def test_options_that_make_no_sense_are_refused(saved, texts, tmp_path):
     refused(r"ratio=1\.5 must lie", teacher, out, "--ratio", "1.5", *text)
     refused(r"harmonics=8 is chosen", teacher, out, "--harmonics", "8", *text)
     refused("needs --text", teacher, out)
+    refused(r"two are called 'a\.txt'", teacher, out, "--text", texts[0], texts[0])
+    refused("seed=-1 must be", teacher, out, "--seed", "-1", *text)
     refused("3 shares for 2 texts", teacher, out, "--held_out", "0.1", "0.2", "0.3", *text)
     refused("no file or folder", teacher, out, "--text", str(tmp_path / "missing.txt"))
     refused("tied to the input embeddings", teacher, out, "--modules", "lm_head", *text)
@@ -361,8 +416,15 @@ def test_an_existing_output_stays_unless_overwritten(saved, texts, tmp_path):
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("all I have")
-    refused("holds no earlier result", teacher, precious, "--overwrite", "--text", *texts)
+    refused("holds no earlier conversion", teacher, precious, "--overwrite", "--text", *texts)
+    (precious / "report.json").write_text('{"teacher": {}, "student": {}, "stages": []}')  # as a distillation's
+    refused("holds no earlier conversion", teacher, precious, "--overwrite", "--text", *texts)
     assert (precious / "thesis.txt").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that takes no folders")
+def test_a_place_that_takes_no_folder_is_said_clearly(saved, texts):
+    refused("'/proc/result.work' cannot be made", saved(), "/proc/result", "--text", *texts)
 
 
 def test_a_full_disk_is_said_clearly_and_loses_nothing(saved, texts, tmp_path, monkeypatch):
@@ -378,6 +440,13 @@ def test_a_full_disk_is_said_clearly_and_loses_nothing(saved, texts, tmp_path, m
         patch.setattr(command.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
         refused("GiB of free disk", teacher, out, "--overwrite", "--seed", "1", "--text", *texts)
     assert fingerprint(str(out)) == before
+
+
+@pytest.mark.parametrize("config", [ViTConfig(), T5Config(), BartConfig()], ids=["vit", "t5", "bart"])
+def test_other_models_than_causal_and_masked_ones_are_refused(config, tmp_path):
+    config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForConditionalGeneration"]
+    config.save_pretrained(tmp_path / "teacher")
+    refused("neither a causal nor a masked language model; `apply_surgery`", tmp_path / "teacher", tmp_path / "out")
 
 
 def test_a_converted_model_is_no_teacher(saved, texts, tmp_path):

@@ -117,6 +117,8 @@ def test_a_run_writes_all_it_promises_and_leaves_the_teacher(folders, capsys):
         assert torch.equal(value, last[name]), name
     assert before == {path.name: path.read_bytes() for path in (folders / "teacher").iterdir()}
     assert "perplexity ratio" in capsys.readouterr().out
+    card = (out / "README.md").read_text()
+    assert "Trained on `text.txt`" in card and 'AutoModelForCausalLM.from_pretrained("out"' in card
 
 
 @pytest.mark.parametrize(
@@ -341,7 +343,6 @@ def test_a_full_disk_is_named_and_the_run_goes_on(hsn_folders, monkeypatch):
         main(arguments(hsn_folders, stages))
     main(arguments(hsn_folders, stages, "--resume_from_checkpoint"))
     assert (hsn_folders / "out" / "model.safetensors").exists()
-
 
 
 def test_a_student_of_another_vocabulary_or_shape_is_refused(hsn_folders):

@@ -15,11 +15,17 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
     BertConfig,
+    CLIPConfig,
+    CLIPModel,
     GPT2Config,
     LlamaConfig,
     Phi3Config,
+    PretrainedConfig,
     PreTrainedModel,
+    T5Config,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -184,6 +190,56 @@ def test_phi3_mini_gives_the_table_of_the_original():
     assert len(report.converted) == 4 * 32
     merged = sum(m.count_numbers()["dense"] for m in model.modules() if isinstance(m, HoloLinear))
     assert merged == sum(row["numbers_before"] for row in report.converted) == 3_623_878_656
+
+
+def t5(**options) -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return AutoModelForSeq2SeqLM.from_config(T5Config(**sizes, decoder_start_token_id=0, **options)).eval()
+
+
+def bart() -> PreTrainedModel:
+    torch.manual_seed(0)
+    sides = {f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in (("layers", 2), ("ffn_dim", 48))}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    return AutoModelForSeq2SeqLM.from_config(BartConfig(vocab_size=50, d_model=32, **sides, **heads)).eval()
+
+
+def clip() -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**sizes, "vocab_size": 50, **SPECIAL}
+    vision = {**sizes, "image_size": 8, "patch_size": 4}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "lists", "in_a_block"),
+    [
+        (t5, ("encoder.block", "decoder.block"), (6, 10)),
+        (lambda: t5(feed_forward_proj="gated-gelu"), ("encoder.block", "decoder.block"), (7, 11)),
+        (bart, ("model.encoder.layers", "model.decoder.layers"), (6, 10)),
+        (clip, ("text_model.encoder.layers", "vision_model.encoder.layers"), (6, 6)),
+    ],
+    ids=["t5", "gated t5", "bart", "clip"],
+)
+def test_every_list_of_blocks_is_converted(make, lists, in_a_block, tmp_path):
+    def outputs(model: PreTrainedModel) -> torch.Tensor:
+        ids = torch.arange(3, 12)[None]
+        if isinstance(model, CLIPModel):
+            return model(input_ids=ids, pixel_values=torch.linspace(-1, 1, 192).view(1, 3, 8, 8)).logits_per_text
+        return model(input_ids=ids, decoder_input_ids=ids).logits
+
+    model = make()
+    converted = [row["module"] for row in apply_surgery(model, HoloSurgeryConfig(harmonics=8)).converted]
+    for blocks, count in zip(lists, in_a_block, strict=True):
+        assert sum(name.startswith(f"{blocks}.") for name in converted) == 2 * count
+    assert len(converted) == 2 * sum(in_a_block)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(outputs(type(model).from_pretrained(tmp_path)), outputs(model))
+    kept = apply_surgery(make(), HoloSurgeryConfig(harmonics=8, keep_first=1))
+    assert [row["module"] for row in kept.converted] == [n for n in converted if ".0." not in n.split("layer.")[0]]
 
 
 # ---------------------------------------------------------------------------------------------- the choice of layers
@@ -429,8 +485,9 @@ def test_lora_trains_and_is_saved(tmp_path):
 
 
 @pytest.mark.parametrize("model_name", ["phi3", pytest.param("llama", marks=pytest.mark.slow)])
-def test_a_converted_model_passes_the_conformance_kit(model_name):
-    subject = Subject(converted_model(model_name, shared=True))
+def test_a_converted_checkpoint_passes_the_conformance_kit(model_name, tmp_path):
+    converted_model(model_name, shared=True).save_pretrained(tmp_path)
+    subject = Subject(AutoModelForCausalLM.from_pretrained(tmp_path))
     results = [run_check(check, subject) for check in select(None, quick=True)]
     assert not [f"{r.check}: {r.detail}" for r in results if r.status == "failed"]
     assert sum(r.status == "passed" for r in results) > 20
@@ -479,9 +536,57 @@ def test_a_second_surgery_is_refused():
     apply_surgery(restore_linears(model), HoloSurgeryConfig(modules="self_attn", harmonics=8))
 
 
-def test_a_model_without_blocks_is_refused():
+class WithoutBlocks(PreTrainedModel):
+    config_class = PretrainedConfig
+
+    def __init__(self):
+        super().__init__(PretrainedConfig())
+        self.inner = nn.Linear(4, 4)
+        self.heads = nn.ModuleList([nn.Linear(4, 2)])
+
+
+def test_a_model_without_blocks_wants_names():
     with pytest.raises(HoloError, match="has no list of blocks; name the layers with modules="):
-        apply_surgery(nn.Sequential(nn.Linear(4, 4)))
+        apply_surgery(WithoutBlocks())
+    report = apply_surgery(WithoutBlocks(), HoloSurgeryConfig(modules="inner", harmonics=2))
+    assert [row["module"] for row in report.converted] == ["inner"]
+
+
+def test_a_module_that_is_no_model_of_transformers_is_refused():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 2)
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(HoloError, match="model=TransformerEncoder must be a model of transformers"):
+        apply_surgery(model)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_adapters_are_refused():
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    wrapped = get_peft_model(dense_model("llama"), lora)
+    for model in (wrapped, wrapped.base_model.model):
+        with pytest.raises(HoloError, match=r"self_attn\.q_proj' carries an adapter; merge the adapters"):
+            apply_surgery(model, HoloSurgeryConfig(harmonics=2))
+    apply_surgery(wrapped.merge_and_unload(), HoloSurgeryConfig(harmonics=2))
+
+
+def test_weights_that_are_not_finite_are_refused():
+    model = dense_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 2] = torch.nan
+    with pytest.raises(HoloError, match=r"the weights of 'model\.layers\.1\.mlp\.up_proj' are not finite"):
+        apply_surgery(model, HoloSurgeryConfig(harmonics=8))
+    assert not any(isinstance(module, HoloLinear) for module in model.modules())
+    apply_surgery(model, HoloSurgeryConfig(harmonics=8, exclude=r"1\.mlp\.up"))
+
+
+@pytest.mark.parametrize("config", [{"harmonics": 8}, "random"])
+def test_a_config_of_another_kind_is_refused(config):
+    with pytest.raises(HoloError, match="must be a HoloSurgeryConfig"):
+        apply_surgery(dense_model("llama"), config)
+
+
+def test_an_empty_plan_is_refused():
+    with pytest.raises(HoloError, match=r"layers=\{\} names no layer"):
+        apply_surgery(dense_model("llama"), HoloSurgeryConfig(layers={}))
 
 
 def test_a_plan_for_another_model_is_refused():
@@ -497,11 +602,24 @@ def test_a_plan_for_another_model_is_refused():
     ("options", "message"),
     [
         ({"harmonics": 8, "ratio": 0.5}, "harmonics=8 and ratio=0.5 exclude each other"),
-        ({"harmonics": 0}, "harmonics=0 must be at least 1"),
-        ({"ratio": 0.0}, r"ratio=0.0 must lie in \(0, 1\]"),
-        ({"ratio": 1.2}, r"ratio=1.2 must lie in \(0, 1\]"),
+        ({"harmonics": 0}, "harmonics=0 must be a whole number of at least 1"),
+        ({"harmonics": "8"}, "harmonics='8' must be a whole number"),
+        ({"harmonics": 8.0}, "harmonics=8.0 must be a whole number"),
+        ({"ratio": 0.0}, r"ratio=0.0 must be a number in \(0, 1\]"),
+        ({"ratio": 1.2}, r"ratio=1.2 must be a number in \(0, 1\]"),
+        ({"ratio": "0.5"}, r"ratio='0.5' must be a number in \(0, 1\]"),
         ({"basis": "fourier"}, "basis='fourier' is unknown; choose one of random, dct, golden, data"),
-        ({"keep_first": -1}, "keep_first=-1 must not be negative"),
+        ({"keep_first": -1}, "keep_first=-1 must be a whole number of at least 0"),
+        ({"keep_first": "1"}, "keep_first='1' must be a whole number"),
+        ({"keep_last": 1.5}, "keep_last=1.5 must be a whole number"),
+        ({"seed": "x"}, "seed='x' must be a whole number"),
+        ({"seed": -1}, "seed=-1 must be a whole number of at least 0"),
+        ({"shared": "yes"}, "shared='yes' must be True or False"),
+        ({"basis": ["dct"]}, "is unknown; choose one of random"),
+        ({"modules": 5}, "modules=5 must be a regular expression or a list of them"),
+        ({"exclude": [3]}, r"exclude=\[3\] must be a regular expression or a list of them"),
+        ({"layers": [1]}, "layers: a plan gives basis, folded"),
+        ({"harmonic": 8}, "unknown argument 'harmonic': did you mean 'harmonics'"),
         ({"modules": "(q"}, r"modules: '\(q' is no regular expression"),
     ],
 )

@@ -91,14 +91,16 @@ def test_an_adapter_is_saved_and_loaded(tiny, family, method, tmp_path, repeatin
     torch.testing.assert_close(logits(PeftModel.from_pretrained(tiny(family), tmp_path), ids), expected)
 
 
-def test_an_adapter_is_merged_and_unloaded(tiny, family, method, repeating_ids):
-    """Holographic layers have no dense weight to merge into: they are made dense first."""
+def test_an_adapter_is_merged_and_unloaded(tiny, family, method, tmp_path, repeating_ids):
+    """Holographic layers have no dense weight to merge into: they are made dense first. What is left is saved."""
     ids = repeating_ids(2)
     model = get_peft_model(tiny(family), CONFIGS[method]())
     expected = logits(model, ids)
     merged = restore_linears(model).merge_and_unload()
     assert not adapted(merged)
     torch.testing.assert_close(logits(merged, ids), expected, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(type(merged).from_pretrained(tmp_path), ids), logits(merged, ids))
     unloaded = restore_linears(get_peft_model(tiny(family), CONFIGS[method]())).unload()
     torch.testing.assert_close(logits(unloaded, ids), logits(tiny(family), ids), rtol=1e-4, atol=1e-4)
 

@@ -92,6 +92,12 @@ def test_a_cast_rounds_the_exact_numbers_once(kind):
     assert layer.to("meta").basis.table.is_meta
 
 
+@pytest.mark.parametrize("seed", [-1, 2**64, 0.5, "x"])
+def test_a_seed_that_is_none_is_refused(seed):
+    with pytest.raises(ValueError, match=r"seed=.* must be a whole number in \[0, 2\^64\)"):
+        HoloLinear(INPUTS, OUTPUTS, R, seed=seed)
+
+
 def test_seeds_differ():
     tables = [HarmonicBasis(INPUTS, R, "random", seed).table for seed in (0, 1, 2**64 - 1)]
     assert not any(torch.equal(a, b) for a, b in zip(tables, [*tables[1:], tables[0]], strict=True))

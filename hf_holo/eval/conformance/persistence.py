@@ -63,7 +63,8 @@ def tied_and_untied(subject: Subject) -> str:
     for tied in (True, False):
         config = copy.deepcopy(subject.config)
         config.tie_word_embeddings = tied
-        vars(config).pop("quantization_config", None)  # a model built anew is as it was before its layers were swapped
+        for mark in ("quantization_config", "_pre_quantization_dtype"):  # a model built anew has its first layers
+            vars(config).pop(mark, None)
         torch.manual_seed(subject.seed)
         with TemporaryDirectory() as folder, quiet():
             model = perturb(subject.model_class(config).float().eval(), subject.seed)
