@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TextStreamer,
@@ -16,6 +15,7 @@ from transformers import (
 )
 
 from .errors import UNREADABLE, HoloError, Parser, first_line
+from .training.tokenizers import saved_tokenizer
 
 
 def main(argv: list[str]) -> None:
@@ -26,11 +26,10 @@ def main(argv: list[str]) -> None:
     """
     args = _parse(argv)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.path)
         model = AutoModelForCausalLM.from_pretrained(args.path)
     except UNREADABLE as error:
-        reason = first_line(error)
-        raise HoloError(f"path: {args.path!r} is no causal language model with its tokenizer: {reason}") from None
+        raise HoloError(f"path: {args.path!r} is no causal language model: {first_line(error)}") from None
+    tokenizer = saved_tokenizer(args.path, "path")
     if args.seed is not None:
         set_seed(args.seed)
 

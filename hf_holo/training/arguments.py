@@ -101,6 +101,12 @@ class HoloTrainingArguments(TrainingArguments):
     dataloader_pin_memory: bool = described("Pin memory in data loaders.", torch.cuda.is_available())
     report_to: str | None = described("Experiment trackers to report to.", "none")
 
+    @property
+    def device(self) -> torch.device:
+        """As in transformers, but a CPU has no number: torch loads nothing to `cpu:0`, that of the first process."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.optimizer == "muon" and self.muon_lr_ratio <= 0:

@@ -22,18 +22,21 @@ COLUMNS = {
 
 
 class RunReport(TrainerCallback):
-    """Writes metrics.csv and loss.png into the output folder, anew from Trainer's whole history each time.
+    """Writes metrics.csv and loss.png into the output folder, anew from Trainer's whole history each time; of several
+    processes, the first does.
 
     The history is part of every checkpoint, so a resumed run continues both files without a seam.
     """
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        write_metrics(state.log_history, Path(args.output_dir) / "metrics.csv")
+        if state.is_world_process_zero:
+            write_metrics(state.log_history, Path(args.output_dir) / "metrics.csv")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        plot_losses(state.log_history, Path(args.output_dir) / "loss.png")
+        if state.is_world_process_zero:
+            plot_losses(state.log_history, Path(args.output_dir) / "loss.png")
 
 
 def write_metrics(history: list[dict[str, float]], path: Path) -> None:

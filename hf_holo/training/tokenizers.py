@@ -1,12 +1,14 @@
-"""Tokenizers made from the training text: characters, bytes, byte-level BPE. None of them adds tokens to plain text."""
+"""Tokenizers made from the training text: characters, bytes, byte-level BPE, none of which adds tokens to plain text;
+and those that were saved."""
 
 from collections.abc import Iterable
 from itertools import chain
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..errors import HoloError
+from ..errors import HoloError, first_line
 from ..modeling.tokenization_holo import HoloTokenizer
 
 PAD, UNKNOWN, END, MASK = "<|pad|>", "<|unk|>", "<|end|>", "<|mask|>"
@@ -67,6 +69,28 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 4096, mask
     else:
         raise HoloError(f"tokenizer: {kind!r} is unknown; choose {', '.join(KINDS)} or the folder of a saved tokenizer")
     return add_mask(tokenizer) if masked else tokenizer
+
+
+def saved_tokenizer(name: str | Path, argument: str, local_files_only: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or on the Hub.
+
+    Args:
+        name: folder or Hub name.
+        argument: how the error calls it.
+        local_files_only: do not look on the Hub.
+
+    Raises:
+        HoloError: there is none, it is damaged, or it has no tokens.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name), local_files_only=local_files_only)
+    except Exception as error:  # of a damaged file, `tokenizers` raises no narrower one
+        reason = first_line(error)
+    else:
+        if len(tokenizer):
+            return tokenizer
+        reason = "it has no tokens"
+    raise HoloError(f"{argument}: {str(name)!r} has no tokenizer, or a damaged one: {reason}")
 
 
 def add_mask(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

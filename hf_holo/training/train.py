@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 
 import yaml
+from accelerate import PartialState
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,6 +22,7 @@ from ..eval.conformance.checks import Violation
 from ..files import write_text
 from ..generation import generate_text
 from ..hub.card import write_card
+from ..modeling.loading import within_memory
 from ..registry import preset_config
 from .arguments import DataArguments, Run, parse
 from .callbacks import LENGTHS, CausalityCallback
@@ -41,7 +42,7 @@ from .data import (
 from .masking import Masking, MaskingCollator, filled_sample, masked_splits
 from .optim import MuonAdamW
 from .report import RunReport, loss_line, plot_losses, write_metrics
-from .tokenizers import KINDS, add_mask, make_tokenizer
+from .tokenizers import KINDS, add_mask, make_tokenizer, saved_tokenizer
 from .trainer import UNFINISHED, HoloTrainer, complete_checkpoints
 
 TASKS = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> None:
     try:
         train(run)
     except KeyboardInterrupt:
-        print(
+        PartialState().print(
             f"\nInterrupted. Go on with: hf-holo train --output_dir {run.training.output_dir} --resume_from_checkpoint"
         )
         raise SystemExit(130) from None
@@ -91,19 +92,27 @@ def train(run: Run) -> HoloTrainer:
     model = load_model(run, tokenizer)
     use_cache = model.config.use_cache
     trainer = make_trainer(run, model, tokenizer, data)
-    print(
+    PartialState().print(
         f"{model.config.model_type}: {model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the vocabulary"
     )
 
-    # Only now, when all input has proved good, does the old run go.
-    for path in [*remains, *folder.glob("*.tmp[0-9]*")]:  # the latter where a run was killed while it wrote a file
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "recipe.yaml", yaml.safe_dump(run.recipe, sort_keys=False))
+    # Only now, when all input has proved good and every process has seen the folder, does the old run go.
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        begin_folder(folder, remains, run)
+    trainer.accelerator.wait_for_everyone()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.config.use_cache = use_cache  # transformers 5 turns it off, and would save it so
     finish(trainer, run, data)
     return trainer
+
+
+def begin_folder(folder: Path, remains: list[Path], run: Run) -> None:
+    """Delete what remains of an earlier run, and write the recipe of this one."""
+    for path in [*remains, *folder.glob("*.tmp[0-9]*")]:  # the latter where a run was killed while it wrote a file
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "recipe.yaml", yaml.safe_dump(run.recipe, sort_keys=False))
 
 
 def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
@@ -120,7 +129,7 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
         return Path(resume)
     checkpoints = complete_checkpoints(folder)
     if not checkpoints:
-        print(f"There is no complete checkpoint in {folder}: starting from the beginning.")
+        PartialState().print(f"There is no complete checkpoint in {folder}: starting from the beginning.")
     return checkpoints[-1] if checkpoints else None
 
 
@@ -175,40 +184,36 @@ def settle_task(run: Run) -> None:
 def load_data(run: Run, checkpoint: Path | None) -> tuple[PreTrainedTokenizerBase, Splits]:
     """Read, split and encode the data, with the tokenizer of the checkpoint if there is one, else a new one."""
     data, masked, apart = run.data, run.model.task == "masked", run.data.documents == "apart"
-    saved = checkpoint or run.model.model_name_or_path
     if data.data_format == "alpaca":
         records = read_records(data.train_file, data.dataset_name, data.dataset_config_name)
-        tokenizer = load_tokenizer(data, saved, [alpaca_prompt(r) + r["output"] for r in records])
+        tokenizer = load_tokenizer(run, checkpoint, [alpaca_prompt(r) + r["output"] for r in records])
         return tokenizer, instruction_splits(records, tokenizer, data.block_size, data.validation_fraction)
     documents = read_documents(data.train_file, data.dataset_name, data.dataset_config_name, data.text_column)
     parts = (hold_out_documents if apart else split_documents)(documents, data.validation_fraction)
-    tokenizer = load_tokenizer(data, saved, parts[0], masked)
+    tokenizer = load_tokenizer(run, checkpoint, parts[0])
     sizes = tokenizer, data.block_size, data.stride
     if not masked:
         return tokenizer, (document_splits if apart else text_splits)(*parts, *sizes)
     return tokenizer, masked_splits(*parts, *sizes, apart, data.mlm_probability)
 
 
-def load_tokenizer(
-    data: DataArguments, saved: str | Path | None, texts: list[str], masked: bool = False
-) -> PreTrainedTokenizerBase:
-    """The tokenizer in the folder `saved`, or else the one that the arguments ask for, made from `texts`; if `masked`,
-    it has a mask token.
+def load_tokenizer(run: Run, checkpoint: Path | None, texts: list[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of the checkpoint or of the model that the run starts from, or else the one that the arguments ask
+    for, made from `texts`; for the task "masked", it has a mask token.
 
     Raises:
-        HoloError: there is none.
+        HoloError: there is none, or it is damaged.
     """
-    if saved is None and (data.tokenizer is None or data.tokenizer in KINDS):
+    data, source, masked = run.data, run.model.model_name_or_path, run.model.task == "masked"
+    if checkpoint:
+        tokenizer = saved_tokenizer(checkpoint, "resume_from_checkpoint")
+    elif source:
+        tokenizer = saved_tokenizer(source, "model_name_or_path")
+    elif data.tokenizer is None or data.tokenizer in KINDS:
         return make_tokenizer(data.tokenizer or "characters", texts, data.vocab_size, masked)
-    folder = str(saved or data.tokenizer)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=saved is None)
-    except (OSError, ValueError) as error:
-        if saved:
-            raise HoloError(f"model_name_or_path: {folder!r} holds no tokenizer: {first_line(error)}") from None
-        raise HoloError(
-            f"tokenizer: {folder!r} is none of {', '.join(KINDS)}, nor the folder of a saved tokenizer"
-        ) from None
+    else:
+        argument = f"tokenizer: none of {', '.join(KINDS)}"
+        tokenizer = saved_tokenizer(data.tokenizer, argument, local_files_only=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return add_mask(tokenizer) if masked else tokenizer
@@ -218,7 +223,8 @@ def load_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The checkpoint's model, or a new one made from the preset, with the config values changed that the run names.
 
     Raises:
-        HoloError: a config value is unknown or does not suit the task, or the vocabulary is too small.
+        HoloError: a config value is unknown or does not suit the task, the vocabulary is too small, or there are more
+            weights than this machine has memory for.
     """
     preset, source, overrides = run.model.preset, run.model.model_name_or_path, run.model_overrides
     config, auto_class = load_config(run), TASKS[run.model.task]
@@ -231,10 +237,12 @@ def load_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         else:
             tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
             config = preset_config(preset, **{"vocab_size": len(tokenizer), **tokens, **overrides})
-            model = auto_class.from_config(config)
+            with within_memory(True):
+                model = auto_class.from_config(config)
     except UNREADABLE as error:
-        where = f"model_name_or_path: cannot load {source!r}: " if source else ""
-        raise HoloError(where + first_line(error)) from None
+        values = ", ".join(f"{name}={value}" for name, value in overrides.items())
+        where = f"model_name_or_path: cannot load {source!r}" if source else f"preset: cannot make {preset!r}"
+        raise HoloError(f"{where}{values and f' with {values}'}: {first_line(error)}") from None
     if len(tokenizer) > model.config.vocab_size:
         raise HoloError(
             f"vocab_size: the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}; "
@@ -274,10 +282,21 @@ def make_trainer(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenize
 
 
 def finish(trainer: HoloTrainer, run: Run, data: Splits) -> None:
-    """Score the final weights, save them beside their tokenizer, write the samples, and say how to load the model."""
-    folder = Path(run.training.output_dir)
+    """Score the final weights; the first of several processes then leaves them and all that belongs to them."""
     trainer.adopt_average()
     metrics = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        write_results(trainer, run, data, metrics)
+    trainer.accelerator.wait_for_everyone()
+
+
+def write_results(trainer: HoloTrainer, run: Run, data: Splits, metrics: dict[str, float]) -> None:
+    """Save the model beside its tokenizer, write the samples, and say how to load it.
+
+    Args:
+        metrics: of the final weights.
+    """
+    folder = Path(run.training.output_dir)
     save_final(trainer.model, trainer.processing_class, folder)
     write_metrics(trainer.state.log_history, folder / "metrics.csv")
     plot_losses(trainer.state.log_history, folder / "loss.png")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,9 +18,12 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import safe_globals
 from transformers.trainer_utils import TrainOutput
 
+from ..errors import HoloError
 from ..eval.metrics import LanguageScores
+from ..modeling.loading import check_files, check_finite, weight_files
 
 UNFINISHED = "unfinished"  # the folder beside the checkpoints of what is being written or deleted
 
@@ -102,15 +106,26 @@ class HoloTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in transformers, but a run that was cut off behind its last step is only loaded, where Trainer would take
-        another step, and early stopping goes on counting, where Trainer would start anew."""
+        another step, and early stopping goes on counting, where Trainer would start anew.
+
+        Raises:
+            HoloError: a file of the checkpoint to resume from is damaged, or belongs to another model.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = next(map(str, reversed(complete_checkpoints(self.args.output_dir))), True)
         if isinstance(resume_from_checkpoint, str):
-            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
+            state = read_checkpoint(Path(resume_from_checkpoint))
             self._restore_counters(state)
             if self._has_ended(state):
                 return self._load_ended(resume_from_checkpoint, state)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """With the batch size that this run asks for, where transformers 4.57 goes on with that of the checkpoint: the
+        number of processes that share the batch may be another one now."""
+        if not self.args.auto_find_batch_size:
+            batch_size = self.args.train_batch_size
+        return super()._inner_training_loop(batch_size, *args, **kwargs)
 
     @property
     def _early_stopping(self) -> list[EarlyStoppingCallback]:
@@ -139,6 +154,19 @@ class HoloTrainer(Trainer):
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
         return TrainOutput(state.global_step, float("nan"), {})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        with reading(resume_from_checkpoint, "the weights"):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+            check_finite(self.model, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(checkpoint, "optimizer.pt or scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(checkpoint, "the random state, rng_state*.pth,"):
+            super()._load_rng_state(checkpoint)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate the averaged weights if there are any, else the trained ones."""
@@ -192,6 +220,45 @@ class HoloTrainer(Trainer):
         return others[: max(0, len(checkpoints) - max(limit, len(spared)))]
 
 
+@contextmanager
+def reading(checkpoint: str | Path | None, what: str) -> Iterator[None]:
+    """Make whatever goes wrong in this block a HoloError that says where and with what.
+
+    Args:
+        checkpoint: that is read.
+        what: part of it.
+    """
+    try:
+        yield
+    except Exception as error:  # a damaged pickle may raise anything
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" ...")
+        raise HoloError(f"resume_from_checkpoint: {what} of {str(checkpoint)!r} cannot be used: {reason}") from error
+
+
+def read_checkpoint(folder: Path) -> TrainerState:
+    """The state of the run that left a checkpoint; the other files are looked at: whether they are whole, and hold
+    numbers and no code. The numbers stay on the disk.
+
+    Raises:
+        HoloError: a file is damaged; the message names it.
+    """
+    for file in sorted(folder.glob("*.json")):
+        with reading(folder, file.name):
+            json.loads(file.read_text(encoding="utf-8"))
+    for file in weight_files(folder):
+        with reading(folder, file.name):
+            check_files([file])
+    for file in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
+        with reading(folder, file.name), safe_globals():
+            torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    with reading(folder, "trainer_state.json"):
+        state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        steps = state.global_step, state.max_steps
+        if not isinstance(state.log_history, list) or not all(isinstance(step, int) and step > 0 for step in steps):
+            raise ValueError(f"no state of a run: {steps[0]} of {steps[1]} steps")
+    return state
+
+
 def complete_checkpoints(folder: str | Path) -> list[Path]:
     """The checkpoints of a run that were written to the end, oldest first.
 
@@ -201,7 +268,7 @@ def complete_checkpoints(folder: str | Path) -> list[Path]:
     found = []
     for path in Path(folder).glob("checkpoint-*"):
         try:
-            found.append((json.loads((path / "trainer_state.json").read_text())["global_step"], path))
-        except (OSError, ValueError, KeyError):
+            found.append((int(json.loads((path / "trainer_state.json").read_text())["global_step"]), path))
+        except (OSError, ValueError, KeyError, TypeError):
             continue  # half-written
     return [path for _, path in sorted(found)]

@@ -6,7 +6,6 @@ import os
 import pickle
 import resource
 import shutil
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -192,21 +191,77 @@ def test_a_pickle_is_refused_and_never_run(checkpoint, bomb):
     assert not bomb.went_off
 
 
-@HOSTILE("resuming runs no code", family="hsn")
-def test_a_checkpoint_to_resume_from_runs_no_code(tmp_path, bomb):
+@pytest.fixture
+def resumable(tmp_path) -> tuple[list[str], Path]:
+    """The arguments of a short run, and a checkpoint in the middle of it."""
     (tmp_path / "text.txt").write_text("a text " * 200)
     flags = f"--train_file {tmp_path}/text.txt --output_dir {tmp_path}/run --model hidden_size=16 num_hidden_layers=1 "
     flags += "--block_size 16 --stride 16 --max_steps 2 --save_steps 1 --eval_steps 2 --sample_tokens 2 --use_cpu "
     flags += "--disable_tqdm true --causality_check false"
     train(flags.split())
-    for path in (tmp_path / "run" / "checkpoint-1").iterdir():
-        if path.suffix in (".pt", ".pth", ".bin"):
-            kept = path.read_bytes()
-            torch.save({"bomb": bomb}, path)
-            with suppress(HoloError, pickle.UnpicklingError):  # training_args.bin is not read at all
-                train([*flags.split(), "--resume_from_checkpoint", str(path.parent)])
-            path.write_bytes(kept)
-            assert not bomb.went_off, path
+    return flags.split(), tmp_path / "run" / "checkpoint-1"
+
+
+def check_refused(flags: list[str], checkpoint: Path, said: str) -> None:
+    """Resuming ends in one line that names the checkpoint."""
+    with pytest.raises(HoloError, match=said) as error:
+        train([*flags, "--resume_from_checkpoint", str(checkpoint)])
+    assert "\n" not in str(error.value) and str(checkpoint) in str(error.value)
+
+
+@HOSTILE("resuming runs no code", family="hsn")
+def test_a_checkpoint_to_resume_from_runs_no_code(resumable, bomb):
+    flags, checkpoint = resumable
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        kept = (checkpoint / name).read_bytes()
+        torch.save({"bomb": bomb}, checkpoint / name)
+        check_refused(flags, checkpoint, rf"{name} of .* UnpicklingError")
+        (checkpoint / name).write_bytes(kept)
+    torch.save({"bomb": bomb}, checkpoint / "training_args.bin")  # is not read at all
+    train([*flags, "--resume_from_checkpoint", str(checkpoint)])
+    assert not bomb.went_off
+
+
+@HOSTILE("a damaged checkpoint to resume from is refused", family="hsn")
+def test_a_damaged_file_of_a_checkpoint_to_resume_from_is_named(resumable):
+    flags, checkpoint = resumable
+    files = [path for path in checkpoint.iterdir() if path.suffix in (".json", ".safetensors", ".pt", ".pth")]
+    assert len(files) >= 7
+    for file in files:
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+        unnamed = "no tokenizer, or a damaged one|is not a complete checkpoint"
+        check_refused(flags, checkpoint, unnamed if file.name.startswith(("token", "trainer_s")) else file.name)
+        file.write_bytes(content)
+
+
+@HOSTILE("a damaged checkpoint to resume from is refused", family="hsn")
+def test_what_belongs_to_another_run_is_refused(resumable):
+    flags, checkpoint = resumable
+    check_refused(
+        [*flags, "--model", "hidden_size=32", "num_hidden_layers=1"], checkpoint, "the weights of .* mismatch"
+    )
+    wrong = {
+        "optimizer.pt": ({"state": {}, "param_groups": []}, "optimizer.pt or scheduler.pt"),
+        "rng_state.pth": ({}, "random state"),
+        "trainer_state.json": ({"global_step": 1}, "trainer_state.json"),
+    }
+    for name, (value, said) in wrong.items():
+        kept = (checkpoint / name).read_bytes()
+        torch.save(value, checkpoint / name) if "json" not in name else (checkpoint / name).write_text(
+            json.dumps(value)
+        )
+        check_refused(flags, checkpoint, said)
+        (checkpoint / name).write_bytes(kept)
+    (checkpoint / "trainer_state.json").write_text("[]")
+    check_refused(flags, checkpoint, "is not a complete checkpoint")
+
+
+@HOSTILE("a damaged checkpoint to resume from is refused", family="hsn")
+def test_weights_to_resume_from_are_numbers(resumable):
+    flags, checkpoint = resumable
+    change_weight(checkpoint, lambda weight: torch.full_like(weight, torch.nan))
+    check_refused(flags, checkpoint, "the weights of .* hold NaN or infinity")
 
 
 # Configs ------------------------------------------------------------------------------------------------------------
@@ -232,6 +287,25 @@ def test_sizes_beyond_the_file_are_refused_before_memory_is_taken(checkpoint, na
     value = {"hidden_size": 2**15, "vocab_size": 2**28}[name]
     (outcome,) = in_a_small_process(load_with, checkpoint, [name], value).values()
     assert outcome in ("ValueError", "RuntimeError: shapes")
+
+
+@HOSTILE("absurd sizes are refused before memory is taken", family="hsn")
+def test_a_new_model_beyond_the_memory_is_refused(tmp_path):
+    """Sizes that a model could have, with some ten times the memory in weights."""
+    (tmp_path / "text.txt").write_text("a text " * 200)
+    flags = ["--train_file", f"{tmp_path}/text.txt", "--output_dir", f"{tmp_path}/run", "--use_cpu"]
+    message = in_a_small_process(refusal, [*flags, "--model", "hidden_size=8192", "num_hidden_layers=3"])
+    assert "hidden_size=8192, num_hidden_layers=3: the weights" in message and "this machine has" in message
+    assert not (tmp_path / "run").exists()
+
+
+def refusal(flags: list[str]) -> str:
+    """What `hf-holo train` says to these arguments."""
+    try:
+        train(flags)
+    except HoloError as error:
+        return str(error)
+    return "trained"
 
 
 def load_with(folder: Path, names: list[str], value: int = ABSURD) -> dict[str, str]:
@@ -407,11 +481,16 @@ def test_a_model_that_is_a_path_to_something_else_is_refused(name, tmp_path, cap
 
 
 @HOSTILE("the commands say it in one line")
-@pytest.mark.parametrize("damage", ["truncated", "shapes", "nan"])
+@pytest.mark.parametrize("damage", ["truncated", "shapes", "nan", "half a tokenizer", "no tokenizer"])
 def test_the_commands_say_it_in_one_line(checkpoint, damage, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("a text " * 200)
     if damage == "truncated":
         (checkpoint / WEIGHTS).write_bytes((checkpoint / WEIGHTS).read_bytes()[:-1])
+    elif damage == "half a tokenizer":
+        (checkpoint / "tokenizer.json").write_bytes((checkpoint / "tokenizer.json").read_bytes()[:100])
+    elif damage == "no tokenizer":
+        for path in [*checkpoint.glob("*token*.json")]:
+            path.unlink()
     else:
         change_weight(checkpoint, lambda w: w[:-1] if damage == "shapes" else torch.full_like(w, torch.nan))
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
