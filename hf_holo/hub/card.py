@@ -2,6 +2,8 @@
 
 import csv
 import platform
+import re
+import struct
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -33,6 +35,13 @@ METRICS = {  # columns of metrics.csv: name and unit
     "validation_loss": ("validation loss", "nats per token"),
     "validation_bits_per_character": ("validation loss", "bits per character"),
 }
+RECIPE = {  # of what a card says in words: whether a value is one
+    "dataset_name": lambda value: isinstance(value, str),
+    "train_file": lambda value: isinstance(value, str),
+    "train_files": lambda value: isinstance(value, str) or _are_names(value),
+    "validation_fraction": lambda value: isinstance(value, (int, float)) and 0 <= value <= 1,
+}
+UNREADABLE_YAML = (ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError)
 
 CARD = """---
 {header}
@@ -97,7 +106,7 @@ def write_card(folder: str | Path, causality: CausalityReport | None = None) -> 
         causality: what `check_causality` found, if it was run.
 
     Raises:
-        HoloError: there is no readable config.json.
+        HoloError: as [`make_card`].
     """
     folder = Path(folder)
     with replacing(folder / "README.md") as temporary:
@@ -116,7 +125,7 @@ def make_card(
         license: identifier for the header, for example "apache-2.0"; default: none is named.
 
     Raises:
-        HoloError: there is no readable config.json, or recipe.yaml is no recipe.
+        HoloError: config.json, recipe.yaml, metrics.csv or the weights are not what they should be.
     """
     config, recipe, scores = read_config(folder), _recipe(folder), _scores(folder)
     auto_class = auto_class_of(config)
@@ -143,6 +152,41 @@ def make_card(
     return ModelCard(text)
 
 
+def read_card(path: Path) -> ModelCard:
+    """A card that lies in a folder, whoever wrote it.
+
+    Raises:
+        HoloError: it is no text, or its header is none.
+    """
+    try:
+        return ModelCard(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise HoloError(f"DIR: {str(path)!r} is no text in UTF-8") from None
+    except UNREADABLE_YAML as error:
+        raise HoloError(f"DIR: the header of {str(path)!r} is none that the Hub reads: {first_line(error)}") from None
+
+
+def is_own(card: ModelCard) -> bool:
+    """Whether this package wrote the card."""
+    return isinstance(card.data.tags, list) and TAG in card.data.tags
+
+
+def add_tags(card: ModelCard, path: Path) -> ModelCard:
+    """The card with the tags of another one, too: those that a user gave to `push_to_hub`."""
+    given = ModelCard.load(path).data.tags or []
+    card.data.tags = [*card.data.tags, *(tag for tag in given if tag not in card.data.tags)]
+    return card
+
+
+def name_repository(card: ModelCard, folder: Path, repo: str) -> None:
+    """Let a card of this package call the model by its repository, where it has the name of the folder, or of the one
+    that it was written in: in its header, its title and its code."""
+    for old in {folder.resolve().name, str(card.data.model_name or repo)}:
+        card.text = card.text.replace(f'from_pretrained("{old}"', f'from_pretrained("{repo}"')
+        card.text = re.sub(rf"^# {re.escape(old)}$", lambda _: f"# {repo}", card.text, count=1, flags=re.MULTILINE)
+    card.data.model_name = repo
+
+
 def auto_class_of(config: dict[str, Any]) -> str:
     """The Auto class that loads the head in a config.json; "AutoModel" if it names none that is known."""
     name = next(iter(config.get("architectures") or []), "")
@@ -163,9 +207,17 @@ def _summary(config: dict[str, Any]) -> str:
 def _facts(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """What stands in the table of facts."""
     facts = {"architecture": next(iter(config.get("architectures") or []), "unknown")}
-    facts["numbers in the checkpoint"] = f"{numbers_on_disk(folder):,}"
+    if any(folder.glob("*.safetensors")):
+        facts["numbers in the checkpoint"] = f"{_numbers(folder):,}"
     facts |= {name.replace("_", " "): f"{config[name]:,}" for name in SIZES if isinstance(config.get(name), int)}
     return facts
+
+
+def _numbers(folder: Path) -> int:
+    try:
+        return numbers_on_disk(folder)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+        raise HoloError(f"DIR: the weights in {str(folder)!r} are no whole safetensors: {first_line(error)}") from None
 
 
 def _recipe(folder: Path) -> dict[str, Any]:
@@ -176,12 +228,15 @@ def _recipe(folder: Path) -> dict[str, Any]:
     """
     path = folder / "recipe.yaml"
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, yaml.YAMLError) as error:
+        recipe = _shared(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except UNREADABLE_YAML as error:
         raise HoloError(f"DIR: {str(path)!r} is no valid YAML: {first_line(error)}") from None
     if not isinstance(recipe, dict):
         raise HoloError(f"DIR: {str(path)!r} is not a mapping of argument names to values")
-    return _shared(recipe)
+    for name, is_good in RECIPE.items():
+        if recipe.get(name) is not None and not is_good(recipe[name]):
+            raise HoloError(f"DIR: {str(path)!r} says {name}={repr(recipe[name])[:60]}, which no recipe does")
+    return recipe
 
 
 def _shared(value: Any) -> Any:
@@ -204,6 +259,10 @@ def _is_path(text: str) -> bool:
     return Path(text).exists()
 
 
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
 def _data_name(recipe: dict[str, Any]) -> str | None:
     """The data set or the files of `hf-holo train` or `hf-holo distill`."""
     files = recipe.get("train_files") or []
@@ -215,18 +274,25 @@ def _data(recipe: dict[str, Any]) -> str:
     name = _data_name(recipe)
     if name is None:
         return "It is not known what it was trained on."
-    held_out = f", of which {recipe['validation_fraction']:.0%} was held out" if "validation_fraction" in recipe else ""
-    return f"Trained on `{name}`{held_out}."
+    share = recipe.get("validation_fraction")
+    return f"Trained on `{name}`" + (f", of which {share:.0%} was held out." if share is not None else ".")
 
 
 def _scores(folder: Path) -> dict[str, float]:
-    """The last value of each metric in metrics.csv."""
+    """The last value of each metric in metrics.csv.
+
+    Raises:
+        HoloError: it is no table of numbers.
+    """
     path = folder / "metrics.csv"
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    found = {column: [float(row[column]) for row in rows if row.get(column)] for column in METRICS}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        found = {column: [float(row[column]) for row in rows if row.get(column)] for column in METRICS}
+    except (ValueError, csv.Error) as error:
+        raise HoloError(f"DIR: {str(path)!r} is no table of metrics: {first_line(error)}") from None
     return {column: values[-1] for column, values in found.items() if values}
 
 

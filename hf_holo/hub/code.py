@@ -17,6 +17,7 @@ from ..modeling import remote
 from ..registry import architectures
 
 CONVERTED = Path(remote.__file__).with_name("converted.py")
+KINDS = {"model_type": str, "architectures": list, "auto_map": dict, "quantization_config": dict}  # in a config.json
 
 
 def add_code(folder: str | Path) -> list[str]:
@@ -46,24 +47,30 @@ def missing_code(folder: Path) -> dict[str, str]:
         return {}
     auto_map, files = _code_of(config)
     missing = {path.name: path.read_text(encoding="utf-8") for path in files if not (folder / path.name).is_file()}
-    if not auto_map.items() <= config.get("auto_map", {}).items():
+    if not auto_map.items() <= (config.get("auto_map") or {}).items():
         config["auto_map"] = auto_map
         missing["config.json"] = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return missing
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a checkpoint.
+    """The config.json of a checkpoint, in which what this package reads is of the kind that it should be.
 
     Raises:
-        HoloError: there is none, or it cannot be read.
+        HoloError: there is none, it cannot be read, or a value is of another kind.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise HoloError(f"DIR: {str(folder)!r} holds no config.json that can be read: {first_line(error)}") from None
     if not isinstance(config, dict):
         raise HoloError(f"DIR: {str(folder / 'config.json')!r} holds no mapping, so it is no config")
+    wrong = [key for key, kind in KINDS.items() if not isinstance(config.get(key), (kind, type(None)))]
+    if not wrong and not all(isinstance(name, str) for name in config.get("architectures") or []):
+        wrong = ["architectures"]
+    if wrong:
+        value = repr(config[wrong[0]])[:60]
+        raise HoloError(f"DIR: {str(folder / 'config.json')!r} says {wrong[0]}={value}, which no config does")
     return config
 
 

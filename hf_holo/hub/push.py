@@ -1,6 +1,7 @@
 """`hf-holo push`: bring a checkpoint to the Hub, with its code and a model card, in one commit or not at all."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import requests
+import torch
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -21,11 +23,14 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from ..errors import HoloError, Parser, first_line
-from .card import TAG, make_card
+from .card import is_own, make_card, name_repository, read_card
 from .code import missing_code
 
+UNFINISHED = re.compile(r"\.tmp\d+$")  # as `hf_holo.files.replacing` calls a file that is being written
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 LOST = (requests.ConnectionError, requests.Timeout, httpx.TransportError, ConnectionError, TimeoutError)
 
@@ -60,9 +65,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("REPO", help="where it goes, as USER/NAME; it is made if it is not there")
     parser.add_argument("--dry-run", "--dry_run", action="store_true", help="list what would go up, and send nothing")
     parser.add_argument("--private", action="store_true", help="make a private repository")
-    parser.add_argument("--license", help="for a new model card, for example apache-2.0")
+    parser.add_argument("--license", help="for the header of the model card, for example apache-2.0")
     parser.add_argument("--message", default="Upload with hf-holo push", help="of the commit")
     args = parser.parse_args(argv)
+    if not args.message.strip():
+        raise HoloError("--message: it is empty, and a commit needs one")
     folder = Path(args.DIR)
     items, left_out = collect(folder, args.REPO, args.license)
     print_items(items, left_out)
@@ -77,14 +84,14 @@ def main(argv: list[str]) -> None:
 
 
 def collect(folder: Path, repo: str, license: str | None = None) -> tuple[list[Item], list[str]]:
-    """What of a folder goes up, and the names of the files that stay.
+    """What of a folder goes up, and the names of the files and folders that stay.
 
-    The code goes along (see [`missing_code`]), and a model card, in which the repository has its name. Folders, hidden
-    and unfinished files stay, and so do pickles, which can run code when they are read.
+    The code goes along (see [`missing_code`]), and a model card, in which the repository has its name. Hidden and
+    unfinished files stay, pickles, which can run code when they are read, and folders but for that of chat templates.
 
     Raises:
-        HoloError: the folder holds no whole checkpoint, or a link to a file elsewhere, or the name of the repository is
-            bad.
+        HoloError: the folder holds no whole checkpoint, a link to a file elsewhere, or something that no card
+            can be made from; or the name of the repository is bad.
     """
     if not folder.is_dir():
         raise HoloError(f"DIR: {str(folder)!r} is no folder")
@@ -92,27 +99,33 @@ def collect(folder: Path, repo: str, license: str | None = None) -> tuple[list[I
         validate_repo_id(repo)
     except HFValidationError as error:
         raise HoloError(f"REPO: {repo!r} is no name for a repository: {first_line(error)}") from None
-    paths = sorted(path for path in folder.iterdir() if not path.is_dir())
+    if "/" not in repo:
+        raise HoloError(f"REPO: {repo!r} does not say whose it is; give USER/NAME")
+    paths = sorted([*folder.iterdir(), *(folder / CHAT_TEMPLATE_DIR).glob("*")])
     kept = [path for path in paths if not _stays(path)]
-    check_links(kept)
+    check_links(folder, kept)
     check_weights(folder)
     added = {name: text.encode() for name, text in missing_code(folder).items()}
-    items = {path.name: Item(path.name, path) for path in kept if path.name != "README.md"}
+    names = {path: path.relative_to(folder).as_posix() for path in paths}
+    items = {names[path]: Item(names[path], path) for path in kept}
     items |= {name: Item(name, content, "completed by this command") for name, content in added.items()}
     items["README.md"] = _card(folder, repo, license)
-    return [items[name] for name in sorted(items)], [path.name for path in paths if path not in kept]
+    sent = [items[name] for name in sorted(items)]
+    stay = [path for path in paths if path not in kept and path.name != CHAT_TEMPLATE_DIR]
+    return sent, [names[path] + "/" * path.is_dir() for path in stay]
 
 
-def check_links(paths: list[Path]) -> None:
-    """Refuse links out of their folder: what they lead to was not put there to be published.
+def check_links(folder: Path, paths: list[Path]) -> None:
+    """Refuse links out of the folder: what they lead to was not put there to be published.
 
     The cache of huggingface_hub is one place: in its `snapshots/COMMIT` all files are links to `blobs`.
 
     Raises:
         HoloError: the message names the link.
     """
+    folder = folder.resolve()
     for path in paths:
-        folder, target = path.parent.resolve(), path.resolve()
+        target = path.resolve()
         cached = folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs"
         if not (cached or target.is_relative_to(folder)):
             raise HoloError(
@@ -122,7 +135,7 @@ def check_links(paths: list[Path]) -> None:
 
 
 def check_weights(folder: Path) -> None:
-    """Refuse weights that are missing, pickled or cut off.
+    """Refuse weights that are missing, pickled, cut off, or no numbers.
 
     Raises:
         HoloError: the message names the file.
@@ -140,27 +153,48 @@ def check_weights(folder: Path) -> None:
         raise HoloError(f"DIR: {str(folder)!r} holds no weights in safetensors; `save_pretrained` writes them")
     for path in files:
         try:
-            with safe_open(path, "pt"):
-                pass
+            check_finite(path)
         except (OSError, SafetensorError) as error:
             raise HoloError(f"DIR: {str(path)!r} is not a whole safetensors file: {first_line(error)}") from None
 
 
+def check_finite(path: Path) -> None:
+    """Refuse a safetensors file with NaN or infinity, which `from_pretrained` would refuse after the download.
+
+    Raises:
+        HoloError: the message names the weight.
+    """
+    with safe_open(path, "pt") as file:
+        for name in tqdm(file.keys(), desc=f"checking {path.name}", unit="weight", leave=False):
+            weight = file.get_tensor(name)
+            if weight.is_floating_point() and weight.numel():
+                weight = weight if weight.itemsize > 1 else weight.float()  # the smallest types cannot be compared
+                if not torch.stack(weight.aminmax()).isfinite().all():
+                    raise HoloError(f"DIR: {name} in {str(path)!r} holds NaN or infinity: the run diverged")
+
+
 def _stays(path: Path) -> bool:
-    unreadable = not path.is_file()  # a link to nowhere
-    return unreadable or path.name.startswith(".") or ".tmp" in path.name or path.suffix in PICKLES
+    no_file = not path.is_file()  # a folder, or a link to nowhere
+    return no_file or path.name.startswith(".") or bool(UNFINISHED.search(path.name)) or path.suffix in PICKLES
 
 
 def _card(folder: Path, repo: str, license: str | None) -> Item:
-    """The card in the folder, with the name of the repository where it says how to load the model; else a new one."""
+    """The card in the folder, in which, if it is one of this package, the repository has its name; else a new one.
+
+    Raises:
+        HoloError: the card cannot be read, or it is somebody's own and a license is to be written into it.
+    """
     path = folder / "README.md"
     if not path.is_file():
         return Item(path.name, str(make_card(folder, repo, license=license)).encode(), "a new model card")
-    text = path.read_text(encoding="utf-8")
-    named = text.replace(f'from_pretrained("{folder.resolve().name}"', f'from_pretrained("{repo}"')
-    if TAG not in text or named == text:  # not a card of this package
+    card = read_card(path)
+    if not is_own(card):
+        if license is not None:
+            raise HoloError(f"--license: {str(path)!r} is your own card; write the license into its header")
         return Item(path.name, path)
-    return Item(path.name, named.encode(), "names the repository")
+    name_repository(card, folder, repo)
+    card.data.license = license or card.data.license
+    return Item(path.name, str(card).encode(), "names the repository")
 
 
 def print_items(items: list[Item], left_out: list[str]) -> None:
@@ -181,15 +215,22 @@ def push(items: list[Item], repo: str, private: bool = False, message: str = "Up
     comes last, so a repository never holds half a model.
 
     Raises:
-        HoloError: a public repository of this name exists and a private one is asked for.
+        HoloError: a public repository of this name exists and a private one is asked for, or the Hub refuses the header
+            of the model card.
         errors of huggingface_hub: see [`clear_errors`].
     """
     api = HfApi()
     url = api.create_repo(repo, private=private, exist_ok=True)
+    repo = url.repo_id
     if private and not api.repo_info(repo).private:
         raise HoloError(f"--private: {repo!r} exists and is public; make it private in its settings, or name another")
     operations = [CommitOperationAdd(item.name, item.content) for item in items]
-    api.create_commit(repo, operations, commit_message=message)
+    try:
+        api.create_commit(repo, operations, commit_message=message)
+    except ValueError as error:
+        if not str(error).startswith("Invalid metadata in README.md"):
+            raise
+        raise HoloError(f"DIR: the Hub refuses the header of README.md: {' '.join(str(error).split()[4:])}") from None
     return str(url)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +22,18 @@ from .cache import RecurrentCache
 from .layers import TokenLayout, at_least_float32, make_norm
 from .loading import check_finite, check_memory, check_offloaded, clear_errors, within_memory
 from .ops import exporting
-from .remote import auto_map, with_code
-from .vocabulary import IGNORED, CompressedEmbedding, check_ids, dense_token_losses, language_loss, make_embedding
+from .remote import auto_map, card_writers, with_code
+from .vocabulary import (
+    IGNORED,
+    CompressedEmbedding,
+    check_ids,
+    check_labels,
+    dense_token_losses,
+    language_loss,
+    make_embedding,
+)
 
+CLASSES = "the classes, num_labels ="  # of what a label of a classification head is one
 LOGITS_WITH_A_LOSS = 2**28  # numbers, 1 GiB in float32: the most that a model gives unasked beside a loss
 
 
@@ -109,13 +119,31 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         check_offloaded(model, name)
         return loaded
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """As in transformers, with the code beside the weights: with `trust_remote_code=True` the folder loads where
-        this package is not installed, through the Auto class of every head."""
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """As in transformers, with two things beside the weights: the code, so that the folder loads with
+        `trust_remote_code=True` where this package is not installed, through the Auto class of every head; and, if the
+        folder has no README.md yet, a model card made from the facts."""
+        card = Path(save_directory, "README.md")
+        self._card_before = card.read_bytes() if card.is_file() else None
         with with_code(type(self)) as possible:
             if possible:
                 self.config.auto_map = auto_map(type(self))
-            super().save_pretrained(save_directory, *args, **kwargs)
+            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        for write in card_writers if is_main_process and not card.exists() else ():
+            write(save_directory)
+
+    def _upload_modified_files(
+        self, working_dir: str | os.PathLike, repo_id: str, files_timestamps: dict[str, float], *args, **kwargs
+    ) -> Any:
+        """Where `push_to_hub` and `save_pretrained(push_to_hub=True)` meet. By now transformers has put a README.md
+        beside the weights: the repository's or, if it has none, a form to be filled in. In its place comes what was
+        there before, or a card made from the facts."""
+        for write in card_writers:
+            if not write(working_dir, repo_id, kwargs.get("token"), self._card_before):
+                files_timestamps = {**files_timestamps, "README.md": float("inf")}  # stays here
+        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, *args, **kwargs)
 
     def _initialize_weights(self, module: nn.Module, *args) -> None:
         """Without the shortcut of transformers 5 for code of other packages: it passes over every module that has no
@@ -209,8 +237,8 @@ class Backbone(RecurrentPreTrainedModel):
             past_key_values: what to continue from, updated in place.
 
         Raises:
-            ValueError: neither or both of `input_ids` and `inputs_embeds`; ids outside the vocabulary; a cache of
-                another kind.
+            ValueError: neither or both of `input_ids` and `inputs_embeds`; no tokens; ids outside the vocabulary; a
+                cache of another kind.
         """
         x = self._embed(input_ids, inputs_embeds)
         cache = self._cache(past_key_values, use_cache)
@@ -240,6 +268,9 @@ class Backbone(RecurrentPreTrainedModel):
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        name, given = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+        if not exporting() and 0 in given.shape:
+            raise ValueError(f"{name} of shape {tuple(given.shape)} holds no tokens; give at least one row of one")
         if inputs_embeds is not None:
             return inputs_embeds
         check_ids("input_ids", input_ids, self.embed_tokens.num_embeddings)
@@ -373,7 +404,12 @@ class _LMHead(_Head):
         A family whose config offers an `embedding_strategy` may have a large vocabulary. In training, and where there
         would be more than `LOGITS_WITH_A_LOSS` logits, it computes the loss in pieces and gives no logits but those
         that `kept` asks for; it is None for all.
+
+        Raises:
+            ValueError: labels that are neither tokens nor to be ignored.
         """
+        if labels is not None:
+            check_labels(labels, self.config.vocab_size, ignore_index=kwargs.get("ignore_index", IGNORED))
         in_pieces = labels is not None and self._too_many_logits(labels)
         loss = self._loss_in_pieces(hidden, labels, **kwargs) if in_pieces else None
         if in_pieces and kept is None:
@@ -391,7 +427,6 @@ class _LMHead(_Head):
 
     def _loss_in_pieces(self, hidden: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
         embedding = self.model.embed_tokens
-        check_ids("labels", labels.masked_fill(labels == IGNORED, 0), embedding.num_embeddings)
         if self.lm_head is None:
             scorer = embedding.token_losses, embedding.scores_per_token
         else:
@@ -527,6 +562,9 @@ class SequenceClassificationHead(_ClassificationHead):
 
         Returns:
             Logits `[B, num_labels]`.
+
+        Raises:
+            ValueError: a class that there is none of.
         """
         pad = self.config.pad_token_id
         if attention_mask is None and input_ids is not None and pad is not None:
@@ -543,6 +581,9 @@ class SequenceClassificationHead(_ClassificationHead):
         logits = self.score(self.dropout(self._pool(output.last_hidden_state, attention_mask)))
         loss = None
         if labels is not None:
+            numbers = labels.is_floating_point() or self.num_labels == 1
+            if self.config.problem_type in (None, "single_label_classification") and not numbers:
+                check_labels(labels, self.num_labels, CLASSES)
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
         result = SequenceClassifierOutputWithPast(loss, logits, output.past_key_values, output.hidden_states)
         return result if wants_dict(self.config, return_dict) else result.to_tuple()
@@ -576,7 +617,9 @@ class TokenClassificationHead(_ClassificationHead):
         return_dict: bool | None = None,
         **kwargs,
     ) -> TokenClassifierOutput | tuple:
-        """Logits `[B, T, num_labels]`; `labels` `[B, T]`, -100 where no loss is wanted."""
+        """Logits `[B, T, num_labels]`; `labels` `[B, T]`, -100 where no loss is wanted, ValueError for others."""
+        if labels is not None:
+            check_labels(labels, self.num_labels, CLASSES)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

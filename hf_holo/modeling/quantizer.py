@@ -5,7 +5,8 @@ It is a quantizer of transformers (`quant_method` "holo") that follows the plan 
 
 import copy
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,14 +60,13 @@ class PlanQuantizer(HfQuantizer):
     def update_tp_plan(self, config: PretrainedConfig) -> PretrainedConfig:
         """Not about plans: nothing else is called before transformers 4.57 opens a file. It does not say which one, so
         this looks into the folder that `AutoModel...from_pretrained` was given."""
-        if config.name_or_path:
-            check_files(weight_files(config.name_or_path))
+        check_safe(local_files(config))
         return config
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        check_files(checkpoint_files or ())  # transformers 5 opens them later
+        check_safe(checkpoint_files or local_files(model.config))  # transformers 5 opens them later
         config = self.quantization_config = model.config.quantization_config = self.resolve(model)
         swap(model, config)
         for basis in _bases(model).values():
@@ -90,8 +90,8 @@ class PlanQuantizer(HfQuantizer):
         check_offloaded(model, "the converted model")
         return model
 
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        return True
+    def is_serializable(self, safe_serialization: bool | None = None) -> bool:
+        return safe_serialization is not False  # a pickle would not be loaded again
 
     @property
     def is_trainable(self) -> bool:
@@ -100,6 +100,27 @@ class PlanQuantizer(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         return True  # without it Trainer refuses the model
+
+
+def local_files(config: PretrainedConfig) -> list[Path]:
+    """The files with the weights in the folder that a config is from, if it is from one: safetensors, else pickles."""
+    if not config.name_or_path:
+        return []
+    folder = Path(config.name_or_path)
+    return weight_files(folder) if any(folder.glob("*.safetensors")) else list(folder.glob("pytorch_model*.bin"))
+
+
+def check_safe(files: Iterable[str | Path]) -> None:
+    """Refuse weights that are pickled, cut off or something else.
+
+    Raises:
+        OSError: the message names the file.
+    """
+    files = list(files)
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise OSError(f"{file}: the weights of a converted model lie in safetensors files, and this is none")
+    check_files(files)
 
 
 def swap(model: nn.Module, config: QuantizationConfigMixin) -> dict[str, HoloLinear]:

@@ -9,13 +9,15 @@ classes load (`configuration_*`, `modeling_*`, `tokenization_*`) import all that
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import transformers
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
+
+card_writers: list[Callable[..., bool]] = []  # hf_holo puts its own here; without it, models have transformers' cards
 
 
 def obstacle(cls: type) -> str | None:

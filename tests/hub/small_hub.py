@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 TOKEN = "hf_right"
+TOKENS = {"", TOKEN, "hf_reader", "hf_guest"}  # the last may write, too, but has no access to what is gated
 
 
 class SmallHub(ThreadingHTTPServer):
@@ -19,7 +20,8 @@ class SmallHub(ThreadingHTTPServer):
         repos: by name: `files` (name to bytes), `private`, `gated` and the number of `commits`.
         objects: large files by hash, as they arrived.
         faults: what to do wrong, each so many times: "drop upload" (close the connection in the middle of a large
-            file), "drop commit", "fail commit" (status 500).
+            file), "drop commit", "fail commit" (status 500), "bad header" (of a card), "drop download NAME" (close the
+            connection in the middle of the weights of this repository).
         requests: how often each method and route was called.
     """
 
@@ -114,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
         held = self.server.repos.get(repo) if repo else None
         if repo and held is None:
             self.refuse(404, "RepoNotFound", "Repository not found")
-        elif token not in ("", TOKEN, "hf_reader") or (write and not token):
+        elif token not in TOKENS or (write and not token):
             self.refuse(401, message="Invalid credentials in Authorization header")
         elif write and token == "hf_reader":
             self.refuse(403, message="you may not write here")
@@ -139,7 +141,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def validate(self) -> None:
         self.body()
-        self.answer({"warnings": [], "errors": []})
+        if self.server.happens("bad header"):
+            self.answer({"warnings": [], "errors": [{"message": "license is unknown"}]}, 400)
+        else:
+            self.answer({"warnings": [], "errors": []})
 
     def preupload(self, repo: str) -> None:
         if not self.allowed(repo, write=True):
@@ -213,7 +218,17 @@ class Handler(BaseHTTPRequestHandler):
             return
         content = held["files"][name]
         etag = f'"{hashlib.sha1(content).hexdigest()}"'
-        self.answer(content, X_Repo_Commit=_revision(held), ETag=etag, Accept_Ranges="bytes")
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        headers = {"X_Repo_Commit": _revision(held), "ETag": etag, "Accept_Ranges": "bytes"}
+        if start:
+            self.server.requests["resumed download"] += 1
+            headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        rest = content[start:]
+        if self.command == "GET" and name.endswith(".safetensors") and self.server.happens(f"drop download {repo}"):
+            self.answer(rest[: len(rest) // 2], 206 if start else 200, **headers, **{"Content-Length": str(len(rest))})
+            self.close_connection = True
+            return
+        self.answer(rest, 206 if start else 200, **headers)
 
 
 def _mode(path: str) -> dict[str, Any]:

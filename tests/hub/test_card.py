@@ -64,10 +64,36 @@ def test_paths_are_cut_wherever_they_stand_and_repositories_are_named(saved, mon
     assert "folder: d" in text and "secret" not in text
 
 
-@pytest.mark.parametrize("content", ["a: [", "- 1", "3"])
+@pytest.mark.parametrize("content", [b"a: [", b"- 1", b"3", b"\xff\xfe\x00", b"a: &a [*a]", b"[" * 100_000])
 def test_a_recipe_that_is_none_is_named(saved, content):
-    (saved / "recipe.yaml").write_text(content)
+    (saved / "recipe.yaml").write_bytes(content)
     with pytest.raises(HoloError, match=r"recipe\.yaml' is n"):
+        make_card(saved, "me/it")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["validation_fraction: lots", "validation_fraction: 3", "train_file: [3]", "train_files: [3]", "dataset_name: 1"],
+)
+def test_a_recipe_may_not_say_everything(saved, line):
+    (saved / "recipe.yaml").write_text(line)
+    with pytest.raises(HoloError, match=rf"recipe\.yaml' says {line.partition(':')[0]}=.* which no recipe does"):
+        make_card(saved, "me/it")
+
+
+@pytest.mark.parametrize(
+    "content", [b"step,validation_loss\n1,abc\n", b"step,validation_loss\n1,\0\n", b"\xff\xfe\x00"]
+)
+def test_metrics_that_are_none_are_named(saved, content):
+    (saved / "metrics.csv").write_bytes(content)
+    with pytest.raises(HoloError, match=r"metrics\.csv' is no table of metrics"):
+        make_card(saved, "me/it")
+
+
+@pytest.mark.parametrize("content", [b"", b"123", b"\x02" + bytes(7) + b"[]", b"\x08" + bytes(7) + b'{"a": 1}'])
+def test_weights_that_cannot_be_counted_are_named(saved, content):
+    (saved / "model.safetensors").write_bytes(content)
+    with pytest.raises(HoloError, match="are no whole safetensors"):
         make_card(saved, "me/it")
 
 

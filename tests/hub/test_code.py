@@ -186,7 +186,20 @@ def test_a_family_of_this_package_after_surgery_is_named(saved):
         assert add_code(saved) == []
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "no config.json"), ("{", "no config.json"), ("[]", "mapping")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no config.json"),
+        ("{", "no config.json"),
+        ("[" * 100_000, "no config.json"),
+        ("[]", "mapping"),
+        ('{"auto_map": [1]}', r"says auto_map=\[1\], which no config does"),
+        ('{"architectures": [3]}', r"says architectures=\[3\]"),
+        ('{"architectures": "Hsn"}', "says architectures='Hsn'"),
+        ('{"model_type": {}}', "says model_type={}"),
+        ('{"quantization_config": "holo"}', "says quantization_config='holo'"),
+    ],
+)
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path, content, message):
     if content is not None:
         (tmp_path / "config.json").write_text(content)

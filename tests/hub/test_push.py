@@ -1,19 +1,17 @@
 """`hf-holo push` against a small Hub: a model arrives whole or not at all, and comes back as it was."""
 
 import json
-import os
-import subprocess
-import sys
+import re
 
 import pytest
 import torch
-from huggingface_hub import HfApi, constants, utils
+from huggingface_hub import ModelCard, constants, utils
 from safetensors.torch import load_file, save_file
 from small_hub import TOKEN, SmallHub
 from transformers import AutoModelForCausalLM
 
-from hf_holo import HoloError, cli
-from hf_holo.hub.push import clear_errors
+from hf_holo import cli
+from hf_holo.hub.card import write_card
 
 pytestmark = pytest.mark.feature("Hub", "hf-holo push", family="hsn")
 REPO = "me/tiny"
@@ -62,14 +60,15 @@ def test_a_model_arrives_whole(small_hub, saved, capsys):
     (saved / "config.json.tmp12").write_text("{")
     assert push(saved, REPO) == 0
     held = small_hub.repos[REPO]
-    expected = {p.name for p in saved.iterdir() if p.is_file()} - {"training_args.bin", ".hidden", "config.json.tmp12"}
+    kept_back = {"training_args.bin", ".hidden", "config.json.tmp12", "README.md"}
+    expected = {path.name for path in saved.iterdir() if path.is_file()} - kept_back
     assert set(held["files"]) == expected | {"README.md"}
     assert all(held["files"][name] == (saved / name).read_bytes() for name in expected)
     assert (held["commits"], held["private"]) == (1, False)
     card = held["files"]["README.md"].decode()
     assert f'from_pretrained("{REPO}", trust_remote_code=True)' in card
     output = capsys.readouterr().out
-    assert "not sent: .hidden, config.json.tmp12, training_args.bin" in output
+    assert "not sent: .hidden, checkpoint-10/, config.json.tmp12, training_args.bin" in output
     assert f"The model is at {small_hub.url}/{REPO}" in output
 
 
@@ -77,6 +76,7 @@ def test_a_dry_run_sends_nothing_and_writes_nothing(small_hub, saved, capsys):
     config = json.loads((saved / "config.json").read_text())
     del config["auto_map"]
     (saved / "config.json").write_text(json.dumps(config))
+    (saved / "README.md").unlink()
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     assert push(saved, REPO, "--dry-run") == 0
     assert not small_hub.requests
@@ -94,10 +94,62 @@ def test_a_card_that_is_there_gets_the_name_of_the_repository(small_hub, saved):
     assert 'from_pretrained("tiny")' in (saved / "README.md").read_text()
 
 
-def test_a_card_of_someone_else_stays_as_it_is(small_hub, saved):
+def test_a_card_of_someone_else_stays_as_it_is(small_hub, saved, capsys):
     (saved / "README.md").write_text('mine: from_pretrained("tiny")\n')
     push(saved, REPO)
     assert small_hub.repos[REPO]["files"]["README.md"] == (saved / "README.md").read_bytes()
+    assert push(saved, REPO, "--license", "mit") == 2
+    assert "is your own card; write the license into its header" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("metrics", [None, "step,validation_loss\n1,1.5\n"], ids=["unscored", "scored"])
+def test_the_card_of_a_folder_that_has_moved_gets_the_name_of_the_repository(small_hub, saved, metrics):
+    if metrics:  # then the name stands elsewhere in the header
+        (saved / "metrics.csv").write_text(metrics)
+        (saved / "recipe.yaml").write_text("train_file: plays.txt")
+    write_card(saved)
+    moved = saved.rename(saved.with_name("moved"))
+    assert push(moved, REPO, "--license", "mit") == 0
+    text = small_hub.repos[REPO]["files"]["README.md"].decode()
+    assert re.findall(r'from_pretrained\("([^"]*)"', text) == [REPO] * 4 and f"\n# {REPO}\n" in text
+    data = ModelCard(text).data
+    assert (data.model_name, data.license, data.tags) == (REPO, "mit", ["hf-holo", "hsn"])
+    assert bool(data.eval_results) == bool(metrics)
+    assert 'from_pretrained("tiny"' in (moved / "README.md").read_text()  # here it keeps its own
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("README.md", b"\xff\xfe\x00", "README.md' is no text in UTF-8"),
+        ("README.md", b"---\na: [\n---\n", "the header of .*README.md' is none that the Hub reads"),
+        ("README.md", b"---\n- 1\n---\n", "the header of .*README.md' is none that the Hub reads"),
+        ("README.md", b"---\nmodel-index: [3]\n---\n", "the header of .*README.md' is none that the Hub reads"),
+    ],
+)
+def test_a_card_that_cannot_be_read(saved, capsys, name, content, message):
+    (saved / name).write_bytes(content)
+    assert push(saved, REPO, "--dry-run") == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_chat_templates_go_along_and_other_folders_are_named(small_hub, saved, capsys):
+    for name in ("additional_chat_templates/tool.jinja", "checkpoint-3/model.safetensors"):
+        (saved / name).parent.mkdir()
+        (saved / name).write_text("text")
+    (saved / "chat.tmpl").write_text("text")  # no unfinished file
+    assert push(saved, REPO) == 0
+    files = small_hub.repos[REPO]["files"]
+    assert files["additional_chat_templates/tool.jinja"] == files["chat.tmpl"] == b"text"
+    assert "not sent: checkpoint-3/\n" in capsys.readouterr().out
+
+
+def test_a_folder_of_chat_templates_may_not_be_a_link(saved, tmp_path, capsys):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "tool.jinja").touch()
+    (saved / "additional_chat_templates").symlink_to(tmp_path / "secret")
+    assert push(saved, REPO, "--dry-run") == 2
+    assert "tool.jinja links to" in capsys.readouterr().err
 
 
 def test_a_repository_that_exists_gets_a_commit_on_top(small_hub, saved):
@@ -161,16 +213,38 @@ def test_without_a_token(small_hub, saved, capsys, monkeypatch, tmp_path):
     assert "hf auth login" in capsys.readouterr().err
 
 
-def test_a_gated_repository(small_hub, monkeypatch):
+def test_a_gated_repository(small_hub, saved, capsys, monkeypatch):
     small_hub.create(REPO, gated=True)
-    monkeypatch.setenv("HF_TOKEN", "hf_reader")
-    with pytest.raises(HoloError, match="'me/tiny' is gated; ask for access"), clear_errors(REPO):
-        HfApi().repo_info(REPO)
+    monkeypatch.setenv("HF_TOKEN", "hf_guest")
+    assert push(saved, REPO) == 2
+    assert "'me/tiny' is gated; ask for access" in capsys.readouterr().err
+    assert not small_hub.repos[REPO]["files"] and not small_hub.objects
 
 
 def test_offline(saved, capsys):
     assert push(saved, REPO) == 2
     assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
+
+
+def test_a_name_without_a_user_is_refused_before_anything_is_made(small_hub, saved, capsys):
+    for options in ([], ["--dry-run"]):
+        assert push(saved, "tiny", *options) == 2
+        assert "'tiny' does not say whose it is; give USER/NAME" in capsys.readouterr().err
+    assert not small_hub.repos
+
+
+@pytest.mark.parametrize("message", ["", " "])
+def test_an_empty_message_is_refused_before_anything_is_made(small_hub, saved, capsys, message):
+    assert push(saved, REPO, "--message", message) == 2
+    assert "--message: it is empty" in capsys.readouterr().err
+    assert not small_hub.repos
+
+
+def test_a_header_that_the_hub_refuses(small_hub, saved, capsys):
+    small_hub.faults["bad header"] = 1
+    assert push(saved, REPO) == 2
+    assert "the Hub refuses the header of README.md: - license is unknown" in capsys.readouterr().err
+    assert not small_hub.repos[REPO]["files"]
 
 
 @pytest.mark.parametrize("repo", ["../up", "a/b/c", "me/..", "me/x y", "", "me/-"])
@@ -190,6 +264,18 @@ def test_weights_that_are_cut_off(saved, capsys):
     (saved / "model.safetensors").write_bytes(whole[:-5])
     assert push(saved, REPO, "--dry-run") == 2
     assert "is not a whole safetensors file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2])
+def test_weights_that_are_no_numbers(saved, capsys, value, dtype):
+    weights = load_file(saved / "model.safetensors")
+    name = sorted(weights)[-1]
+    for weight, result in ((torch.full((2, 3), value), 2), (torch.full((2, 3), 1.0), 0), (torch.empty(0), 0)):
+        save_file({**weights, name: weight.to(dtype)}, saved / "model.safetensors", {"format": "pt"})
+        assert push(saved, REPO, "--dry-run") == result
+        error = capsys.readouterr().err
+        assert (f"{name} in '{saved}/model.safetensors' holds NaN or infinity" in error) == bool(result)
 
 
 def test_a_shard_that_is_missing(saved, capsys):
@@ -243,7 +329,7 @@ def test_a_folder_in_the_cache_of_the_hub(small_hub, saved, tmp_path):
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
     assert push(snapshot, REPO) == 0
     files = small_hub.repos[REPO]["files"]
-    assert all(files[path.name] == path.read_bytes() for path in snapshot.iterdir())
+    assert all(files[path.name] == path.read_bytes() for path in snapshot.iterdir() if path.name != "README.md")
 
 
 def test_a_folder_without_weights(saved, capsys):
@@ -266,18 +352,3 @@ def test_what_was_pushed_is_pulled_elsewhere(small_hub, saved, elsewhere, expect
     environment = {"HF_ENDPOINT": small_hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     assert elsewhere(PULL, REPO, text, tmp_path / "expected", **environment).split()[-1] == "True"
     assert load_file(tmp_path / "expected")["output"].isfinite().all()
-
-
-@pytest.mark.slow
-def test_push_to_hub_takes_the_code_along(small_hub, saved):
-    code = (
-        "import sys, hf_holo\n"
-        "from transformers import AutoModelForCausalLM\n"
-        "AutoModelForCausalLM.from_pretrained(sys.argv[1]).push_to_hub(sys.argv[2])\n"
-    )
-    environment = {**os.environ, "HF_ENDPOINT": small_hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run([sys.executable, "-c", code, saved, REPO], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    files = small_hub.repos[REPO]["files"]
-    assert {"config.json", "model.safetensors", "modeling_hsn.py", "ops.py"} <= set(files)
-    assert "AutoModelForMaskedLM" in json.loads(files["config.json"])["auto_map"]
