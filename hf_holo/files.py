@@ -1,7 +1,9 @@
 """Files that appear complete or not at all."""
 
 import csv
+import glob
 import os
+import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,8 +39,11 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     """
     if folder.exists() and not folder.is_dir():
         raise HoloError(f"{str(folder)!r} is a file, where a folder is to be written")
-    temporary, old = (folder.with_name(f"{folder.name}.{what}{os.getpid()}") for what in ("tmp", "old"))
-    temporary.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _clear_remains(folder)
+    process = f"{platform.node()}-{os.getpid()}"  # machines may share a disk
+    temporary, old = (folder.with_name(f"{folder.name}.{what}-{process}") for what in ("tmp", "old"))
+    temporary.mkdir()
     try:
         yield temporary
         if folder.exists():  # a folder cannot take the place of one that holds files, so that one steps aside
@@ -52,6 +57,33 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _clear_remains(folder: Path) -> None:
+    """Remove what processes that were killed have left beside `folder`; one that had stepped aside comes back."""
+    for what in ("old", "tmp"):
+        for remains in folder.parent.glob(f"{glob.escape(folder.name)}.{what}-{glob.escape(platform.node())}-*"):
+            if _is_alive(remains.name.rpartition("-")[2]):
+                continue
+            if what == "old" and not folder.exists():
+                remains.rename(folder)
+            else:
+                shutil.rmtree(remains, ignore_errors=True)
+
+
+def _is_alive(process: str) -> bool:
+    """Whether there is another process of that number; where that cannot be asked, and of what is no number: yes."""
+    if os.name == "nt" or not process.isdigit():
+        return True
+    if int(process) == os.getpid():  # one before this, which had the same number
+        return False
+    try:
+        os.kill(int(process), 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except OSError:  # of somebody else
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -68,8 +100,12 @@ def write_csv(rows: Sequence[Mapping[str, object]], path: Path) -> None:
         writer.writerows(rows)
 
 
-def output_folder(name: str) -> Path:
-    """The folder that `--output_dir` names, made if it is not there.
+def output_folder(name: str, argument: str = "output_dir") -> Path:
+    """The folder that an argument names, made if it is not there.
+
+    Args:
+        name: its path.
+        argument: how the error calls the argument.
 
     Raises:
         HoloError: it cannot be made.
@@ -78,5 +114,5 @@ def output_folder(name: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise HoloError(f"output_dir={name!r} cannot be a folder: {error.strerror}") from error
+        raise HoloError(f"{argument}={name!r} cannot be a folder: {error.strerror}") from error
     return folder

@@ -1,5 +1,10 @@
 """Files appear complete or not at all."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 
 from hf_holo.errors import HoloError
@@ -67,3 +72,37 @@ def test_a_file_is_not_replaced_by_a_folder(tmp_path):
     with pytest.raises(HoloError, match="is a file"), replacing_folder(tmp_path / "onnx"):
         pass
     assert (tmp_path / "onnx").read_text() == "a file"
+
+
+@pytest.fixture
+def dead() -> str:
+    """How the remains end that a process has left which is no more."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return f"{platform.node()}-{process.pid}"
+
+
+def test_what_a_killed_process_has_left_is_cleared(tmp_path, dead):
+    alive, own = (f"{platform.node()}-{process}" for process in (os.getppid(), os.getpid()))
+    for name in (
+        f"onnx.tmp-{dead}",
+        f"onnx.tmp-{own}",
+        f"onnx.tmp-{alive}",
+        "onnx.tmp-elsewhere-1",
+        f"other.tmp-{dead}",
+    ):
+        (tmp_path / name).mkdir()
+    with replacing_folder(tmp_path / "onnx"):
+        pass
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"onnx", f"onnx.tmp-{alive}", "onnx.tmp-elsewhere-1", f"other.tmp-{dead}"}
+
+
+def test_a_folder_that_had_stepped_aside_comes_back(tmp_path, dead):
+    """The process was killed between the two renames: the old folder is the only one."""
+    (tmp_path / f"onnx.old-{dead}").mkdir()
+    (tmp_path / f"onnx.old-{dead}" / "model").write_text("old")
+    with pytest.raises(OSError, match="full"), replacing_folder(tmp_path / "onnx"):
+        raise OSError("the disk is full")
+    assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
+    assert (tmp_path / "onnx" / "model").read_text() == "old"

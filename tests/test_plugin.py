@@ -121,3 +121,15 @@ def test_a_plugin_may_be_imported_before_the_package(python):
     code = "import toy_holo, hf_holo; print('toy' in hf_holo.architectures())"
     done = subprocess.run([python, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "True", done.stderr
+
+
+@pytest.mark.slow
+def test_the_plain_command_of_optimum_knows_plugins_of_an_installed_package(python, tmp_path):
+    """Found by its entry point, without an import of its own."""
+    pytest.importorskip("optimum.exporters.onnx", reason="needs the extra `onnx`")
+    done = subprocess.run([python, "-c", USE, tmp_path / "saved"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    command = [python, "-m", "optimum.commands.optimum_cli", "export", "onnx", "--model", tmp_path / "saved"]
+    command += ["--task", "text-generation-with-past", tmp_path / "onnx"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "onnx" / "model.onnx").is_file(), done.stderr

@@ -5,19 +5,21 @@ model card. A format that fails leaves no folder; the others are still written, 
 """
 
 import argparse
+import copy
 import shutil
 import sys
 import traceback
 from pathlib import Path
 
 from tqdm.auto import tqdm
+from transformers import PretrainedConfig
 
 from ..errors import HoloError, Parser, first_line, unknown
 from ..files import output_folder, replacing_folder
 from . import standalone_script
-from .formats import FORMATS, Source, continues
-from .graph import TASKS, WITH_PAST, folded
-from .report import measure, write_report
+from .formats import FORMATS, Format, Source, continues
+from .graph import GENERATION, TASKS, folded
+from .report import held_out, measure, write_report
 
 
 def main(argv: list[str]) -> None:
@@ -29,10 +31,9 @@ def main(argv: list[str]) -> None:
     """
     args = _parse(argv)
     text = None if args.text is None else _read(args.text)
-    out = output_folder(args.out)
+    out = output_folder(args.out, "out")
     source = Source(args.model, args.task)
-    if text is not None and source.graph.task != "text-generation":
-        raise HoloError(f"text={args.text!r}: the task {source.task!r} has no perplexity; leave --text out")
+    _check_text(source, args.text, text)
     failures = {}
     for name in (progress := tqdm(args.format, desc="exporting", unit="format", leave=False)):
         progress.set_postfix_str(name)
@@ -64,14 +65,16 @@ def export(source: Source, name: str, folder: Path, text: str | None = None) -> 
         What report.json says.
 
     Raises:
-        HoloError: what the format needs is not installed, the export does not compute the same, or `folder` is a file.
+        HoloError: what the format needs is not installed, the export does not compute the same, or `folder` is a file,
+            the model, or a folder that no export has written.
     """
     form = FORMATS[name]
     form.require()
+    _check_folder(source, form, folder)
     with replacing_folder(folder) as temporary:
         with folded(source.model):
             form.write(source, temporary)
-        source.model.config.save_pretrained(temporary)
+        _without_code(source.model.config).save_pretrained(temporary)
         if source.processor is not None:
             source.processor.save_pretrained(temporary)
         if name.startswith("onnx") and continues(source):
@@ -79,6 +82,39 @@ def export(source: Source, name: str, folder: Path, text: str | None = None) -> 
         record = measure(source, form, temporary, text)
         write_report(record, source, name, form, temporary)
     return record
+
+
+def _check_folder(source: Source, form: Format, folder: Path) -> None:
+    """Raise HoloError if the new folder would take the place of something that is no older export."""
+    if Path(source.folder).resolve().is_relative_to(folder.resolve()):
+        raise HoloError(f"{str(folder)!r} is where the model lies, and would be replaced; give another `out`")
+    content = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if content and not content >= {"report.json", form.file}:
+        raise HoloError(f"{str(folder)!r} holds files, but no earlier export; remove it or give another `out`")
+
+
+def _without_code(config: PretrainedConfig) -> PretrainedConfig:
+    """The config without references to the code of the model, which no export has or needs."""
+    config = copy.deepcopy(config)
+    auto_map = vars(config).pop("auto_map", None) or {}
+    if kept := {auto: name for auto, name in auto_map.items() if not auto.startswith(("AutoConfig", "AutoModel"))}:
+        config.auto_map = kept
+    return config
+
+
+def _check_text(source: Source, file: str | None, text: str | None) -> None:
+    """Raise HoloError before the work if what is to be read cannot be: by a damaged tokenizer, or for a perplexity."""
+    tokenizer = source.processor
+    if text is None:
+        return
+    if source.graph.task != "text-generation":
+        raise HoloError(f"text={file!r}: the task {source.task!r} has no perplexity; leave --text out")
+    if tokenizer is None:
+        raise HoloError(f"text={file!r}: model={source.folder!r} has no tokenizer to read it with; leave --text out")
+    try:
+        held_out(source, text)
+    except HoloError as error:
+        raise HoloError(f"text={file!r}: {error}") from error
 
 
 def _read(file: str) -> str:
@@ -93,14 +129,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("model", help="folder or Hub id of a trained model")
     parser.add_argument("out", help="folder for the folders of the formats")
     parser.add_argument("--format", nargs="+", default=["onnx"], help=f"{', '.join(FORMATS)}, or all; default: onnx")
-    tasks = ", ".join([*TASKS, f"text-generation{WITH_PAST}"])
+    tasks = ", ".join([*TASKS, GENERATION])
     parser.add_argument("--task", help=f"{tasks}; default: that of the saved head, with state if it generates")
     parser.add_argument("--text", help="held-out text file: its perplexity goes into the report")
     parser.add_argument("--verbose", action="store_true", help="show where a format failed")
     args = parser.parse_args(argv)
-    if args.format == ["all"]:
-        args.format = list(FORMATS)
     for name in args.format:
-        if name not in FORMATS:
+        if name not in (*FORMATS, "all"):
             raise unknown("format", name, [*FORMATS, "all"])
+    args.format = list(FORMATS if "all" in args.format else dict.fromkeys(args.format))
     return args

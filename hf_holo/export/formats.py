@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from ..errors import UNREADABLE, HoloError, first_line
 from ..modeling.harmonics import HoloLinear
-from .graph import TASKS, WITH_PAST, Graph, GraphModule, positions, task_of
+from .graph import GENERATION, TASKS, Graph, GraphModule, positions, task_of
 
 PROCESSOR_FILES = ("tokenizer*.json", "*processor_config.json")
 Program = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]  # inputs and states to output and new states
@@ -48,6 +48,9 @@ class Source:
         except HoloError:
             raise
         except UNREADABLE as error:
+            if not Path(folder).exists():
+                reason = f"is no folder, and the Hub does not give it: {first_line(error)}"
+                raise HoloError(f"model={folder!r} {reason}") from error
             raise HoloError(f"model={folder!r} cannot be loaded for export: {first_line(error)}") from error
         self.graph = Graph(self.task, self.model.config)
         self._temporary = TemporaryDirectory()
@@ -70,14 +73,16 @@ class Source:
     @cached_property
     def onnx_folder(self) -> Path:
         """The ONNX export, made once for all formats that start from it; tied tables are written twice in it."""
-        from optimum.exporters.onnx import main_export
+        from optimum.exporters.onnx import onnx_export_from_model
 
         from .onnx_config import register
 
         register()
         folder = Path(self._temporary.name)
+        model = copy.deepcopy(self.model)  # Optimum changes configs
+        model.config.use_cache = self.graph.with_past
         with quiet_tracer():
-            main_export(self.folder, output=folder, task=self.task, do_validation=False, no_post_process=True)
+            onnx_export_from_model(model, folder, task=self.task, do_validation=False, no_post_process=True)
         return folder
 
 
@@ -127,7 +132,7 @@ def _installed(module: str) -> bool:
 def write_onnx(source: Source, folder: Path) -> None:
     from .onnx_numbers import share_numbers
 
-    shutil.copytree(source.onnx_folder, folder, dirs_exist_ok=True)
+    _copy_files(source.onnx_folder, folder)
     share_numbers(folder / "model.onnx")
 
 
@@ -135,8 +140,17 @@ def write_onnx_int8(source: Source, folder: Path) -> None:
     """Weights of matrix products and embeddings in int8, activations quantized as they come."""
     from .onnx_int8 import quantize
 
-    shutil.copytree(source.onnx_folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.onnx*"))
+    _copy_files(source.onnx_folder, folder, without="model.onnx")
     quantize(source.onnx_folder / "model.onnx", folder / "model.onnx")
+
+
+def _copy_files(made: Path, folder: Path, without: str | None = None) -> None:
+    """Not `shutil.copytree`, which would give `folder` the mode of a temporary one, closed to others; `without`: the
+    start of names that are left out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in made.iterdir():
+        if file.is_file() and not (without and file.name.startswith(without)):
+            shutil.copyfile(file, folder / file.name)
 
 
 def load_onnx(file: Path, graph: Graph) -> Program:
@@ -252,4 +266,4 @@ FORMATS = {
 
 def continues(source: Source) -> bool:
     """Whether the exported model generates text from a state."""
-    return source.task == f"text-generation{WITH_PAST}"
+    return source.task == GENERATION

@@ -39,6 +39,7 @@ TASKS = {
 }
 POOLED = ("text-classification", "image-classification", "audio-classification")  # one output for a whole input
 WITH_PAST = "-with-past"  # Optimum's suffix of a task whose graph continues from a state
+GENERATION = f"text-generation{WITH_PAST}"
 
 BATCH, TOKENS, PAST = "batch_size", "sequence_length", "past_sequence_length"
 TOTAL = f"{PAST} + {TOKENS}"
@@ -77,9 +78,13 @@ class State:
         """Its name among the outputs of a graph."""
         return f"present.{self.layer}.{self.name}"
 
+    def sizes(self, tokens: str) -> list[int | str]:
+        """Its sizes, those that vary by name; `tokens` names the one that grows."""
+        return [BATCH, *(tokens if size is None else size for size in self.shape)]
+
     def axes(self, tokens: str) -> dict[int, str]:
-        """Its axes of variable size; `tokens` names the one that grows."""
-        return {0: BATCH} | {axis: tokens for axis, size in enumerate(self.shape, 1) if size is None}
+        """Its axes of variable size, named as in [`State.sizes`]."""
+        return {axis: size for axis, size in enumerate(self.sizes(tokens)) if isinstance(size, str)}
 
     def zeros(self, batch: int, tokens: int = 0) -> torch.Tensor:
         """The state `[B, ...]` of a text that begins (or, of one that grows, zeros for `tokens` tokens)."""
@@ -91,7 +96,7 @@ class Graph:
     """The facts of an exported graph: what goes in, what comes out, and how a model is called with it.
 
     Args:
-        task: a key of `TASKS`, with the suffix `WITH_PAST` if the state is to be input and output.
+        task: a key of `TASKS`, or `GENERATION` if the state is to be input and output.
         config: the config of the model.
         dtype: of its weights.
 
@@ -102,7 +107,7 @@ class Graph:
     def __init__(self, task: str, config: PretrainedConfig, dtype: torch.dtype = torch.float32):
         self.task, self.config, self.dtype = task.removesuffix(WITH_PAST), config, dtype
         self.with_past = task.endswith(WITH_PAST)
-        self.model_class = head_for(self.task, config)
+        self.model_class = head_for(task, config)
         self.output = "last_hidden_state" if self.task == "feature-extraction" else "logits"
         # Transformers' own decoders have to be told the positions, for they would count padding; these families don't.
         self.counts_positions = self.task == "text-generation" and config.model_type not in architectures()
@@ -301,14 +306,14 @@ def folded(model: nn.Module) -> Iterator[None]:
 
 # ---------------------------------------------------------------------------------------------- tasks
 def head_for(task: str, config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The model class for a task (without `WITH_PAST`) in the family of a config.
+    """The model class for a task in the family of a config.
 
     Raises:
         HoloError: the task is unknown, or the family has no head for it.
     """
-    if task not in TASKS:
-        raise unknown("task", task, TASKS)
-    model_class = getattr(transformers, TASKS[task])._model_mapping.get(type(config), None)
+    if task not in (*TASKS, GENERATION):
+        raise unknown("task", task, [*TASKS, GENERATION])
+    model_class = getattr(transformers, TASKS[task.removesuffix(WITH_PAST)])._model_mapping.get(type(config), None)
     if model_class is None:
         raise HoloError(f"task={task!r}: the family {config.model_type!r} has no head for it")
     return model_class
@@ -324,6 +329,6 @@ def task_of(config: PretrainedConfig) -> str:
     for task, auto in TASKS.items():
         model_class = getattr(transformers, auto)._model_mapping.get(type(config), None)
         if model_class is not None and model_class.__name__ == saved:
-            return task + WITH_PAST if task == "text-generation" else task
-    known = ", ".join(TASKS)
+            return GENERATION if task == "text-generation" else task
+    known = ", ".join([*TASKS, GENERATION])
     raise HoloError(f"architectures={saved!r} in config.json is no head of a known task; give one of {known}")

@@ -14,6 +14,7 @@ from optimum.exporters.onnx.config import OnnxConfigWithPast
 from optimum.exporters.onnx.model_patcher import ModelPatcher, PatchingSpec
 from optimum.exporters.tasks import TasksManager
 from optimum.utils import NormalizedTextConfig
+from torch.onnx import JitScalarType, symbolic_helper, symbolic_opset14
 from transformers import PreTrainedModel
 
 from ..registry import Architecture, architectures
@@ -30,6 +31,40 @@ def _transposed(g: Any, x: torch.Value) -> torch.Value:
 
 
 torch.onnx.register_custom_op_symbolic("aten::mT", _transposed, 9)
+
+
+@symbolic_helper.parse_args("v", "v", "v", "v", "f", "b", "v", "b")
+def _attention(
+    g: Any,
+    query: torch.Value,
+    key: torch.Value,
+    value: torch.Value,
+    mask: torch.Value,
+    dropout: float,
+    causal: bool,
+    scale: torch.Value,
+    grouped: bool,
+) -> torch.Value:
+    """torch's own, but for masks of truth values: of these it makes numbers in float32, whatever the queries are in."""
+    if grouped or dropout or mask.node().mustBeNone() or JitScalarType.from_value(mask) != JitScalarType.BOOL:
+        options = dropout, causal, scale, grouped
+        return symbolic_opset14.scaled_dot_product_attention(g, query, key, value, mask, *options)
+    kind = JitScalarType.from_value(query)
+    nothing, never = (
+        g.op("Constant", value_t=torch.tensor(x, dtype=kind.dtype())) for x in (0.0, torch.finfo(kind.dtype()).min)
+    )
+    if scale.node().mustBeNone():
+        last, end = (g.op("Constant", value_t=torch.tensor([axis])) for axis in (-1, torch.iinfo(torch.long).max))
+        width = g.op("Cast", g.op("Slice", g.op("Shape", query), last, end), to_i=kind.onnx_type())
+        scale = g.op("Reciprocal", g.op("Sqrt", width))
+    else:
+        scale = g.op("Cast", scale, to_i=kind.onnx_type())
+    scores = g.op("MatMul", g.op("Mul", query, scale), _transposed(g, key))
+    weights = g.op("Softmax", g.op("Where", mask, scores, never), axis_i=-1)
+    return g.op("MatMul", g.op("Where", mask, weights, nothing), value)  # zeros for a token that sees nothing
+
+
+torch.onnx.register_custom_op_symbolic("aten::scaled_dot_product_attention", _attention, 14)
 
 
 def _unflatten(x: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:

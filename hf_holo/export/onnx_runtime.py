@@ -9,11 +9,14 @@ from onnxruntime.transformers.io_binding_helper import TypeHelper
 from optimum.onnxruntime import ORTModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..errors import HoloError
 from ..modeling.cache import RecurrentCache
 from .graph import State, positions
 from .onnx_config import register
 
 register()  # for `from_pretrained(..., export=True)`
+
+NOT_IN_A_GRAPH = ("seq_idx", "labels", "inputs_embeds", "output_attentions", "output_hidden_states")
 
 
 class HoloORTModelForCausalLM(ORTModelForCausalLM):
@@ -50,18 +53,28 @@ class HoloORTModelForCausalLM(ORTModelForCausalLM):
         attention_mask: torch.Tensor | None = None,
         past_key_values: RecurrentCache | None = None,
         use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple:
         """
         Args:
             input_ids: `[B, T]`.
             attention_mask: `[B, T]` or, after earlier pieces, `[B, S]` for all tokens so far; 0 at padding.
             past_key_values: what to continue from, updated in place.
             use_cache: whether to return it; default: if the graph has a state.
+            logits_to_keep: give the logits of so many last tokens, or of these; default: all.
+            return_dict: False for a tuple.
+            kwargs: what a graph has no use for, such as `cache_position`.
 
         Returns:
             Logits `[B, T, vocab_size]`, and the state to continue from.
+
+        Raises:
+            HoloError: a graph cannot do what is asked for: documents side by side in a row, a loss, inner states.
         """
+        if asked := [name for name in NOT_IN_A_GRAPH if kwargs.get(name) is not None and kwargs[name] is not False]:
+            raise HoloError(f"{', '.join(asked)}: an exported graph cannot take or give it; leave it out")
         cache = past_key_values
         if cache is None and self.states:
             cache = RecurrentCache(self.config)
@@ -70,7 +83,10 @@ class HoloORTModelForCausalLM(ORTModelForCausalLM):
         missing = max(0, seen + tokens - mask.shape[1])
         feed = {"input_ids": input_ids, "attention_mask": torch.nn.functional.pad(mask, (missing, 0), value=1)}
         if "position_ids" in self.input_names:
-            feed["position_ids"] = positions(feed["attention_mask"], tokens)
+            given = kwargs.get("position_ids")
+            feed["position_ids"] = positions(feed["attention_mask"], tokens) if given is None else given
+        elif _packed(kwargs.get("position_ids"), feed["attention_mask"]):
+            raise HoloError("position_ids: an exported graph reads one document in a row; give each its own row")
         for state in self.states:
             held = cache.layers[state.layer].get(state.name)
             feed[state.input_name] = state.zeros(len(input_ids)) if held is None else held
@@ -79,7 +95,10 @@ class HoloORTModelForCausalLM(ORTModelForCausalLM):
             cache.layers[state.layer].put(state.name, outputs[state.output_name], tokens, replay=None)
         if cache is not None:
             cache.advance(tokens)
-        return CausalLMOutputWithPast(logits=outputs["logits"], past_key_values=None if use_cache is False else cache)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = outputs["logits"][:, kept]
+        output = CausalLMOutputWithPast(logits=logits, past_key_values=None if use_cache is False else cache)
+        return output.to_tuple() if return_dict is False else output
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any) -> None:
         if self.states and generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
@@ -89,3 +108,11 @@ class HoloORTModelForCausalLM(ORTModelForCausalLM):
     def _reorder_cache(past_key_values: RecurrentCache, beam_idx: torch.LongTensor) -> RecurrentCache:
         past_key_values.reorder_cache(beam_idx)
         return past_key_values
+
+
+def _packed(position_ids: torch.Tensor | None, mask: torch.Tensor) -> bool:
+    """Whether a token behind another one has position 0, which begins a document."""
+    if position_ids is None:
+        return False
+    begins = (position_ids == 0) & mask[:, -position_ids.shape[1] :].bool()
+    return bool((begins & (mask.cumsum(1)[:, -position_ids.shape[1] :] > 1)).any())

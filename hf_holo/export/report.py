@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..errors import HoloError
 from ..files import write_text
 from .formats import Format, Program, Source, continues
-from .graph import Graph, held_by, make_cache
+from .graph import PAST, TOTAL, Graph, State, held_by, make_cache
 
 LENGTHS, BATCHES = (1, 16, 17, 65, 250), (1, 3)
 TOLERANCE = 1e-4  # of a format that computes with the weights as they are, relative to the largest output
@@ -149,20 +149,29 @@ def computed_by(model: PreTrainedModel, graph: Graph, program: Program) -> Itera
 @torch.no_grad()
 def perplexities(source: Source, program: Program, text: str) -> dict[str, float]:
     """exp of the mean loss in nats a token on a text, in windows of `WINDOW` tokens: PyTorch's and the program's."""
-    if source.processor is None:
-        raise HoloError("text: the perplexity cannot be measured, because the model has no tokenizer")
-    ids, width = torch.tensor(source.processor(text).input_ids), _window(source)
-    windows = ids[: len(ids) // width * width].view(-1, 1, width)
-    if not len(windows):
-        raise HoloError(f"text: {len(ids)} tokens are too few; give at least {width}")
     losses: dict[str, list[float]] = {"float32": [], "exported": []}
     runs = {"float32": functools.partial(source.graph.call, source.model), "exported": program}
-    for window in windows:
+    for window in held_out(source, text):
         states = [state.zeros(1) for state in source.graph.states]
         for name, run in runs.items():
             logits = run([window, torch.ones_like(window), *states])[0]
             losses[name].append(torch.nn.functional.cross_entropy(logits[0, :-1], window[0, 1:]).item())
     return {name: torch.tensor(values).mean().exp().item() for name, values in losses.items()}
+
+
+def held_out(source: Source, text: str) -> torch.Tensor:
+    """The windows `[N, 1, W]` of a text that a perplexity is measured on.
+
+    Raises:
+        HoloError: the model has no tokenizer, or the text is shorter than a window.
+    """
+    if source.processor is None:
+        raise HoloError("the perplexity cannot be measured, because the model has no tokenizer")
+    ids, width = torch.tensor(source.processor(text).input_ids), _window(source)
+    windows = ids[: len(ids) // width * width].view(-1, 1, width)
+    if not len(windows):
+        raise HoloError(f"{len(ids)} tokens are too few; give at least {width}")
+    return windows
 
 
 def latencies(source: Source, program: Program) -> dict[str, dict[str, float]]:
@@ -233,10 +242,13 @@ def model_card(record: Mapping[str, Any], source: Source, name: str, form: Forma
         "",
         "## Inputs and outputs",
         "",
-        *(f"- {name}: {_shape(axes)}" for name, axes in source.graph.input_axes.items()),
+        *(f"- {name}: {_shape(axes)}" for name, axes in source.graph.inputs.items()),
+        *(f"- {state.input_name}: {_state(state, PAST)}" for state in source.graph.states),
         "",
-        *(f"- → {name}: {_shape(axes)}" for name, axes in source.graph.output_axes.items()),
+        f"- → {source.graph.output}: {_shape(source.graph.output_axes[source.graph.output])}",
+        *(f"- → {state.output_name}: {_state(state, TOTAL)}" for state in source.graph.states),
         "",
+        *(["A text begins with states of zeros.", ""] if source.graph.states else []),
     ]
     return "\n".join(lines)
 
@@ -258,3 +270,8 @@ def _list(numbers: Sequence[int]) -> str:
 
 def _shape(axes: Mapping[int, str]) -> str:
     return ", ".join(f"axis {axis} {name}" for axis, name in axes.items())
+
+
+def _state(state: State, tokens: str) -> str:
+    """Such as `[batch_size, 1, 32, 32] float32`: all that a program in another language needs to make it."""
+    return f"[{', '.join(map(str, state.sizes(tokens)))}] {str(state.dtype).removeprefix('torch.')}"

@@ -1,5 +1,7 @@
 """What the configs of all families share."""
 
+import math
+
 from transformers import PretrainedConfig
 
 FORMAT = 1  # rises when a config or checkpoint stops being readable by older releases
@@ -125,6 +127,16 @@ def check_probability(**values: float) -> None:
     for name, value in values.items():
         if not (isinstance(value, (int, float)) and 0 <= value < 1):
             raise ValueError(f"{name}={value!r} must lie in [0, 1)")
+
+
+def check_frequencies(**limits: float) -> None:
+    """Raise ValueError unless the two limits are numbers above 0, at most π, and the second is not below the first."""
+    for name, value in limits.items():
+        if not (isinstance(value, (int, float)) and 0 < value <= math.pi):
+            raise ValueError(f"{name}={value!r} must be a positive number of at most π, in radians a token")
+    (low, lowest), (high, highest) = limits.items()
+    if lowest > highest:
+        raise ValueError(f"{low}={lowest} is above {high}={highest}")
 
 
 def check_divides(name: str, value: int, total_name: str, total: int) -> None:

@@ -7,6 +7,7 @@ from .configuration_base import (
     RecurrentConfig,
     check_choice,
     check_divides,
+    check_frequencies,
     check_positive,
     default_heads,
     default_intermediate,
@@ -29,8 +30,9 @@ class ResonanceConfig(RecurrentConfig):
         chunk_length: tokens of a chunk of the hierarchical context; None: no such context.
         memory_dimension: phasors of the memory of every layer, a [`PersistentMemory`]; None: no memory.
         memory_chunk_length: tokens after which what they have written can be read from that memory.
-        segment_length: a longer text is read in segments of so many tokens where no gradients are recorded, which
-            bounds the memory and changes no result.
+        segment_length: where no gradients are recorded, a causal model reads a longer text in segments of so many
+            tokens, which bounds the memory and changes no result. A bidirectional one hears every text from both ends
+            at once: its memory grows with the length.
         gate_taps: length of the spectral gate ahead of the mixer's projections, in tokens.
         channel_mix: `"gated"` (SwiGLU) or `"factorized"` (D → rank → D with GELU).
         intermediate_size: inner width of the gated channel mix; default: 8/3 hidden_size, a multiple of 8.
@@ -38,12 +40,13 @@ class ResonanceConfig(RecurrentConfig):
         embedding_strategy: how tokens are stored: `"standard"`, `"frequency_compressed"`, `"adaptive"` or `"hash"`.
             Default: by the size of the vocabulary, see [`lay_out_vocabulary`].
         embedding_options: sizes of the tables of a compressed vocabulary that differ from the defaults, see there.
+        max_position_embeddings: information only, there is no limit; the length that has been measured.
         kwargs: what all families share, see [`RecurrentConfig`] (`vocab_size`, `hidden_size`, `num_hidden_layers`,
             `causal`, ...), and arguments of [`~transformers.PretrainedConfig`].
 
     Raises:
         ValueError: a size is not positive or does not divide what it must, a choice is unknown, the tables do not fit
-            the vocabulary, or the frequencies are not positive, not in order or above π.
+            the vocabulary, or the frequencies are no numbers, not positive, not in order or above π.
     """
 
     model_type = "resonance"
@@ -66,9 +69,10 @@ class ResonanceConfig(RecurrentConfig):
         rank: int | None = None,
         embedding_strategy: str | None = None,
         embedding_options: dict | None = None,
+        max_position_embeddings: int = 262_144,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        super().__init__(max_position_embeddings=max_position_embeddings, **kwargs)
         hidden_size = self.hidden_size
         self.num_banks = default_heads(hidden_size, least=BANK_WIDTH) if num_banks is None else num_banks
         self.num_modes = num_modes
@@ -104,10 +108,5 @@ class ResonanceConfig(RecurrentConfig):
             check_positive(WIDEST, memory_dimension=self.memory_dimension)
         check_divides("num_banks", self.num_banks, "hidden_size", self.hidden_size)
         check_choice("channel_mix", self.channel_mix, ("gated", "factorized"))
-        for name in ("lowest_frequency", "highest_frequency"):
-            if not 0 < getattr(self, name) <= math.pi:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive and at most π radians a token")
-        if self.lowest_frequency > self.highest_frequency:
-            raise ValueError(
-                f"lowest_frequency={self.lowest_frequency} is above highest_frequency={self.highest_frequency}"
-            )
+        check_choice("interference", self.interference, (True, False))
+        check_frequencies(lowest_frequency=self.lowest_frequency, highest_frequency=self.highest_frequency)

@@ -34,12 +34,14 @@ def lay_out_vocabulary(
         The strategy and all its options.
 
     Raises:
-        ValueError: an unknown strategy or option, or tables that do not fit the vocabulary.
+        ValueError: an unknown strategy or option, options that are no dict, or tables that do not fit the vocabulary.
     """
     check_positive(vocab_size=vocab_size)
     if strategy is None:
         strategy = next(name for name in STRATEGIES if vocab_size <= LARGEST[name])
     check_choice("embedding_strategy", strategy, STRATEGIES)
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(f"embedding_options={options!r} must be a dict of sizes by name, or None")
     options = dict(options or {})
     known = _LAYOUTS[strategy](vocab_size, options)
     for name in options.keys() - known.keys():
@@ -76,7 +78,10 @@ def _frequency_compressed(vocab_size: int, options: dict[str, Any]) -> dict[str,
 
 
 def _adaptive(vocab_size: int, options: dict[str, Any]) -> dict[str, Any]:
-    cutoffs = list(options.get("cutoffs", (vocab_size // 16, vocab_size // 4, vocab_size)))
+    cutoffs = options.get("cutoffs", (vocab_size // 16, vocab_size // 4, vocab_size))
+    if not isinstance(cutoffs, (list, tuple)):
+        raise ValueError(f"cutoffs={cutoffs!r} must be a list of at least two ids")
+    cutoffs = list(cutoffs)
     shrink = options.get("shrink", 4)
     check_positive(shrink=shrink)
     rising = all(isinstance(end, int) and start < end for start, end in zip([0, *cutoffs], cutoffs, strict=False))

@@ -15,7 +15,7 @@ from torch import nn
 from .cache import RecurrentLayer
 from .configuration_base import check_positive
 from .layers import TokenLayout, at_least_float32, init_normal_
-from .ops import rotate_pairs
+from .ops import exporting, has_values, rotate_pairs
 from .resonators import ChunkContext, FadingSum
 
 NOISE_FLOOR = 1e-4  # of the energy written: where the estimated crosstalk of a memory that is all explained ends
@@ -37,7 +37,9 @@ class HolographicMemory:
         dimension: D, phasors in a key, a value and a state.
 
     Raises:
-        ValueError: `dimension` is not a positive integer; in the methods: a tensor of another width.
+        ValueError: `dimension` is not a positive integer; in the methods: a tensor of another width or of complex
+            numbers, another number of values or strengths than of keys, a rate outside [0, 1] (of a tensor of rates it
+            is seen on the CPU only).
 
     Example:
         ```python
@@ -84,6 +86,7 @@ class HolographicMemory:
             The new state `[..., 2D]`.
         """
         self._check(keys=keys, state=state, values=values)
+        self._check_pairs(keys, values, strength)
         return write_pairs(*_as_state(state, keys, values, strength))
 
     def read(self, state: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -102,12 +105,14 @@ class HolographicMemory:
             rate: in [0, 1]; a number, or `[...]` with one for each state.
         """
         self._check(state=state)
-        if isinstance(rate, torch.Tensor):
-            state, rate = _as_state(state, rate)
-            return state * rate[..., None]
-        if not 0 <= rate <= 1:
-            raise ValueError(f"rate={rate} must lie in [0, 1]")
-        return _as_state(state)[0] * rate
+        if not isinstance(rate, torch.Tensor):
+            if not 0 <= rate <= 1:
+                raise ValueError(f"rate={rate} must lie in [0, 1]")
+            return _as_state(state)[0] * rate
+        if rate.device.type == "cpu" and has_values(rate) and not ((rate >= 0) & (rate <= 1)).all():
+            raise ValueError(f"rate holds numbers from {rate.min():.4g} to {rate.max():.4g}; all must lie in [0, 1]")
+        state, rate = _as_state(state, rate)
+        return state * rate[..., None]
 
     def cleanup(self, vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
         """The nearest code, by cosine similarity: one-shot, each vector by itself.
@@ -152,8 +157,8 @@ class HolographicMemory:
             The logarithm of the probability of every code, `[..., N, K]`: `argmax(-1)` recalls, `F.nll_loss` trains.
         """
         self._check(keys=keys, state=state, codebook=codebook)
-        if rounds < 0:
-            raise ValueError(f"rounds={rounds} must be at least 0")
+        self._check_pairs(keys, strength=strength)
+        _check_rounds(rounds)
         with torch.autocast(state.device.type, enabled=False):
             return cancel_crosstalk(*_as_state(state, keys, codebook, strength), rounds)
 
@@ -165,11 +170,34 @@ class HolographicMemory:
                     f"{name} of shape {tuple(tensor.shape)} must have {width} as last dimension in {self}; "
                     "keys are phases, all else holds real and imaginary parts"
                 )
+            if tensor.is_complex():
+                raise ValueError(
+                    f"{name} holds complex numbers; give their real parts and behind them the imaginary ones"
+                )
+
+    def _check_pairs(
+        self, keys: torch.Tensor, values: torch.Tensor | None = None, strength: torch.Tensor | None = None
+    ) -> None:
+        if exporting():  # sizes are no numbers then
+            return
+        counts = {"keys": keys.shape[-2:-1]}
+        if values is not None:
+            counts["values"] = values.shape[-2:-1]
+        if strength is not None:
+            counts["strength"] = strength.shape[-1:]
+        if () in counts.values() or len(set(counts.values())) > 1:
+            found = ", ".join(f"{name} of {count[0] if count else 'no'} pairs" for name, count in counts.items())
+            raise ValueError(f"got {found}: every pair needs one of each")
 
 
 def phasors(angles: torch.Tensor) -> torch.Tensor:
     """Unit phasors as real vectors, [cos, sin]: phases `[..., D]` to `[..., 2D]`."""
     return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def _check_rounds(rounds: int) -> None:
+    if not isinstance(rounds, int) or rounds < 0:
+        raise ValueError(f"rounds={rounds!r} must be an integer of at least 0")
 
 
 def _as_state(state: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -298,7 +326,7 @@ def recall_theory(dimension: int, pairs: int, codes: int, rounds: int = 0) -> fl
         crosstalk; with rounds, the prediction for large D (state evolution; sampled with a fixed seed).
 
     Raises:
-        ValueError: `dimension`, `pairs` or `codes` is not a positive integer.
+        ValueError: `dimension`, `pairs` or `codes` is not a positive integer, or `rounds` a negative one.
     """
     # The score of a code is the mean over D phasors of Re(code* · read). The right code's is 1 plus the crosstalk:
     # each of the N - 1 other pairs adds the mean of D cosines of random angles, of variance 1 / 2D. A wrong code's has
@@ -309,6 +337,7 @@ def recall_theory(dimension: int, pairs: int, codes: int, rounds: int = 0) -> fl
     # A round of cancellation leaves the share of each pair's energy that its guess did not explain: 1 - E[p], where p
     # is the probability given to the right code; so τ becomes (N - 1)(1 - E[p]), and the rest is as before.
     check_positive(dimension=dimension, pairs=pairs, codes=codes)
+    _check_rounds(rounds)
     z = torch.linspace(-9, 9, 721, dtype=torch.float64)
     density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
     crosstalk = pairs - 1.0

@@ -25,6 +25,11 @@ def exporting() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
 
 
+def has_values(x: torch.Tensor) -> bool:
+    """Whether the numbers of a tensor can be looked at: not while a graph is recorded, nor in one without data."""
+    return not exporting() and type(x) is torch.Tensor
+
+
 def single_token(length: int) -> bool:
     """Whether a call holds one token and may be told so: a compiler knows, a trace would take it for all lengths."""
     return not (torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()) and length == 1

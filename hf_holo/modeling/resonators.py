@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .cache import RecurrentLayer
+from .configuration_base import check_divides, check_frequencies, check_positive
 from .layers import TokenLayout, at_least_float32, init_copy_
 from .ops import drift_angles, exporting, interference_scan, short_causal_conv, single_token
 
@@ -296,12 +297,19 @@ class ResonatorBank(nn.Module):
         banks: number of banks G, a divisor of `dim`; channels of one bank share its damping.
         modes: modes K per bank.
         lowest, highest: frequencies in radians a token.
+
+    Raises:
+        ValueError: a size is not positive, `banks` does not divide `dim`, or the frequencies are not positive, not in
+            order or above π.
     """
 
     DAMPING = (0.003, 0.5)  # where banks start: a memory of 333 tokens in the first, of 2 in the last
 
     def __init__(self, dim: int, banks: int, modes: int, lowest: float, highest: float):
         super().__init__()
+        check_positive(dim=dim, banks=banks, modes=modes)
+        check_divides("banks", banks, "dim", dim)
+        check_frequencies(lowest=lowest, highest=highest)
         self.dim, self.modes, self.lowest, self.highest = dim, modes, lowest, highest
         self.raw_damping = nn.Parameter(torch.empty(banks, modes))
         self.magnitude = nn.Parameter(torch.empty(dim, modes))
@@ -420,10 +428,14 @@ class ChunkContext(nn.Module):
         chunk_length: tokens of a chunk.
         bank: the coarse bank, whose steps are chunks: a [`ResonatorBank`] or a [`FadingSum`].
         name: of its state in the cache.
+
+    Raises:
+        ValueError: `chunk_length` is not a positive integer.
     """
 
     def __init__(self, chunk_length: int, bank: nn.Module, name: str = "context"):
         super().__init__()
+        check_positive(chunk_length=chunk_length)
         self.chunk_length, self.bank, self.name = chunk_length, bank, name
 
     def state_spec(self) -> dict[str, tuple[int, ...]]:

@@ -24,10 +24,12 @@ from torch.utils.checkpoint import checkpoint
 
 from .configuration_vocabulary import lay_out_vocabulary
 from .layers import at_least_float32, init_copy_
-from .ops import exporting
+from .loading import physical_memory
+from .ops import exporting, has_values
 
 IGNORED = -100  # the label of a token without a loss, as in transformers
 SCORES_AT_ONCE = 2**24  # numbers of one piece of the loss: 64 MiB in float32
+GROUP_PIECES = 8  # in which the groups of a factored vocabulary are scored
 PRIME = 2**31 + 11  # the smallest above every id
 
 TokenLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -105,14 +107,23 @@ class TwoLevelEmbedding(CompressedEmbedding):
     group is as probable as many tokens, so its score has a bias.
 
     Args:
+        num_embeddings, embedding_dim, initializer_range: as in [`CompressedEmbedding`].
         frequent_tokens: how many of the lowest ids are dense.
         grouped_tokens: how many ids after them are in groups.
         groups: number of groups.
-        args, kwargs: as in [`CompressedEmbedding`].
     """
 
-    def __init__(self, *args, frequent_tokens: int, grouped_tokens: int, groups: int, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        initializer_range: float = 0.02,
+        *,
+        frequent_tokens: int,
+        grouped_tokens: int,
+        groups: int,
+    ):
+        super().__init__(num_embeddings, embedding_dim, initializer_range)
         self.frequent_tokens = frequent_tokens
         self.grouped_tokens = grouped_tokens
         self.groups = groups
@@ -227,15 +238,24 @@ class FrequencyCompressedEmbedding(TwoLevelEmbedding):
     Plain sums a_i + b_j would make the factors independent. A bias for every token holds how frequent it is.
 
     Args:
+        num_embeddings, embedding_dim, initializer_range: as in [`CompressedEmbedding`].
         frequent_tokens: dense tokens F, the lowest ids.
         groups: number of groups, the values of i.
         group_size: tokens of a group, the values of j.
-        args, kwargs: as in [`CompressedEmbedding`].
     """
 
-    def __init__(self, *args, frequent_tokens: int, groups: int, group_size: int, **kwargs):
-        grouped = groups * group_size
-        super().__init__(*args, frequent_tokens=frequent_tokens, grouped_tokens=grouped, groups=groups, **kwargs)
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        initializer_range: float = 0.02,
+        *,
+        frequent_tokens: int,
+        groups: int,
+        group_size: int,
+    ):
+        sizes = {"frequent_tokens": frequent_tokens, "grouped_tokens": groups * group_size, "groups": groups}
+        super().__init__(num_embeddings, embedding_dim, initializer_range, **sizes)
         self.group_size = group_size
         self.gates = nn.Embedding(groups, self.embedding_dim)
         self.members = nn.Embedding(group_size, self.embedding_dim)
@@ -266,8 +286,10 @@ class FrequencyCompressedEmbedding(TwoLevelEmbedding):
         return self.gates(group) * self.members(place % self.group_size)
 
     def _grouped_logits(self, hidden: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-        gated = hidden[..., None, :] * self.gates.weight  # [..., G, D]
-        return (self._member_log_probs(gated, self.bias) + groups[..., None]).flatten(-2)
+        pieces = zip(self.gates.weight.chunk(GROUP_PIECES), self.bias.chunk(GROUP_PIECES), strict=True)
+        # [..., G, D] at once would be more numbers than the scores where D is above √V
+        log_probs = [self._member_log_probs(hidden[..., None, :] * gates, bias) for gates, bias in pieces]
+        return (torch.cat(log_probs, -2) + groups[..., None]).flatten(-2)
 
     def _member_losses(
         self, hidden: torch.Tensor, group: torch.Tensor, place: torch.Tensor, grouped: torch.Tensor
@@ -288,15 +310,23 @@ class AdaptiveEmbedding(TwoLevelEmbedding):
     shared between input and output. The row of a cluster in the head is part of the rows of its tokens.
 
     Args:
+        num_embeddings, embedding_dim, initializer_range: as in [`CompressedEmbedding`].
         cutoffs: the ids at which the dense tokens and then each cluster end.
         shrink: the widths of clusters are D / shrink, D / shrink², ..., at least 1.
-        args, kwargs: as in [`CompressedEmbedding`].
     """
 
-    def __init__(self, *args, cutoffs: list[int], shrink: int = 4, **kwargs):
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        initializer_range: float = 0.02,
+        *,
+        cutoffs: list[int],
+        shrink: int = 4,
+    ):
         frequent, *ends = cutoffs
-        grouped = ends[-1] - frequent
-        super().__init__(*args, frequent_tokens=frequent, grouped_tokens=grouped, groups=len(ends), **kwargs)
+        sizes = {"frequent_tokens": frequent, "grouped_tokens": ends[-1] - frequent, "groups": len(ends)}
+        super().__init__(num_embeddings, embedding_dim, initializer_range, **sizes)
         self._starts = [end - frequent for end in cutoffs]  # places at which the clusters start, and the end of all
         sizes = [end - start for start, end in zip(cutoffs, ends, strict=False)]
         widths = [max(1, self.embedding_dim // shrink**level) for level in range(1, len(cutoffs))]
@@ -361,14 +391,23 @@ class HashEmbedding(CompressedEmbedding):
     importances grows with the vocabulary, and they only up to their option.
 
     Args:
+        num_embeddings, embedding_dim, initializer_range: as in [`CompressedEmbedding`].
         hashes: number of hash functions K.
         buckets: rows of each.
         importances: rows of the table of importances; id v reads row v modulo their number.
-        args, kwargs: as in [`CompressedEmbedding`].
     """
 
-    def __init__(self, *args, hashes: int, buckets: int, importances: int, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        initializer_range: float = 0.02,
+        *,
+        hashes: int,
+        buckets: int,
+        importances: int,
+    ):
+        super().__init__(num_embeddings, embedding_dim, initializer_range)
         self.hashes = hashes
         self.buckets = buckets
         self.tables = nn.Embedding(hashes * buckets, self.embedding_dim)
@@ -411,8 +450,9 @@ class HashEmbedding(CompressedEmbedding):
         """Bucket scores, gathered: `[..., V]` in at least float32."""
         buckets = F.linear(hidden, self.tables.weight)  # [..., R] with R = K · buckets
         buckets = buckets.to(at_least_float32(buckets.dtype))
-        codes = _all_codes(self.num_embeddings, self.hashes, self.buckets)
-        index, sign, users, starts = (torch.from_numpy(code).to(hidden.device) for code in codes)
+        # While a graph is recorded nothing may be kept: its tensors are not real ones.
+        codes = _codes_on if has_values(hidden) else _codes_on.__wrapped__
+        index, sign, users, starts = codes(hidden.device, self.num_embeddings, self.hashes, self.buckets)
         times = math.ceil(self.num_embeddings / len(self.importance))
         weight = sign * self.importance.repeat(times, 1)[: self.num_embeddings].to(buckets.dtype)  # [V, K]
         return gather_scores(buckets, weight, index, users, starts)
@@ -483,7 +523,8 @@ def hash_codes(ids, hashes: int, buckets: int):
     Returns:
         Rows from 0 to K · buckets - 1, those of hash function k after those of k - 1, and signs ±1: `[..., K]` each.
     """
-    xp = torch if torch.is_tensor(ids) else np
+    xp = np if isinstance(ids, np.ndarray) else torch
+    ids = ids.astype(np.int64) if xp is np else ids.long()
     rows, signs = [], []
     for k, (a, b, c) in enumerate(_coefficients(hashes)):
         code = ((a * ids + b) % PRIME * ids + c) % PRIME % (2 * buckets)
@@ -510,11 +551,31 @@ class Codes(NamedTuple):
 
 @functools.lru_cache(maxsize=2)
 def _all_codes(tokens: int, hashes: int, buckets: int) -> Codes:
-    """[`hash_codes`] of all tokens, kept for the next step of training or generation."""
+    """[`hash_codes`] of all tokens, kept for the next step of training or generation.
+
+    Raises:
+        ValueError: they take more memory than this machine has.
+    """
+    needed = tokens * (32 * hashes + 16)  # bytes while they are made; 9 · hashes are kept
+    memory = None if exporting() else physical_memory()
+    if memory is not None and needed > memory:
+        raise ValueError(
+            f"vocab_size={tokens}: the head of a hashed vocabulary needs the codes of all tokens, which take "
+            f"{needed / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f}; a model without a head needs none"
+        )
     index, sign = hash_codes(np.arange(tokens), hashes, buckets)
     users = index.ravel().argsort(kind="stable")
     starts = index.ravel()[users].searchsorted(np.arange(hashes * buckets))
-    return Codes(index.astype(np.int32), sign.astype(np.int8), users.astype(np.int32), starts.astype(np.int32))
+    place = np.int32 if users.size <= 2**31 else np.int64
+    return Codes(index.astype(np.int32), sign.astype(np.int8), users.astype(place), starts.astype(place))
+
+
+@functools.lru_cache(maxsize=2)
+def _codes_on(device: torch.device, tokens: int, hashes: int, buckets: int) -> list[torch.Tensor]:
+    """[`Codes`] as tensors on a device, to which they go once."""
+    codes = _all_codes(tokens, hashes, buckets)
+    with torch.inference_mode(False):  # a tensor of inference mode could serve no later training
+        return [torch.from_numpy(code).to(device) for code in codes]
 
 
 def collisions(embedding: HashEmbedding) -> dict[str, float | int]:
@@ -539,7 +600,7 @@ def collisions(embedding: HashEmbedding) -> dict[str, float | int]:
 
 
 # ---------------------------------------------------------------------------------------------- in a model
-STRATEGIES = {
+EMBEDDINGS = {
     "frequency_compressed": FrequencyCompressedEmbedding,
     "adaptive": AdaptiveEmbedding,
     "hash": HashEmbedding,
@@ -566,27 +627,32 @@ def make_embedding(config) -> nn.Module:
             f"tie_word_embeddings=False does not go with embedding_strategy={strategy!r}, whose head reads the tables "
             "of the embedding; choose True, or embedding_strategy='standard'"
         )
-    return STRATEGIES[strategy](config.vocab_size, config.hidden_size, config.initializer_range, **options)
+    return EMBEDDINGS[strategy](config.vocab_size, config.hidden_size, config.initializer_range, **options)
 
 
-def check_ids(name: str, ids: torch.Tensor, size: int) -> None:
-    """Raise ValueError if an id is outside the vocabulary; on the CPU only, elsewhere a look would stop the device."""
-    if ids.device.type != "cpu" or not _has_values(ids) or not ids.numel():
+def check_ids(name: str, ids: torch.Tensor, size: int, among: str = "the vocabulary of") -> None:
+    """Raise ValueError if an id is not from 0 to `size` - 1; on the CPU only, elsewhere a look would stop the device.
+
+    `among` says in the message what there are `size` of.
+    """
+    if ids.device.type != "cpu" or not has_values(ids) or not ids.numel():
         return
     low, high = ids.min().item(), ids.max().item()
     if low < 0 or high >= size:
         bad = low if low < 0 else high
-        raise ValueError(f"{name} holds {bad}, outside the vocabulary of {size}: ids must be 0 to {size - 1}")
+        raise ValueError(f"{name} holds {bad}, outside {among} {size}: ids must be 0 to {size - 1}")
+
+
+def check_labels(
+    labels: torch.Tensor, size: int, among: str = "the vocabulary of", ignore_index: int = IGNORED
+) -> None:
+    """[`check_ids`] of labels, of which `ignore_index` may be one."""
+    check_ids("labels", labels.masked_fill(labels == ignore_index, 0), size, among)
 
 
 def true_rows(mask: torch.Tensor) -> torch.Tensor:
     """Indices of the True ones of a mask `[N]`; of all where their number cannot be known."""
-    return mask.nonzero()[:, 0] if _has_values(mask) else torch.arange(len(mask), device=mask.device)
-
-
-def _has_values(x: torch.Tensor) -> bool:
-    """False while a graph is recorded, and for tensors without data, as `hf-holo info` uses them."""
-    return not exporting() and type(x) is torch.Tensor
+    return mask.nonzero()[:, 0] if has_values(mask) else torch.arange(len(mask), device=mask.device)
 
 
 def dense_token_losses(head: nn.Module) -> TokenLosses:

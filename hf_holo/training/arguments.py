@@ -230,17 +230,19 @@ def _as_words(parser: ArgumentParser, recipe: str, values: dict[str, Any]) -> li
 def _named_arguments(argv: list[str]) -> dict[str, Any]:
     """Those arguments on the command line that decide about the recipe or replace a choice of it."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False, argument_default=SUPPRESS)
-    for name in ("recipe", "output_dir", *chain.from_iterable(ALTERNATIVES)):
+    for name in ("recipe", "output_dir", "block_size", *chain.from_iterable(ALTERNATIVES)):
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
     parser.add_argument("--resume_from_checkpoint", "--resume-from-checkpoint", nargs="?")
     return vars(parser.parse_known_args(argv)[0])
 
 
 def _without_replaced(recipe: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
-    """The recipe without those choices of a model or a data set that the command line replaces."""
+    """The recipe without those choices of a model, a data set or a stride that the command line replaces."""
     replaced = {name for group in ALTERNATIVES if named.keys() & set(group) for name in group}
     if replaced & recipe.keys() & set(ALTERNATIVES[0]):
         replaced.add("model")  # the config values were meant for the recipe's own model
+    if named.get("block_size") not in (None, str(recipe.get("block_size"))):
+        replaced.add("stride")  # it was meant for the recipe's own windows
     return {name: value for name, value in recipe.items() if name not in replaced}
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config
 
 from hf_holo import HoloError, HoloSurgeryConfig, apply_surgery
 from hf_holo.cli import main
@@ -20,7 +21,7 @@ from hf_holo.export import command, formats
 from hf_holo.export.formats import FORMATS, Format, Source
 from hf_holo.export.graph import Graph, folded
 
-from .conftest import bytes_in, save, tiny_model
+from .conftest import auto_of, bytes_in, save, tiny_model
 
 
 def test_a_format_gets_a_folder_with_its_report(hsn_folder, tmp_path, quick_export):
@@ -38,6 +39,8 @@ def test_a_format_gets_a_folder_with_its_report(hsn_folder, tmp_path, quick_expo
     assert set(report["milliseconds"]) == {"text", "token"}
     card = (folder / "README.md").read_text()
     assert "pipeline_tag: text-generation" in card and "torch::jit::load" in card
+    assert "- past_key_values.0.memory: [batch_size, 1, 32, 32] float32" in card
+    assert AutoConfig.from_pretrained(folder, trust_remote_code=True).hidden_size == 32  # no code is missed
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["torchscript"]
 
 
@@ -85,12 +88,43 @@ def test_a_failed_format_leaves_nothing_and_stops_no_other(
 
 
 def test_an_older_export_outlives_a_failure(hsn_folder, tmp_path, quick_export, monkeypatch):
+    old = {"old", "model.pt", "report.json"}
     (tmp_path / "torchscript").mkdir()
-    (tmp_path / "torchscript" / "old").touch()
+    for name in old:
+        (tmp_path / "torchscript" / name).touch()
     monkeypatch.setitem(FORMATS, "torchscript", replace(FORMATS["torchscript"], write=out_of_disk))
     with pytest.raises(SystemExit):
         main(["export", str(hsn_folder), str(tmp_path), "--format", "torchscript"])
-    assert [path.name for path in (tmp_path / "torchscript").iterdir()] == ["old"]
+    assert {path.name for path in (tmp_path / "torchscript").iterdir()} == old
+
+
+@pytest.mark.parametrize("where", ["torchscript", "torchscript/best"])
+def test_the_model_itself_is_not_replaced(hsn_folder, tmp_path, monkeypatch, capsys, where):
+    """Not even where an export lay before."""
+    folder = shutil.copytree(hsn_folder, tmp_path / where)
+    for name in ("model.pt", "report.json"):
+        (tmp_path / "torchscript" / name).touch()
+    files = {path: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["export", where, ".", "--format", "torchscript"])
+    assert stopped.value.code == 1 and "is where the model lies" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.iterdir()} == files
+
+
+def test_a_folder_that_no_export_has_written_is_not_replaced(hsn_folder, tmp_path, capsys):
+    (tmp_path / "torchscript").mkdir()
+    (tmp_path / "torchscript" / "thesis.tex").write_text("years of work")
+    with pytest.raises(SystemExit):
+        main(["export", str(hsn_folder), str(tmp_path), "--format", "torchscript"])
+    assert "holds files, but no earlier export" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "torchscript").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("names", [["all"], ["all", "onnx"], ["onnx", "all"]])
+def test_all_formats_once(names):
+    assert command._parse(["model", "out", "--format", *names]).format == list(FORMATS)
+    assert command._parse(["model", "out", "--format", "onnx", "onnx"]).format == ["onnx"]
 
 
 @pytest.mark.parametrize("content", [b"{", b"cut off"])
@@ -131,7 +165,10 @@ def test_a_wrong_export_is_a_failed_one(hsn_folder, tmp_path, quick_export, monk
         (["--format", "onx"], "unknown format 'onx': did you mean 'onnx'?"),
         (["--task", "text-generatio"], "did you mean 'text-generation'?"),
         (["--task", "image-classification"], "the family 'hsn' has no head for it"),
+        (["--task", "fill-mask-with-past"], "unknown task 'fill-mask-with-past'"),
+        (["--task", "text-generation-with-pasty"], "did you mean 'text-generation-with-past'?"),
         (["--text", "missing.txt"], "text='missing.txt' cannot be read"),
+        (["--text", os.devnull], "text='/dev/null': 0 tokens are too few; give at least 256"),
         (["--text", __file__, "--task", "feature-extraction"], "the task 'feature-extraction' has no perplexity"),
     ],
 )
@@ -139,6 +176,26 @@ def test_bad_input_is_one_line(hsn_folder, tmp_path, capsys, arguments, message)
     assert main(["export", str(hsn_folder), str(tmp_path / "out"), *arguments]) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-holo: ")]
     assert message in error
+
+
+def test_a_folder_that_is_none_is_named(hsn_folder, tmp_path, capsys):
+    assert main(["export", str(tmp_path / "missing"), str(tmp_path / "out")]) == 2
+    assert "missing' is no folder" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["export", str(hsn_folder), str(tmp_path / "file")]) == 2
+    assert f"out={str(tmp_path / 'file')!r} cannot be a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_text_needs_a_tokenizer_before_anything_is_written(hsn_folder, tmp_path, capsys, content):
+    folder = shutil.copytree(hsn_folder, tmp_path / "model")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    if content is not None:
+        (folder / "tokenizer.json").write_text(content)
+    assert main(["export", str(folder), str(tmp_path / "out"), "--format", "torchscript", "--text", __file__]) == 2
+    assert ("has no tokenizer" if content is None else "cannot be read") in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_what_is_not_installed_is_named(hsn_folder, tmp_path, monkeypatch, capsys):
@@ -187,6 +244,18 @@ def test_every_format_of_every_family(family, name, tmp_path, quick_export):
         assert max(row["max_relative"] for row in record["parity"]) < 0.2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["torch-export", "torchscript"])
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [("hsn", "fill-mask"), ("holo", "token-classification"), ("resonance", "text-classification")],
+)
+def test_a_head_of_every_family(family, task, name, tmp_path, quick_export):
+    source = Source(str(save(tiny_model(family, auto=auto_of(task)), tmp_path / "saved")))
+    record = command.export(source, name, tmp_path / name)
+    assert record["task"] == task and all(row["max"] < 1e-4 for row in record["parity"])
+
+
 PROGRAM = r"""
 #include <torch/script.h>
 #include <iostream>
@@ -196,7 +265,9 @@ int main(int count, const char* files[]) {
   auto model = torch::jit::freeze(torch::jit::load(files[1]));
   auto inputs = torch::jit::load(files[2]).attr("inputs").toTensorVector();
   auto outputs = model.forward({inputs.begin(), inputs.end()}).toTuple()->elements();
-  std::cout << outputs[0].toTensor().sum().item<double>() << std::endl;
+  auto scores = outputs[0].toTensor().flatten().contiguous();
+  std::cout.precision(9);
+  for (int i = 0; i < scores.numel(); i++) std::cout << scores.data_ptr<float>()[i] << "\n";
 }
 """
 
@@ -222,8 +293,9 @@ def test_torchscript_runs_in_libtorch(hsn_folder, tmp_path):
     )
     done = subprocess.run([program, tmp_path / "model.pt", tmp_path / "inputs.pt"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    expected = source.graph.call(source.model, inputs)[0].double().sum().item()
-    assert float(done.stdout) == pytest.approx(expected, rel=1e-3)
+    expected = source.graph.call(source.model, inputs)[0].flatten()
+    found = torch.tensor([float(line) for line in done.stdout.split()])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

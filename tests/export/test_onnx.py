@@ -17,7 +17,7 @@ from onnxruntime import InferenceSession
 from optimum.exporters.onnx import main_export
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_holo import HoloSurgeryConfig, apply_surgery, architectures
+from hf_holo import HoloError, HoloSurgeryConfig, apply_surgery, architectures
 from hf_holo.cli import main as command_line
 from hf_holo.export import standalone_script
 from hf_holo.export.formats import FORMATS, load_onnx
@@ -33,6 +33,9 @@ STATE = "text-generation-with-past"
 FEW, ALL = [(1, 1), (3, 17), (1, 65)], [(b, t) for b in (1, 3) for t in (1, 7, 16, 17, 63, 64, 65, 1000)]
 MODELS = [(family.name, variant) for family in architectures().values() for variant in family.variants]
 HEADS = [(family.name, task) for family in architectures().values() for task in tasks(family) if task != STATE]
+# a model that generates and a head of every family, and attention with and without holographic projections
+HALF = [(family, None, task) for family in architectures() for task in (STATE, "token-classification")]
+HALF += [("hsn", "hybrid", STATE), ("holo", "dense-attention", STATE)]
 
 
 def export(model, folder, task=STATE):
@@ -44,15 +47,19 @@ def export(model, folder, task=STATE):
 
 
 def check_parity(model, folder, task, shapes):
-    """Outputs and states are PyTorch's: of a text with padding in front and of the same text again, behind itself."""
+    """Outputs and states are PyTorch's: of a text with padding in front and of the same text again, behind itself.
+    Outputs to 1e-4; states, which sum up a text, to 1e-4 of the largest number."""
     graph = Graph(task, model.config)
     program = load_onnx(folder / "model.onnx", graph)
     for batch, tokens in shapes:
         tensors = list(graph.example(batch, tokens, past=0, seed=tokens).values())
         for _ in range(2 if graph.states else 1):
             wanted = graph.call(model, tensors)
-            for expected, given in zip(wanted, program(tensors), strict=True):
-                torch.testing.assert_close(given, expected, rtol=0, atol=1e-4 * max(1.0, float(expected.abs().max())))
+            output, *states = program(tensors)
+            torch.testing.assert_close(output, wanted[0], rtol=0, atol=1e-4)
+            for state, expected in zip(states, wanted[1:], strict=True):
+                largest = float(expected.abs().max()) if expected.numel() else 0.0
+                torch.testing.assert_close(state, expected, rtol=0, atol=1e-4 * max(1.0, largest))
             if graph.states:
                 tensors = graph.again(tensors, wanted[1:])
 
@@ -162,6 +169,25 @@ def test_generation_is_token_identical(exported, options):
         torch.manual_seed(5)
         outputs.append(generating.generate(**inputs))
     assert torch.equal(*outputs)
+
+
+def test_what_is_asked_for_is_given_or_refused(exported):
+    model, folder = exported
+    runtime = HoloORTModelForCausalLM.from_pretrained(folder)
+    inputs = prompts(model.config.vocab_size)
+    whole = runtime(**inputs).logits
+    for kept in (1, 3, torch.tensor([0, 4])):
+        wanted = model(**inputs, logits_to_keep=kept).logits
+        torch.testing.assert_close(runtime(**inputs, logits_to_keep=kept).logits, wanted, rtol=0, atol=1e-4)
+    logits, cache = runtime(**inputs, return_dict=False)
+    assert torch.equal(logits, whole) and cache.get_seq_length() == 9
+    counted = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    assert torch.equal(runtime(**inputs, position_ids=counted).logits, whole)
+    packed = torch.tensor([[0] * 4 + [0, 1, 0, 1, 2], [*range(9)]])
+    ids = inputs["input_ids"]
+    for name, value in {"position_ids": packed, "seq_idx": ids, "labels": ids, "output_hidden_states": True}.items():
+        with pytest.raises(HoloError, match=f"{name}: an exported graph"):
+            runtime(**inputs, **{name: value})
 
 
 def test_a_text_in_pieces_equals_the_whole(exported):
@@ -275,16 +301,53 @@ def test_stock_classes_run_heads_without_state(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_half_precision_graph_keeps_its_state_in_float32(tmp_path):
+@pytest.mark.parametrize(("family", "variant", "task"), HALF)
+def test_half_precision(family, variant, task, tmp_path):
+    """States of constant size stay in float32."""
     register()
-    model = tiny_model("hsn")
-    main_export(str(save(model, tmp_path / "saved")), output=tmp_path, task=STATE, dtype="fp16", do_validation=False)
-    types = {entry.name: entry.type for entry in InferenceSession(tmp_path / "model.onnx").get_inputs()}
-    assert types["past_key_values.0.memory"] == "tensor(float)"
-    runtime = HoloORTModelForCausalLM.from_pretrained(tmp_path)
-    inputs = prompts(model.config.vocab_size)
-    wanted, found = model(**inputs).logits.numpy(), runtime(**inputs).logits.float().numpy()
-    assert np.abs(wanted - found).max() <= 0.02 * np.abs(wanted).max()
+    model = tiny_model(family, variant, auto_of(task))
+    main_export(str(save(model, tmp_path / "saved")), output=tmp_path, task=task, dtype="fp16", do_validation=False)
+    graph, half = Graph(task, model.config), Graph(task, model.config, torch.float16)
+    assert all(state.dtype is torch.float32 for state in half.states if None not in state.shape)
+    program = load_onnx(tmp_path / "model.onnx", half)
+    given, wanted = (list(g.example(2, 17, past=0).values()) for g in (half, graph))
+    for _ in range(2 if graph.states else 1):
+        outputs, expected = program(given), graph.call(model, wanted)
+        for state, output in zip(half.states, outputs[1:], strict=True):
+            assert output.dtype is state.dtype
+        for output, exact in zip(outputs, expected, strict=True):
+            assert (output.double() - exact.double()).abs().max() <= 0.02 * max(1.0, exact.abs().max())
+        if graph.states:
+            given, wanted = half.again(given, outputs[1:]), graph.again(wanted, expected[1:])
+
+
+@pytest.mark.slow
+def test_a_converted_llama_generates(tmp_path):
+    """Its state is keys and values that grow, its linear layers are holographic."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, num_key_value_heads=2, **sizes)).eval()
+    apply_surgery(model, HoloSurgeryConfig(harmonics=8))
+    runtime = HoloORTModelForCausalLM.from_pretrained(export(model, tmp_path))
+    assert len(runtime.states) == 4
+    for beams in (1, 4):
+        options = {"max_new_tokens": 64, "min_new_tokens": 64, "pad_token_id": 0, "num_beams": beams}
+        inputs = prompts(40) | options
+        assert torch.equal(model.generate(**inputs), runtime.generate(**inputs))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("family", "variant"), MODELS, ids=map("-".join, MODELS))
+def test_every_variant_fills_masks(family, variant, tmp_path):
+    model = tiny_model(family, variant, auto_of("fill-mask"))
+    check_parity(model, export(model, tmp_path, "fill-mask"), "fill-mask", FEW)
+
+
+@pytest.mark.slow
+def test_key_heads_may_be_shared(tmp_path):
+    model = tiny_model("holo", "dense-attention", num_attention_heads=4, num_key_value_heads=2)
+    check_parity(model, export(model, tmp_path), STATE, FEW)
 
 
 @pytest.mark.slow

@@ -235,6 +235,8 @@ def test_a_classifier_runs_in_the_class_of_optimum(tmp_path, quick_export, kind,
     if kind == "Audio":
         inputs["attention_mask"] = torch.ones(shape, dtype=torch.long)
     for name, tolerance in (("onnx", 1e-5), ("onnx-int8", 0.05)):
+        (tmp_path / "new").mkdir(exist_ok=True)
+        assert (tmp_path / name).stat().st_mode == (tmp_path / "new").stat().st_mode  # open to whom the umask says
         exported = getattr(runtime, f"ORTModelFor{kind}Classification").from_pretrained(tmp_path / name)
         found, wanted = exported(**inputs).logits, model(**inputs).logits
         torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))

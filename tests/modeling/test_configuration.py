@@ -92,6 +92,15 @@ def test_token_ids_outside_the_vocabulary_are_refused(tiny_model, bad):
         model(input_ids=torch.tensor([[1, bad, 2]]))
 
 
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3)])
+def test_a_model_wants_tokens(tiny_model, shape):
+    model = tiny_model("bundle")
+    with pytest.raises(ValueError, match=rf"input_ids of shape \({shape[0]}, {shape[1]}\) holds no tokens"):
+        model(input_ids=torch.ones(shape, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"inputs_embeds of shape .* holds no tokens"):
+        model(inputs_embeds=torch.ones(*shape, 32, dtype=torch.float64))
+
+
 @pytest.mark.parametrize(
     "arguments", [{}, {"input_ids": torch.ones(1, 3).long(), "inputs_embeds": torch.ones(1, 3, 32)}]
 )

@@ -127,6 +127,21 @@ def test_token_classification(variant, tiny_model, random_ids, causal):
     output.loss.backward()
 
 
+@pytest.mark.parametrize("model_class", [HsnForSequenceClassification, HsnForTokenClassification])
+@pytest.mark.parametrize("bad", [-1, 3])
+def test_classes_that_there_are_none_of_are_refused(tiny_model, random_ids, model_class, bad):
+    model = tiny_model("bundle", model_class, num_labels=3)
+    shape = (2,) if model_class is HsnForSequenceClassification else (2, 9)
+    labels = torch.zeros(shape, dtype=torch.long)
+    labels[0] = -100
+    assert model(input_ids=random_ids(2, 9), labels=labels).loss.isfinite()
+    labels[1] = bad
+    with pytest.raises(
+        ValueError, match=f"labels holds {bad}, outside the classes, num_labels = 3: ids must be 0 to 2"
+    ):
+        model(input_ids=random_ids(2, 9), labels=labels)
+
+
 def test_classifier_dropout_acts_in_training(tiny_model, random_ids):
     model = tiny_model("bundle", HsnForTokenClassification, classifier_dropout=0.5).train()
     ids = random_ids(2, 9)

@@ -299,8 +299,17 @@ def test_the_dimension_is_a_positive_integer(dimension):
         (lambda m, s, k, c: m.write(s, phasors(k), c[:2]), r"keys of shape \(2, 16\) must have 8 as last dimension"),
         (lambda m, s, k, c: m.read(s[:8], k), r"state of shape \(8,\) must have 16"),
         (lambda m, s, k, c: m.cleanup(c, c[:, :4]), r"codebook of shape \(5, 4\) must have 16"),
-        (lambda m, s, k, c: m.recall(s, k, c, rounds=-1), "rounds=-1 must be at least 0"),
+        (lambda m, s, k, c: m.recall(s, k, c, rounds=-1), "rounds=-1 must be an integer of at least 0"),
+        (lambda m, s, k, c: m.recall(s, k, c, rounds=1.5), "rounds=1.5 must be an integer"),
         (lambda m, s, k, c: m.decay(s, 1.5), r"rate=1.5 must lie in \[0, 1\]"),
+        (lambda m, s, k, c: m.decay(s, torch.tensor(1.5)), r"rate holds numbers from 1.5 to 1.5; all must lie"),
+        (lambda m, s, k, c: m.decay(s, torch.tensor([0.5, -1.0])), r"from -1 to 0.5; all must lie in \[0, 1\]"),
+        (lambda m, s, k, c: m.decay(s, torch.tensor(float("nan"))), r"all must lie in \[0, 1\]"),
+        (lambda m, s, k, c: m.write(s, k, c[:1]), "keys of 2 pairs, values of 1 pairs: every pair needs one of each"),
+        (lambda m, s, k, c: m.write(s, k[0], c[0]), "keys of no pairs, values of no pairs"),
+        (lambda m, s, k, c: m.write(s, k, c[:2], torch.ones(4)), "strength of 4 pairs"),
+        (lambda m, s, k, c: m.recall(s, k, c, torch.ones(3)), "keys of 2 pairs, strength of 3 pairs"),
+        (lambda m, s, k, c: m.write(s, k, c[:2] * 1j), "values holds complex numbers"),
     ],
 )
 def test_bad_arguments(call, message):
@@ -312,3 +321,5 @@ def test_bad_arguments(call, message):
 def test_theory_wants_positive_sizes():
     with pytest.raises(ValueError, match="codes=0 must be a positive integer"):
         recall_theory(8, 8, 0)
+    with pytest.raises(ValueError, match="rounds=-1 must be an integer of at least 0"):
+        recall_theory(8, 8, 8, rounds=-1)

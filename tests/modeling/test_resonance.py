@@ -1,5 +1,6 @@
 """Resonance beyond what the conformance kit asks of every family: segments, directions, presets and refusals."""
 
+import logging
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from hf_holo import (
     ResonanceForTokenClassification,
     ResonanceModel,
     get_architecture,
+    preset_config,
 )
 from hf_holo.eval.conformance.subject import perturb
 
@@ -143,6 +145,10 @@ BAD = {
     "num_modes": ({"num_modes": 0}, "0"),
     "lowest_frequency": ({"lowest_frequency": 0.0}, "0.0"),
     "lowest_frequency below zero": ({"lowest_frequency": -0.1}, "-0.1"),
+    "lowest_frequency that is none": ({"lowest_frequency": None}, "None"),
+    "lowest_frequency in words": ({"lowest_frequency": "0.1"}, "'0.1'"),
+    "interference": ({"interference": "no"}, "'no'"),
+    "embedding_options": ({"embedding_options": [1]}, "[1]"),
     "highest_frequency": ({"highest_frequency": -1.0}, "-1.0"),
     "highest_frequency above what can be told": ({"highest_frequency": 1.01 * math.pi}, "3.17"),
     "lowest_frequency above the highest": (
@@ -165,6 +171,15 @@ def test_bad_values_are_refused_early_and_by_name(case):
         ResonanceConfig(**options)
     message = str(error.value)
     assert case.split()[0] in message and value in message and "\n" not in message
+
+
+def test_there_is_no_limit_to_warn_of(caplog, monkeypatch):
+    """Neither in the default nor in a preset: generation says nothing when a prompt is long."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model = ResonanceForCausalLM(ResonanceConfig(**VARIANTS["plain"])).eval()
+    model.generate(torch.ones(1, 2100, dtype=torch.long), max_new_tokens=2)
+    assert "maximum length" not in caplog.text
+    assert all(preset_config(f"resonance-{size}").max_position_embeddings >= 131_072 for size in ("small", "large"))
 
 
 def test_heads_refuse_the_wrong_direction():

@@ -1,12 +1,14 @@
 """Compressed vocabularies: heads against their definitions, losses in pieces against losses at once, true sizes."""
 
 import math
+import tracemalloc
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -37,7 +39,7 @@ OPTIONS = {
 
 def make(strategy: str, vocab_size: int = VOCAB_SIZE, width: int = WIDTH, **options) -> torch.nn.Module:
     strategy, options = lay_out_vocabulary(vocab_size, strategy, options)
-    return vocabulary.STRATEGIES[strategy](vocab_size, width, **options)
+    return vocabulary.EMBEDDINGS[strategy](vocab_size, width, **options)
 
 
 @pytest.fixture(params=list(OPTIONS))
@@ -90,7 +92,7 @@ def test_default_sizes_are_kept_when_the_vocabulary_grows(strategy, vocab_size):
     _, options = lay_out_vocabulary(vocab_size, strategy)
     assert lay_out_vocabulary(vocab_size + 1000, strategy, options) == (strategy, options)
     with torch.device("meta"):
-        embedding = vocabulary.STRATEGIES[strategy](vocab_size, 64, **options)
+        embedding = vocabulary.EMBEDDINGS[strategy](vocab_size, 64, **options)
     assert sum(p.numel() for p in embedding.parameters()) < vocab_size * 64
 
 
@@ -108,6 +110,9 @@ def test_default_sizes_are_kept_when_the_vocabulary_grows(strategy, vocab_size):
         (100, "hash", {"hashes": 4, "buckets": 26}, "more rows than vocab_size=100"),
         (100, "hash", {"hashes": 0}, "hashes=0 must be a positive integer"),
         (2**31 + 1, None, {}, f"at most {2**31}"),
+        (100, "adaptive", {"cutoffs": 10}, "cutoffs=10 must be a list"),
+        (100, "hash", [1], r"embedding_options=\[1\] must be a dict"),
+        (100, "hash", "buckets=3", "embedding_options='buckets=3' must be a dict"),
     ],
 )
 def test_mismatches_are_refused(vocab_size, strategy, options, message):
@@ -118,7 +123,7 @@ def test_mismatches_are_refused(vocab_size, strategy, options, message):
 def test_a_million_tokens_fit_into_a_twentieth():
     strategy, options = lay_out_vocabulary(1_000_000)
     with torch.device("meta"):
-        embedding = vocabulary.STRATEGIES[strategy](1_000_000, 768, **options)
+        embedding = vocabulary.EMBEDDINGS[strategy](1_000_000, 768, **options)
     assert strategy == "hash"
     assert 20 * sum(p.numel() for p in embedding.parameters()) <= 1_000_000 * 768
 
@@ -233,6 +238,14 @@ def test_loss_never_holds_all_scores(strategy, monkeypatch):
     assert largest.numel <= 16 * vocab_size < tokens * vocab_size / 10
 
 
+@torch.no_grad()
+def test_factored_scores_hold_no_more_than_they_give():
+    """At a width above √V, where the hidden states behind all gates would be several times as many numbers."""
+    embedding, hidden = make("frequency_compressed", 3000, 256), torch.randn(64, 256)
+    with LargestTensor() as largest:
+        assert embedding.logits(hidden).numel() == largest.numel == 64 * 3000
+
+
 # ---------------------------------------------------------------------------------------------- growing
 def test_growing_leaves_old_scores_alone(embedding, hidden):
     before, parameters = embedding.logits(hidden), sum(p.numel() for p in embedding.parameters())
@@ -278,6 +291,14 @@ def test_hash_codes_are_the_same_everywhere():
         assert sign[:, k].tolist() == [1 - 2 * (code % 2) for code in codes]
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_hash_codes_do_not_overflow_in_narrow_integers(dtype):
+    ids = torch.tensor([0, 5, 82, 127])
+    for narrow in (ids.to(dtype), ids.to(dtype).numpy()):
+        for got, expected in zip(hash_codes(narrow, 3, 1000), hash_codes(ids, 3, 1000), strict=True):
+            assert got.tolist() == expected.tolist()
+
+
 def test_the_modulus_is_the_prime_above_all_ids():
     primes = [n for n in range(2**31 + 1, vocabulary.PRIME + 1) if all(n % d for d in range(2, math.isqrt(n) + 1))]
     assert primes == [vocabulary.PRIME]
@@ -289,6 +310,53 @@ def test_ids_up_to_two_to_the_31():
     rows = embedding(ids)
     assert rows.isfinite().all() and torch.equal(rows, embedding(ids))
     assert (torch.cdist(rows[0], rows[0]) + torch.eye(6)).min() > 0.01
+
+
+def test_a_head_that_this_machine_cannot_hold_is_refused_at_once(monkeypatch):
+    """Its embedding works at that size: only the head looks at all tokens."""
+    monkeypatch.setattr(vocabulary, "physical_memory", lambda: 24 * 2**30)
+    options = {"embedding_options": {"buckets": 64}, "pad_token_id": None}
+    model = ResonanceForCausalLM(small_config("hash", vocab_size=2**31, **options))
+    ids = torch.tensor([[1, 2**31 - 1]])
+    assert model.model(ids).last_hidden_state.isfinite().all()
+    message = "vocab_size=2147483648: .* take 224 GiB, and this machine has 24"
+    with pytest.raises(ValueError, match=message):
+        model.train()(ids, labels=ids)
+    with pytest.raises(ValueError, match=message):
+        model.eval().generate(ids, max_new_tokens=1)
+
+
+def test_what_the_codes_take_is_what_is_reckoned(monkeypatch):
+    tokens, hashes = 50_000, 3
+    tracemalloc.start()
+    vocabulary._all_codes.__wrapped__(tokens, hashes, 500)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    monkeypatch.setattr(vocabulary, "physical_memory", lambda: 0.9 * peak)
+    with pytest.raises(ValueError, match="vocab_size=50000"):
+        vocabulary._all_codes.__wrapped__(tokens, hashes, 500)
+    monkeypatch.setattr(vocabulary, "physical_memory", lambda: 1.1 * peak)
+    vocabulary._all_codes.__wrapped__(tokens, hashes, 500)
+
+
+def test_codes_stay_on_the_device(hidden):
+    embedding = make("hash", **OPTIONS["hash"]).double()
+    sizes = hidden.device, VOCAB_SIZE, embedding.hashes, embedding.buckets
+    vocabulary._codes_on.cache_clear()
+    assert vocabulary._codes_on(*sizes)[0] is vocabulary._codes_on(*sizes)[0]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # as while a graph is recorded: its tensors must not stay
+        embedding.logits(mode.from_tensor(hidden.detach()))
+    assert all(type(code) is torch.Tensor for code in vocabulary._codes_on(*sizes))
+    assert vocabulary._codes_on.cache_info().currsize == 1
+
+
+def test_codes_first_needed_in_inference_mode_serve_training(hidden):
+    embedding = make("hash", **OPTIONS["hash"]).double()
+    vocabulary._codes_on.cache_clear()
+    with torch.inference_mode():
+        embedding.logits(hidden)
+    embedding.logits(hidden).sum().backward()
+    assert embedding.tables.weight.grad.abs().max() > 0
 
 
 def test_buckets_are_used_evenly():
@@ -331,6 +399,13 @@ def test_training_gives_the_loss_of_evaluation_without_logits(config, model_clas
     expected = language_loss_naive(evaluated.logits, labels, shift=model_class is ResonanceForCausalLM)
     torch.testing.assert_close(trained.loss, expected)
     torch.testing.assert_close(evaluated.loss, expected.float())  # transformers computes it in float32
+
+
+@torch.no_grad()
+def test_ids_of_32_bits_are_those_of_64(config):
+    model = ResonanceForCausalLM(config).eval()
+    ids = torch.randint(VOCAB_SIZE, (2, 9))
+    assert torch.equal(model(ids.int()).logits, model(ids).logits)
 
 
 @torch.no_grad()
@@ -388,9 +463,10 @@ def test_a_strategy_outlives_the_size_that_chose_it():
 
 
 def test_labels_outside_the_vocabulary_are_refused(config):
-    model = ResonanceForCausalLM(config).train()
-    with pytest.raises(ValueError, match=f"labels holds {VOCAB_SIZE}, outside the vocabulary"):
-        model(input_ids=torch.zeros(1, 3, dtype=torch.long), labels=torch.full((1, 3), VOCAB_SIZE))
+    model = ResonanceForCausalLM(config)
+    for mode in (True, False):
+        with pytest.raises(ValueError, match=f"labels holds {VOCAB_SIZE}, outside the vocabulary"):
+            model.train(mode)(input_ids=torch.zeros(1, 3, dtype=torch.long), labels=torch.full((1, 3), VOCAB_SIZE))
 
 
 @pytest.mark.parametrize("strategy", OPTIONS)

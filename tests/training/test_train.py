@@ -151,6 +151,8 @@ def test_the_command_line_beats_the_recipe():
     other = parse(["--recipe", "shakespeare-char", "--preset", "hsn-small", "--dataset_name", "x"])
     assert (other.model.preset, other.model_overrides, other.data.dataset_name) == ("hsn-small", {}, "x")
     assert parse(["--train_file", "x"]).data.dataset_name is None
+    assert (run.data.block_size, run.data.stride) == (256, 64)
+    assert parse(["--recipe", "shakespeare-char", "--block-size", "32"]).data.stride is None
 
 
 # Bad input: one line that says what to do.
