@@ -22,7 +22,7 @@ test: lint
 # With both major versions of transformers, also where the first fails.
 test-all: lint setup-5x
 	failed=0; for env in $(VENV) $(VENV5); do \
-		$$env/bin/python -m pytest --what-works docs/what-works.md $(PYTEST_FLAGS) || failed=1; \
+		$$env/bin/python -m pytest --what-works=docs/what-works.md $(PYTEST_FLAGS) || failed=1; \
 	done; exit $$failed
 
 test-5x: setup-5x

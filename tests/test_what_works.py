@@ -1,12 +1,16 @@
 """The page "What works" is what the tests showed, and nothing on it failed or was left out."""
 
+import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from what_works import Cell, page, read, shown
 
-PAGE = Path(__file__).resolve().parents[1] / "docs/what-works.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs/what-works.md"
 
 ONE_MAJOR = "onnx"  # in the name of a feature: Optimum's exporter holds transformers at 4.57
 
@@ -47,6 +51,13 @@ def count(pytester, monkeypatch):
 
 def test_the_page_is_made_of_the_outcomes():
     assert PAGE.read_text(encoding="utf-8") == page(read(PAGE.with_suffix(".csv")))
+
+
+def test_pytest_understands_the_command_of_the_makefile():
+    (options,) = re.findall(r"pytest (.*what-works.*) \$\(PYTEST_FLAGS\)", (ROOT / "Makefile").read_text())
+    command = [sys.executable, "-m", "pytest", *options.split(), "--markers"]  # lists the markers and runs nothing
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stderr
 
 
 def test_every_cell_was_run_with_both_and_none_failed(request):
