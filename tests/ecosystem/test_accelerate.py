@@ -1,6 +1,7 @@
 """Two processes on a CPU (gloo) train as one does: data parallel, sharded, and from one to the other."""
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,14 @@ from hf_holo.modeling.harmonics import HarmonicBasis
 pytestmark = pytest.mark.slow
 STEPS, ROWS, LENGTH, VOCABULARY = 50, 8, 16, 61
 DENSE = {"holo": "dense-mlp"}  # variants with matrices for Muon, where the first has none
+
+
+@pytest.fixture(autouse=True)
+def nothing_chosen():
+    """Other tests have trained in this process, alone and on the CPU; a process that starts from it would go on so."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def batches() -> torch.Tensor:
@@ -54,6 +63,7 @@ def alone(model: nn.Module, optimizer: str) -> list[float]:
 def in_parallel(model, optimizer, out, first=0, last=STEPS, load=None, save=None, precision="no") -> None:
     """One process of several: its share of every batch, through Accelerate; the losses go to the file `out`."""
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    assert accelerator.num_processes == int(os.environ["WORLD_SIZE"])
     model, optimizer = accelerator.prepare(model.train(), make_optimizer(optimizer, model))
     if load:
         accelerator.load_state(load)
@@ -145,7 +155,6 @@ def test_bf16_learns(tiny, family, tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="autocast in fp16 does nothing on a CPU")
 def test_fp16_learns(tiny, family):
-    AcceleratorState._reset_state(reset_partial_state=True)  # of other tests, which may have chosen the CPU
     accelerator = Accelerator(mixed_precision="fp16")
     model = tiny(family).train()
     model, optimizer = accelerator.prepare(model, make_optimizer("adamw", model))
@@ -157,7 +166,6 @@ def test_fp16_learns(tiny, family):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    AcceleratorState._reset_state(reset_partial_state=True)
     assert losses[-1] < losses[0]
 
 
