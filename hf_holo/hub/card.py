@@ -39,7 +39,7 @@ RECIPE = {  # of what a card says in words: whether a value is one
     "dataset_name": lambda value: isinstance(value, str),
     "train_file": lambda value: isinstance(value, str),
     "train_files": lambda value: isinstance(value, str) or _are_names(value),
-    "validation_fraction": lambda value: isinstance(value, (int, float)) and 0 <= value <= 1,
+    "validation_fraction": lambda value: all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in _shares(value)),
 }
 UNREADABLE_YAML = (ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError)
 
@@ -259,6 +259,11 @@ def _is_path(text: str) -> bool:
     return Path(text).exists()
 
 
+def _shares(value: Any) -> list[Any]:
+    """The held-out share of each text, or the one of all; `hf-holo distill` takes either."""
+    return value if isinstance(value, list) else [value]
+
+
 def _are_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
@@ -275,7 +280,9 @@ def _data(recipe: dict[str, Any]) -> str:
     if name is None:
         return "It is not known what it was trained on."
     share = recipe.get("validation_fraction")
-    return f"Trained on `{name}`" + (f", of which {share:.0%} was held out." if share is not None else ".")
+    if share is None:
+        return f"Trained on `{name}`."
+    return f"Trained on `{name}`, of which {', '.join(f'{x:.0%}' for x in _shares(share))} was held out."
 
 
 def _scores(folder: Path) -> dict[str, float]:

@@ -286,9 +286,11 @@ class FrequencyCompressedEmbedding(TwoLevelEmbedding):
         return self.gates(group) * self.members(place % self.group_size)
 
     def _grouped_logits(self, hidden: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-        pieces = zip(self.gates.weight.chunk(GROUP_PIECES), self.bias.chunk(GROUP_PIECES), strict=True)
+        size = math.ceil(self.groups / GROUP_PIECES)
+        pieces = [slice(start, start + size) for start in range(0, self.groups, size)]
         # [..., G, D] at once would be more numbers than the scores where D is above √V
-        log_probs = [self._member_log_probs(hidden[..., None, :] * gates, bias) for gates, bias in pieces]
+        gated = (hidden[..., None, :] * self.gates.weight[piece] for piece in pieces)
+        log_probs = [self._member_log_probs(part, self.bias[piece]) for part, piece in zip(gated, pieces, strict=True)]
         return (torch.cat(log_probs, -2) + groups[..., None]).flatten(-2)
 
     def _member_losses(

@@ -55,12 +55,13 @@ def test_paths_are_cut_wherever_they_stand_and_repositories_are_named(saved, mon
         "teacher": "someone/large-model",
         "student": "tiny/config.json",
         "train_files": ["/home/someone/secret/a.txt", "../secret/b.txt"],
+        "validation_fraction": [0.5, 0.1],
         "stages": [{"match": "logits", "folder": "~/secret/c"}, {"match": "states", "folder": r"C:\secret\d"}],
     }
     (saved / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     text = str(make_card(saved, "me/it"))
     assert "teacher: someone/large-model" in text and "student: config.json" in text and "folder: c" in text
-    assert "Trained on `a.txt, b.txt`." in text
+    assert "Trained on `a.txt, b.txt`, of which 50%, 10% was held out." in text
     assert "folder: d" in text and "secret" not in text
 
 
