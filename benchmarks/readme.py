@@ -136,6 +136,14 @@ def partial_transfer(f: dict) -> str:
     )
 
 
+def large_conversion(f: dict) -> str:
+    return (
+        f"converting {f['blocks']} of the {f['depth']} blocks of a Phi-3 with {f['parameters']:,} parameters in "
+        f"bfloat16 ({f['weights_gib']:.1f} GiB), statistics of {f['memory']:g} GiB at a time, takes at most "
+        f"{f['peak_gib']:.1f} GiB of memory"
+    )
+
+
 def holo_speed(f: dict) -> str:
     first = f["layers"][0]
     layers = [
@@ -234,6 +242,7 @@ ROWS: dict[str, Callable[[dict], str]] = {
     "distillation": distillation,
     "transfer": transfer,
     "partial_transfer": partial_transfer,
+    "large_conversion": large_conversion,
     "holo_speed": holo_speed,
     "holo_curve": holo_curve,
     "long_context": long_context,

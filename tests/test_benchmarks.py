@@ -375,6 +375,19 @@ def test_partial_transfer(run, text, tmp_path):
     assert f"{ratio:.3f} (text.txt)" in printed
 
 
+def test_large_conversion(run, text, tmp_path):
+    tiny = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = json.dumps({**tiny, "num_attention_heads": 2, "num_key_value_heads": 2})
+    folder = tmp_path / "models"
+    argv = (text, "--window", 16, "--tokens", 64, "--fisher_tokens", 16, "--config", config, "--folder", folder)
+    report, printed = run("large_conversion", *argv)
+    figures = report["figures"]
+    assert (figures["blocks"], figures["depth"]) == (1, 2) and 0 < figures["kept"] <= 0.8
+    assert figures["weights_gib"] == pytest.approx(2 * figures["parameters"] / 2**30)  # bfloat16
+    assert f"at most {figures['peak_gib']:.2f} GiB of memory" in printed
+    assert not folder.exists()
+
+
 def test_surgery_and_distillation(run, text, tmp_path):
     """What the first converts and keeps, the second brings nearer to the teacher."""
     save_llama(tmp_path / "model", text, layers=1)
