@@ -22,10 +22,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import HoloError, unknown
 from ..modeling.harmonics import BASES, HarmonicBasis, HoloLinear
-from ..modeling.quantizer import PlanQuantizer, check_plan, checksum_of_bases, dense_shape, is_linear, swap
+from ..modeling.quantizer import (
+    QUANTIZED,
+    PlanQuantizer,
+    check_plan,
+    checksum_of_bases,
+    dense_shape,
+    is_linear,
+    swap,
+)
 
-# How transformers marks a model that a quantizer has made, and its config.
-QUANTIZED = ("is_quantized", "hf_quantizer", "quantization_method", "quantization_config", "_pre_quantization_dtype")
 HARMONICS = 64  # of every layer, when neither harmonics nor a ratio is given: the original's figure
 
 

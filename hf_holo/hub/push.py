@@ -9,7 +9,6 @@ from pathlib import Path
 
 import httpx
 import requests
-import torch
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -27,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from ..errors import HoloError, Parser, first_line
+from ..modeling.loading import is_finite
 from .card import is_own, make_card, name_repository, read_card
 from .code import missing_code
 
@@ -167,10 +167,8 @@ def check_finite(path: Path) -> None:
     with safe_open(path, "pt") as file:
         for name in tqdm(file.keys(), desc=f"checking {path.name}", unit="weight", leave=False):
             weight = file.get_tensor(name)
-            if weight.is_floating_point() and weight.numel():
-                weight = weight if weight.itemsize > 1 else weight.float()  # the smallest types cannot be compared
-                if not torch.stack(weight.aminmax()).isfinite().all():
-                    raise HoloError(f"DIR: {name} in {str(path)!r} holds NaN or infinity: the run diverged")
+            if weight.is_floating_point() and weight.numel() and not is_finite(weight):
+                raise HoloError(f"DIR: {name} in {str(path)!r} holds NaN or infinity: the run diverged")
 
 
 def _stays(path: Path) -> bool:

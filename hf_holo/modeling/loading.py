@@ -94,6 +94,12 @@ def weight_files(folder: str | Path) -> list[Path]:
     return [whole] if whole.is_file() else sorted(Path(folder).glob(f"{whole.stem}-*-of-*{whole.suffix}"))
 
 
+def is_finite(x: torch.Tensor) -> bool:
+    """Whether none of these numbers, of which there must be one, is NaN or infinity; each is read once."""
+    x = x if x.itemsize > 1 else x.float()  # the smallest types cannot be compared
+    return bool(torch.stack(x.aminmax()).isfinite().all())
+
+
 @torch.no_grad()
 def check_finite(model: nn.Module, name: object) -> None:
     """Refuse weights with NaN or infinity: every output would be NaN, and nothing would say why.
@@ -110,7 +116,7 @@ def check_finite(model: nn.Module, name: object) -> None:
     """
     weights = ((key, p) for key, p in model.named_parameters() if p.is_floating_point() and not p.is_meta)
     plain = {key: p for key, p in weights if type(p.data) is torch.Tensor and p.numel()}
-    bad = [key for key, p in plain.items() if not torch.stack(p.aminmax()).isfinite().all()]
+    bad = [key for key, p in plain.items() if not is_finite(p)]
     if bad:
         others = f" and {len(bad) - 1} others" if len(bad) > 1 else ""
         raise ValueError(

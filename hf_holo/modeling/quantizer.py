@@ -19,6 +19,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .harmonics import HarmonicBasis, HoloLinear, named_seed
 from .loading import check_files, check_finite, check_offloaded, weight_files
 
+# How transformers marks a model that a quantizer has made, and its config.
+QUANTIZED = ("is_quantized", "hf_quantizer", "quantization_method", "quantization_config", "_pre_quantization_dtype")
+
 ENTRY = {"harmonics", "basis", "folded", "pivoted", "lender"}  # what a plan says of a layer
 
 

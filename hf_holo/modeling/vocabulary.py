@@ -288,9 +288,10 @@ class FrequencyCompressedEmbedding(TwoLevelEmbedding):
     def _grouped_logits(self, hidden: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
         size = math.ceil(self.groups / GROUP_PIECES)
         pieces = [slice(start, start + size) for start in range(0, self.groups, size)]
-        # [..., G, D] at once would be more numbers than the scores where D is above √V
-        gated = (hidden[..., None, :] * self.gates.weight[piece] for piece in pieces)
-        log_probs = [self._member_log_probs(part, self.bias[piece]) for part, piece in zip(gated, pieces, strict=True)]
+        log_probs = [  # [..., G, D] at once would be more numbers than the scores where D is above √V
+            self._member_log_probs(hidden[..., None, :] * self.gates.weight[piece], self.bias[piece])
+            for piece in pieces
+        ]
         return (torch.cat(log_probs, -2) + groups[..., None]).flatten(-2)
 
     def _member_losses(

@@ -268,18 +268,23 @@ def test_dry_run_names_every_module_and_needs_no_weights(tmp_path, capsys, monke
 # Resuming -----------------------------------------------------------------------------------------------------------
 
 
+def stopping_after(calls: int, function, finished: list):
+    """The function, which is interrupted when it has been called so often; `finished` takes its first arguments."""
+
+    def stopping(first, *rest):
+        if len(finished) == calls:
+            raise KeyboardInterrupt
+        finished.append(first)
+        return function(first, *rest)
+
+    return stopping
+
+
 def test_a_stopped_run_goes_on(saved, texts, tmp_path, monkeypatch, capsys):
     teacher, out, words = saved(), tmp_path / "out", ["--text", *texts, "--memory", "1e-5"]
     run(teacher, tmp_path / "whole", *words)
     finished, original = [], convert_linears.factorise
-
-    def stopping(site, *rest):
-        if len(finished) == 5:
-            raise KeyboardInterrupt
-        finished.append(site)
-        return original(site, *rest)
-
-    monkeypatch.setattr(convert_linears, "factorise", stopping)
+    monkeypatch.setattr(convert_linears, "factorise", stopping_after(5, original, finished))
     with pytest.raises(SystemExit):
         run(teacher, out, *words)
     assert not out.exists()
@@ -297,14 +302,7 @@ def test_refitting_goes_on_after_its_last_finished_block(saved, texts, tmp_path,
     teacher, out, words = saved(), tmp_path / "out", ["--ratio", "0.6", "--text", *texts]
     run(teacher, tmp_path / "whole", *words)
     fitted, fit, judge = [], refit.fit, command.judge
-
-    def stopping(weight, *rest):
-        if len(fitted) == 5:  # in the second of three blocks, with four sites each
-            raise KeyboardInterrupt
-        fitted.append(weight)
-        return fit(weight, *rest)
-
-    monkeypatch.setattr(refit, "fit", stopping)
+    monkeypatch.setattr(refit, "fit", stopping_after(5, fit, fitted))  # in the second of three blocks of four sites
     with pytest.raises(SystemExit):
         run(teacher, out, *words)
 

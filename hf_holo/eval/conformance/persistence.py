@@ -12,6 +12,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from ...modeling.quantizer import QUANTIZED
 from .checks import Violation, assert_same, check
 from .quiet import quiet
 from .subject import Subject, main_output, perturb
@@ -63,7 +64,7 @@ def tied_and_untied(subject: Subject) -> str:
     for tied in (True, False):
         config = copy.deepcopy(subject.config)
         config.tie_word_embeddings = tied
-        for mark in ("quantization_config", "_pre_quantization_dtype"):  # a model built anew has its first layers
+        for mark in QUANTIZED:  # a model built anew has its first layers
             vars(config).pop(mark, None)
         torch.manual_seed(subject.seed)
         with TemporaryDirectory() as folder, quiet():
