@@ -99,11 +99,21 @@ def test_a_bidirectional_model_hears_both_sides(variant, random_ids):
 
 
 # ---------------------------------------------------------------------------------------------- configs and presets
-@pytest.mark.parametrize(("name", "width", "depth"), [("small", 256, 6), ("base", 512, 12), ("large", 1024, 24)])
-def test_presets(name, width, depth):
+@pytest.mark.parametrize(
+    ("name", "width", "depth", "vocab_size", "strategy"),
+    [
+        ("small", 256, 6, 50_000, "standard"),
+        ("base", 512, 12, 100_000, "frequency_compressed"),
+        ("large", 1024, 24, 200_000, "frequency_compressed"),
+    ],
+)
+def test_presets(name, width, depth, vocab_size, strategy):
+    """Their vocabularies are those of the original's table; with another one, its strategy is chosen anew."""
+    preset = preset_config(f"resonance-{name}")
+    assert (preset.vocab_size, preset.embedding_strategy) == (vocab_size, strategy)
     with torch.device("meta"):
         model = getattr(hf_holo, f"resonance_{name}")(vocab_size=65)
-    assert type(model) is ResonanceForCausalLM
+    assert type(model) is ResonanceForCausalLM and model.config.embedding_strategy == "standard"
     assert (model.config.hidden_size, model.config.num_hidden_layers) == (width, depth)
     block = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
     print(f"resonance-{name}: {depth * block:,} parameters in its blocks")
