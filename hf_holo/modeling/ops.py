@@ -11,6 +11,7 @@ the folded cepstrum (Oppenheim & Schafer, Discrete-Time Signal Processing).
 
 import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -28,6 +29,12 @@ def exporting() -> bool:
 def has_values(x: torch.Tensor) -> bool:
     """Whether the numbers of a tensor can be looked at: not while a graph is recorded, nor in one without data."""
     return not exporting() and type(x) is torch.Tensor
+
+
+def fixed_table(function: Callable) -> Callable:
+    """Computes what depends on sizes alone once, also where a graph is recorded: torch.compile reads the numbers. It
+    would turn NumPy's operations into its own, which fails under a default device."""
+    return functools.lru_cache(torch.compiler.assume_constant_result(function))
 
 
 def single_token(length: int) -> bool:
@@ -79,7 +86,7 @@ def _bind_by_product(a: torch.Tensor, b: torch.Tensor, sign: int) -> torch.Tenso
     return torch.cat([real, imaginary], -1) @ from_spectrum
 
 
-@functools.lru_cache
+@fixed_table
 def _dft_tables(n: int) -> tuple[np.ndarray, np.ndarray]:
     """Numbers to real and imaginary parts of their spectrum, [n, 2R], and back, [2R, n], with R = n // 2 + 1."""
     frequency, at = np.arange(n // 2 + 1), np.arange(n)
@@ -90,7 +97,7 @@ def _dft_tables(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 # ---------------------------------------------------------------------------------------------- causal filters
-@functools.lru_cache
+@fixed_table
 def _minimum_phase_tables(intervals: int, taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Log-magnitude to phase [R + 1, R + 1], and to taps from real and imaginary part, [R + 1, K] each."""
     n = 2 * intervals
@@ -169,7 +176,7 @@ def interpolate_gate(logits: torch.Tensor, bins: int) -> torch.Tensor:
     return logits @ torch.from_numpy(_interpolation_table(int(logits.shape[-1]), bins)).to(logits)
 
 
-@functools.lru_cache
+@fixed_table
 def _interpolation_table(points: int, bins: int) -> np.ndarray:
     distance = np.abs(np.linspace(0, points - 1, bins) - np.arange(points)[:, None])
     return np.maximum(0.0, 1.0 - distance)
@@ -600,13 +607,22 @@ def _unit_lower_inverse(lower: torch.Tensor, size: int) -> torch.Tensor:
 
     As stable as substitution, row by row, but in log C products. C = `size` is a power of two.
     """
-    at = np.arange(size)
-    inverse = torch.from_numpy(np.eye(size)).to(lower)
-    for level in range(size.bit_length() - 1):
-        block = at >> level
-        joined = (block[:, None] % 2 == 1) & (block == block[:, None] - 1)  # below the first of two neighbours
+    inverse = torch.from_numpy(_identity(size)).to(lower)
+    for joined in _joined_blocks(size):
         inverse = inverse - inverse @ (lower * torch.from_numpy(joined).to(lower)) @ inverse
     return inverse
+
+
+@fixed_table
+def _identity(size: int) -> np.ndarray:
+    return np.eye(size)
+
+
+@fixed_table
+def _joined_blocks(size: int) -> tuple[np.ndarray, ...]:
+    """For blocks of 1, 2, 4, ... rows, where a `[C, C]` matrix couples the second of two neighbours to the first."""
+    blocks = [np.arange(size) >> level for level in range(size.bit_length() - 1)]
+    return tuple((block[:, None] % 2 == 1) & (block == block[:, None] - 1) for block in blocks)
 
 
 def _compose_chunks(across, leave, fresh, recalled, state):
@@ -615,7 +631,7 @@ def _compose_chunks(across, leave, fresh, recalled, state):
     A chunk takes the state M to (λ - K R) M + K W, and two of those in a row are another one. So `DOUBLINGS` steps,
     each of which joins every chunk with the ones before it, reach 2^DOUBLINGS chunks back; a longer text gives NaN.
     """
-    identity = torch.from_numpy(np.eye(int(leave.shape[-2]))).to(state)
+    identity = torch.from_numpy(_identity(int(leave.shape[-2]))).to(state)
     turn = across[..., None, None] * identity - leave @ recalled  # [B, H, N, F, F]
     shift = leave @ fresh  # [B, H, N, F, V]
     number = torch.arange(shift.shape[2], device=shift.device)  # of every chunk

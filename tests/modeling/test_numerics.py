@@ -56,6 +56,17 @@ def test_compiled_equals_eager(kind, tiny_model, random_ids):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bundle", "cancel"])
+def test_it_compiles_under_a_default_device(kind, tiny_model, random_ids):
+    """NumPy's operations do not where torch.compile sees them; so tables of filters and scans must be out of sight."""
+    torch.compiler.reset()
+    model, ids = tiny_model(kind), random_ids(2, 70)
+    with torch.device("cpu"), torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager")(input_ids=ids).logits
+    torch.testing.assert_close(compiled, model(input_ids=ids).logits, rtol=1e-8, atol=1e-8)
+
+
 BF16_TRAINING = """
 import sys, torch
 from transformers import Trainer, TrainingArguments
