@@ -4,17 +4,30 @@
     python benchmarks/design_choices.py tinyshakespeare.txt --family resonance --steps 300
 
 In equal time, what a variant costs per step is part of its figure. All variants have the learning rate of the default.
+When all are trained, new models of all variants take turns at a forward and a backward pass, so that a slow moment of
+the machine hits all of them alike. A trained variant is kept in the result file and not trained again.
 """
 
 import argparse
 import time
 from collections.abc import Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from characters import CharacterText, windowed_loss
 from fitting import Fit, fit
-from report import RESULTS, earlier_rows, print_footer, print_table, report_name, write_report
+from report import (
+    RESULTS,
+    earlier_rows,
+    interleaved_medians,
+    print_footer,
+    print_table,
+    report_name,
+    write_report,
+)
 from transformers import PreTrainedModel
 
 from hf_holo import SpectralGate
@@ -53,6 +66,18 @@ def make(family: str, delayed: int | None = None, **options) -> PreTrainedModel:
     return model
 
 
+def step_seconds(
+    models: dict[str, PreTrainedModel], x: torch.Tensor, y: torch.Tensor, repeats: int
+) -> dict[str, float]:
+    """Median seconds of a forward and a backward pass of each model over the same `[rows, length]` characters."""
+
+    def step(model: PreTrainedModel) -> None:
+        model.zero_grad()
+        F.cross_entropy(model(input_ids=x, use_cache=False).logits.flatten(0, 1), y.flatten()).backward()
+
+    return interleaved_medians({name: partial(step, model) for name, model in models.items()}, repeats)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, help="text file; the last tenth validates")
@@ -66,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=7, help="of the timings")
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0,), help="each variant is trained with each of them")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args(argv)
     if args.steps is None and args.seconds is None:
@@ -78,27 +104,32 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     name = report_name("design_choices", args.family)
     text = CharacterText(args.text)
-    names = ("seconds", "steps", "learning_rate", "width", "depth", "rows", "length", "seed")
+    names = ("seconds", "steps", "learning_rate", "width", "depth", "rows", "length")
     settings = {key: getattr(args, key) for key in names if getattr(args, key) is not None}
     settings["characters"] = len(text.train) + len(text.validation)
     runs, seconds = earlier_rows(name, {"settings": settings}, args.results, "runs")
 
-    how = Fit(args.learning_rate, "muon", args.steps, args.seconds, args.rows, args.length, args.seed)
-    for variant in args.variants or variants:
-        if any(run["variant"] == variant for run in runs):
+    sizes = {"vocab_size": text.vocab_size, "hidden_size": args.width, "num_hidden_layers": args.depth}
+    for variant, seed in product(args.variants or variants, args.seeds):
+        if any((run["variant"], run["seed"]) == (variant, seed) for run in runs):
             continue
-        print(variant, flush=True)
+        print(f"{variant}, seed {seed}", flush=True)
         start = time.perf_counter()
-        torch.manual_seed(args.seed)
-        sizes = {"vocab_size": text.vocab_size, "hidden_size": args.width, "num_hidden_layers": args.depth}
+        torch.manual_seed(seed)
         model = make(args.family, **sizes, **variants[variant])
-        steps = fit(model, text, how)
-        trained = time.perf_counter() - start
-        run = {"variant": variant, "parameters": model.num_parameters(), "steps": steps}
-        run |= {"seconds_per_step": trained / steps, "loss": windowed_loss(model, text.validation, args.length)}
-        runs.append(run)
+        how = Fit(args.learning_rate, "muon", args.steps, args.seconds, args.rows, args.length, seed)
+        run = {"variant": variant, "seed": seed, "parameters": model.num_parameters(), "steps": fit(model, text, how)}
+        runs.append(run | {"loss": windowed_loss(model, text.validation, args.length)})
         seconds += time.perf_counter() - start
-        write_report(name, {"settings": settings, "runs": runs}, seed=args.seed, seconds=seconds, folder=args.results)
+        write_report(name, {"settings": settings, "runs": runs}, seed=seed, seconds=seconds, folder=args.results)
+
+    start, seed = time.perf_counter(), args.seeds[0]
+    models = {run["variant"]: make(args.family, **sizes, **variants[run["variant"]]) for run in runs}
+    batch = text.batch(args.rows, args.length, torch.Generator().manual_seed(seed))
+    taken = step_seconds(models, *batch, args.repeats)
+    seconds += time.perf_counter() - start
+    figures = {"settings": settings, "runs": runs, "step_seconds": taken}
+    write_report(name, figures, seed=seed, seconds=seconds, folder=args.results)
 
     print_table(runs)
     print_footer(args.results / f"{name}.json", seconds)

@@ -4,12 +4,19 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from characters import CharacterText
 
 from hf_holo.training.optim import MuonAdamW, split_parameters
+
+
+class Batches(Protocol):
+    """What is learned: a text, or a task that makes its own sequences."""
+
+    def batch(self, rows: int, length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and, for each, the one to predict (-100: none), both `[rows, T]`; `length` sets T."""
 
 
 @dataclass
@@ -42,10 +49,8 @@ def make_optimizer(name: str, model: torch.nn.Module, learning_rate: float) -> t
     raise ValueError(f"optimizer must be 'muon' or 'adamw', got {name!r}")
 
 
-def fit(
-    model: torch.nn.Module, text: CharacterText, how: Fit, on_step: Callable[[int], None] = lambda step: None
-) -> int:
-    """Trains `model` in place on random windows (the same for every model of a seed) and returns the steps taken.
+def fit(model: torch.nn.Module, task: Batches, how: Fit, on_step: Callable[[int], None] = lambda step: None) -> int:
+    """Trains `model` in place on random batches (the same for every model of a seed) and returns the steps taken.
 
     The learning rate rises over the first tenth of the run and then falls along a cosine to a tenth of its peak. After
     each step, `on_step` gets the number of steps so far.
@@ -57,7 +62,7 @@ def fit(
     model.train()
     start, step = time.perf_counter(), 0
     while (progress := _progress(how, step, time.perf_counter() - start)) < 1:
-        x, y = text.batch(how.rows, how.length, generator)
+        x, y = task.batch(how.rows, how.length, generator)
         loss = F.cross_entropy(model(input_ids=x, use_cache=False).logits.flatten(0, 1), y.flatten())
         optimizer.zero_grad()
         loss.backward()

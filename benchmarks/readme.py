@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from holo_curve import best
+from pair_recall import best as best_recall
+from python_code import RECIPES
 from report import RESULTS, read_report
 
 from hf_holo.eval.conformance import select
@@ -67,9 +69,33 @@ def static_speed(f: dict) -> str:
 
 
 def design_choices(f: dict) -> str:
-    rows, settings = [f"{row['variant']} {row['loss']:.3f}" for row in f["runs"]], f["settings"]
+    first = f["runs"][0]["seed"]
+    rows = [f"{row['variant']} {row['loss']:.3f}" for row in f["runs"] if row["seed"] == first]
+    settings = f["settings"]
     budget = f"{settings['steps']} steps" if "steps" in settings else f"{settings['seconds']:.0f} seconds"
     return f"validation loss after {budget} of training: {', '.join(rows)}"
+
+
+def python_code(f: dict) -> str:
+    rows = {row["part"]: row for row in f["rows"]}
+    parts = [
+        f"{recipe} {rows[part]['validation_loss']:.3f} nats per token, {rows[part]['validation_accuracy']:.1%} right"
+        for part, recipe in RECIPES.items()
+        if part in rows
+    ]
+    if "classification" in rows:
+        shares = [f"{name} {share:.1%}" for name, share in rows["classification"]["accuracies"].items()]
+        parts.append(f"package of a file: {', '.join(shares)}")
+    return f"on held-out files of Python's standard library: {'; '.join(parts)}"
+
+
+def pair_recall(f: dict) -> str:
+    settings, rows = f["settings"], best_recall(f["runs"])
+    shares = [f"{run['model']} {run['near']:.0%} / {run['far']:.0%}" for run in rows]
+    return (
+        f"{settings['pairs']} pairs looked up after {settings['filler']} / {settings['longer_filler']} tokens of "
+        f"filler, {settings['steps']:,} steps on {settings['filler']}: {'; '.join(shares)}"
+    )
 
 
 def conformance(f: dict) -> str:
@@ -236,6 +262,8 @@ ROWS: dict[str, Callable[[dict], str]] = {
     "static_speed": static_speed,
     "design_choices": design_choices,
     "design_choices_resonance": design_choices,
+    "pair_recall": pair_recall,
+    "python_code": python_code,
     "conformance": conformance,
     "leaking_gate": leaking_gate,
     "surgery": surgery,
@@ -406,6 +434,60 @@ def gradient_line(folder: Path = RESULTS) -> str:
     return f"The largest gradient of the first block, divided by the smallest: {'; '.join(rows)}."
 
 
+def choices_table(folder: Path = RESULTS) -> str:
+    """What each option of Resonance is worth in training on a text, as a Markdown table."""
+    report = read_report("design_choices_resonance", folder)
+    f = report["figures"]
+    settings, taken = f["settings"], f["step_seconds"]
+    default, seeds = {r["seed"]: r["loss"] for r in f["runs"] if r["variant"] == "default"}, set()
+    lines = [
+        "| | parameters | nats per character, per seed | beside the default | time of a step |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for variant in taken:
+        runs = [run for run in f["runs"] if run["variant"] == variant]
+        seeds |= {run["seed"] for run in runs}
+        losses = ", ".join(f"{run['loss']:.3f}" for run in runs)
+        beside = ", ".join(f"{round(run['loss'] - default[run['seed']], 3) + 0.0:+.3f}" for run in runs)  # no "-0.000"
+        cost = taken[variant] / taken["default"]
+        lines.append(f"| {variant} | {runs[0]['parameters']:,} | {losses} | {beside} | {cost:.2f} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{settings['steps']} steps of {settings['rows']}×{settings['length']} characters of tinyshakespeare with "
+            f"Muon, width {settings['width']}, depth {settings['depth']}, one learning rate, seeds "
+            f"{', '.join(map(str, sorted(seeds)))}; the loss is that of the whole validation split, the time that of a "
+            f"forward and a backward pass. {report['seconds']:,.0f} seconds for all on: {_machine(report)}.",
+        ]
+    )
+
+
+def pair_recall_table(folder: Path = RESULTS) -> str:
+    """What each model looks up, near and far, at its best learning rate, as a Markdown table."""
+    report = read_report("pair_recall", folder)
+    f = report["figures"]
+    settings, rates = f["settings"], sorted({run["learning_rate"] for run in f["runs"]})
+    near, far = settings["filler"], settings["longer_filler"]
+    lines = [
+        f"| | parameters | {near:,} tokens of filler | {far:,} tokens | learning rate |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for run in best_recall(f["runs"]):
+        shares = f"{run['near']:.1%} | {run['far']:.1%}"
+        lines.append(f"| {run['model']} | {run['parameters']:,} | {shares} | {run['learning_rate']} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Share of {settings['pairs']} keys whose value is named, out of {settings['symbols']} values; "
+            f"{settings['steps']:,} steps of {settings['rows']} sequences with {near} tokens of filler, each model at "
+            f"the best of the learning rates {rates}, width {settings['width']}, depth {settings['depth']}, one seed. "
+            f"{report['seconds']:,.0f} seconds for all on: {_machine(report)}.",
+        ]
+    )
+
+
 def vocabulary_table(folder: Path = RESULTS) -> str:
     """Losses of all strategies after equal training, as a Markdown table."""
     report = read_report("vocabulary", folder)
@@ -450,6 +532,27 @@ def infilling_table(folder: Path = RESULTS) -> str:
             f"{report['seconds']:.0f} seconds for all runs on: {_machine(report)}.",
         ]
     )
+
+
+def code_table(folder: Path = RESULTS) -> str:
+    """What the recipes for code reach, and what the example that classifies files does, as Markdown tables."""
+    report = read_report("python_code", folder)
+    rows = {row["part"]: row for row in report["figures"]["rows"]}
+    lines = [
+        "| recipe | parameters | tokens read | nats per token | right at first guess | minutes |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for part, recipe in RECIPES.items():
+        row = rows[part]
+        lines.append(
+            f"| {recipe} | {row['parameters']:,} | {row['tokens']:,} | {row['validation_loss']:.3f} | "
+            f"{row['validation_accuracy']:.1%} | {row['seconds'] / 60:.0f} |"
+        )
+    lines += ["", "| package of a file | right |", "|---|--:|"]
+    lines += [f"| {name} | {share:.1%} |" for name, share in rows["classification"]["accuracies"].items()]
+    minutes = rows["classification"]["seconds"] / 60
+    lines += ["", f"The classifier started from python-code and took {minutes:.0f} minutes. {_machine(report)}."]
+    return "\n".join(lines)
 
 
 def recall_table(folder: Path = RESULTS) -> str:
@@ -501,7 +604,10 @@ TABLES: dict[tuple[Path, str], Callable[[], str]] = {
     (DOCS / "holo.md", "measured"): curve_table,
     (DOCS / "resonance.md", "measured"): long_table,
     (DOCS / "resonance.md", "gradients"): gradient_line,
+    (DOCS / "resonance.md", "options"): choices_table,
+    (DOCS / "resonance.md", "recall"): pair_recall_table,
     (DOCS / "vocabulary.md", "measured"): vocabulary_table,
+    (DOCS / "code.md", "recipes"): code_table,
     (DOCS / "code.md", "measured"): infilling_table,
     (DOCS / "memory.md", "measured"): recall_table,
 }

@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_holo import preset_model
+from hf_holo.training.data import stdlib_sources
 from hf_holo.training.tokenizers import make_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -104,10 +105,11 @@ def test_design_choices(run, text):
     assert [run["variant"] for run in report["figures"]["runs"]] == ["default", "write=cancel"]
     assert all(run["steps"] >= 1 for run in report["figures"]["runs"])
 
-    argv = (text, "--family", "resonance", "--variants", "interference", "--steps", 2, *TINY_FIT)
+    argv = (text, "--family", "resonance", "--variants", "interference", "--steps", 2, "--seeds", 0, 1, *TINY_FIT)
     report, _ = run("design_choices", *argv, report="design_choices_resonance")
-    (trained,) = report["figures"]["runs"]
-    assert trained["steps"] == 2 and trained["seconds_per_step"] > 0
+    runs = report["figures"]["runs"]
+    assert [(run["seed"], run["steps"]) for run in runs] == [(0, 2), (1, 2)] and runs[0]["loss"] != runs[1]["loss"]
+    assert report["figures"]["step_seconds"]["interference"] > 0
 
 
 def test_every_design_choice_is_a_model(monkeypatch):
@@ -116,6 +118,36 @@ def test_every_design_choice_is_a_model(monkeypatch):
     for family, variants in design_choices.VARIANTS.items():
         for options in variants.values():
             design_choices.make(family, vocab_size=11, hidden_size=128, num_hidden_layers=1, **options)
+
+
+def test_the_answers_of_pair_recall_are_in_its_sequences(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    task = importlib.import_module("pair_recall").Pairs(pairs=4, symbols=8)
+    tokens, labels = task.batch(3, 5, torch.Generator().manual_seed(0))
+    assert tokens.shape == labels.shape == (3, 4 * 4 + 5 - 1)
+    for row, scored in zip(tokens.tolist(), labels.tolist(), strict=True):
+        named = dict(zip(row[:8:2], row[1:8:2], strict=True))
+        assert len(named) == 4 and max(named) < 8 <= min(named.values()) < 16 <= min(row[8:13])
+        assert [label for label in scored if label != -100] == [named[row[i]] for i in range(13, 20, 2)]
+        assert all(scored[i] != -100 for i in range(13, 20, 2))
+
+
+def test_pair_recall(run, monkeypatch):
+    models = ("resonance", "resonance, memory of 64", "llama")
+    sizes = ("--rows", 2, "--pairs", 2, "--filler", 4, "--longer_filler", 40, "--sequences", 2, "--width", 32)
+    argv = ("--models", *models, "--learning_rates", 0.002, 0.004, "--steps", 2, *sizes)
+    report, _ = run("pair_recall", *argv)
+    runs = report["figures"]["runs"]
+    assert [(run["model"], run["learning_rate"]) for run in runs] == [(m, r) for m in models for r in (0.002, 0.004)]
+    assert all(0 <= run[where] <= 1 for run in runs for where in ("near", "far"))
+
+    best = importlib.import_module("pair_recall").best(runs)
+    assert [run["model"] for run in best] == list(models)
+    assert all(run["near"] <= chosen["near"] for chosen in best for run in runs if run["model"] == chosen["model"])
+
+    monkeypatch.setattr("pair_recall.fit", lambda *_: pytest.fail("a finished run was repeated"))
+    again, _ = run("pair_recall", *argv)
+    assert again["figures"] == report["figures"]
 
 
 def test_leaking_gate(run, text, tmp_path):
@@ -194,6 +226,32 @@ def test_the_shakespeare_recipe_takes_another_family(run, text, tmp_path):
     report, _ = run("shakespeare", text, *options, report="shakespeare_resonance")
     assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "resonance"
     assert report["figures"]["parameters"] < 1_000_000
+
+
+def test_python_code(run, tmp_path, monkeypatch):
+    """With the recipes at their smallest: a few files instead of the standard library."""
+    train_once = importlib.import_module("recipe_runs").train_once
+    (tmp_path / "code").mkdir()
+    for name, source in stdlib_sources().items():
+        if name.startswith("json/"):
+            (tmp_path / "code" / Path(name).name).write_text(source, encoding="utf-8")
+    small = {"train_file": tmp_path / "code", "validation_fraction": 0.3, "tokenizer": "bytes", "block_size": 64}
+    small["model"] = ["hidden_size=32", "num_hidden_layers=1"]
+    monkeypatch.setattr("python_code.train_once", lambda *argv: train_once(*argv, **small))
+    argv = ("--runs", tmp_path / "runs", "--steps", 2, "--packages", "json", "tomllib")
+
+    with pytest.raises(SystemExit, match="run the part filling"):
+        run("python_code", *argv, "--parts", "classification")
+    report, _ = run("python_code", *argv, "--parts", "filling", "completion")
+    filling, completion = report["figures"]["rows"]
+    assert filling["steps"] == completion["steps"] == 2 and filling["parameters"] > completion["parameters"]
+    assert all(0 <= row["validation_accuracy"] < 1 and row["seconds"] > 0 for row in (filling, completion))
+
+    report, _ = run("python_code", *argv)
+    *trained, classified = report["figures"]["rows"]
+    assert trained == [filling, completion]
+    assert len(classified["accuracies"]) == 3 and report["seconds"] >= classified["seconds"] > 0
+    assert f"{filling['parameters']:,}" in importlib.import_module("readme").code_table(tmp_path)
 
 
 def test_the_readme_shows_what_the_reports_say(run, tmp_path, monkeypatch):
