@@ -124,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_report(name, {"settings": settings, "runs": runs}, seed=seed, seconds=seconds, folder=args.results)
 
     start, seed = time.perf_counter(), args.seeds[0]
-    models = {run["variant"]: make(args.family, **sizes, **variants[run["variant"]]) for run in runs}
+    trained = dict.fromkeys(run["variant"] for run in runs)
+    models = {variant: make(args.family, **sizes, **variants[variant]) for variant in trained}
     batch = text.batch(args.rows, args.length, torch.Generator().manual_seed(seed))
     taken = step_seconds(models, *batch, args.repeats)
     seconds += time.perf_counter() - start

@@ -22,7 +22,7 @@ import torch
 from characters import CharacterText, windowed_loss
 from fitting import Fit, fit
 from matplotlib.figure import Figure
-from report import RESULTS, earlier_rows, print_footer, print_table, write_report
+from report import RESULTS, best_runs, earlier_rows, print_footer, print_table, write_report
 from torch import nn
 
 from hf_holo.conversion.bases import fit_bases
@@ -90,10 +90,8 @@ def train(model: nn.Module, text: CharacterText, rate: float, args: argparse.Nam
 
 def best(runs: list[dict]) -> list[dict]:
     """For each basis and number of harmonics the run with the best learning rate."""
-    chosen: dict[tuple, dict] = {}
-    for run in sorted(runs, key=lambda run: run["loss"], reverse=True):
-        chosen[run["basis"], run["harmonics"]] = run
-    return sorted(chosen.values(), key=lambda run: (run["basis"] != "dense", run["basis"] == "data", run["harmonics"]))
+    chosen = best_runs(runs, ("basis", "harmonics"), lambda run: -run["loss"])
+    return sorted(chosen, key=lambda run: (run["basis"] != "dense", run["basis"] == "data", run["harmonics"]))
 
 
 def plot(runs: list[dict], path: Path) -> None:

@@ -28,24 +28,25 @@ def build_hsn(vocab_size: int, width: int, depth: int) -> HsnForCausalLM:
     return HsnForCausalLM(config)
 
 
+def small_llama(vocab_size: int, width: int, depth: int, intermediate_size: int) -> LlamaForCausalLM:
+    """A Llama with heads of 32 channels and a tied head."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=max(1, width // 32),
+        intermediate_size=intermediate_size,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
 def build_llama(vocab_size: int, width: int, depth: int, parameters: int) -> LlamaForCausalLM:
     """The Llama of this width and depth whose intermediate size brings it closest to `parameters`."""
-
-    def build(intermediate_size: int) -> LlamaForCausalLM:
-        config = LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=width,
-            num_hidden_layers=depth,
-            num_attention_heads=max(1, width // 32),
-            intermediate_size=intermediate_size,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-        return LlamaForCausalLM(config)
-
-    without_mlp = build(1).num_parameters() - 3 * width * depth
-    return build(max(1, round((parameters - without_mlp) / (3 * width * depth))))
+    without_mlp = small_llama(vocab_size, width, depth, 1).num_parameters() - 3 * width * depth
+    return small_llama(vocab_size, width, depth, max(1, round((parameters - without_mlp) / (3 * width * depth))))
 
 
 def build(name: str, vocab_size: int, width: int, depth: int, seed: int) -> torch.nn.Module:

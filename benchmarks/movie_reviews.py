@@ -6,15 +6,13 @@ All other arguments are those of examples/classify_movie_reviews.py, which says 
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 
+from example_scripts import example
 from report import RESULTS, print_footer, write_report
 
 NAME = "movie_reviews"
-EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -22,8 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the report")
     args, others = parser.parse_known_args(argv)
 
-    sys.path.append(str(EXAMPLES))
-    done = import_module("classify_movie_reviews").main(others)
+    done = example("classify_movie_reviews").main(others)
     figures = {"settings": done["settings"], "rows": done["rows"]}
     seed, seconds = done["settings"]["seed"], done["seconds"]
     print_footer(write_report(NAME, figures, seed=seed, seconds=seconds, folder=args.results), seconds)

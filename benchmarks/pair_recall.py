@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from design_choices import make
 from fitting import Fit, fit
-from report import RESULTS, earlier_rows, print_footer, print_table, write_report
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from llama_comparison import small_llama
+from report import RESULTS, best_runs, earlier_rows, print_footer, print_table, write_report
+from transformers import PreTrainedModel
 
-from hf_holo import HsnConfig, HsnForCausalLM, ResonanceConfig, ResonanceForCausalLM
+from hf_holo.training.data import IGNORED
 
 NAME = "pair_recall"
 CHUNK = 16  # tokens after which chunk means and memories can be read
@@ -35,7 +37,6 @@ MODELS = {
     "hsn, write=cancel": {"write": "cancel"},
     "llama": {},
 }
-CLASSES = {"resonance": (ResonanceConfig, ResonanceForCausalLM), "hsn": (HsnConfig, HsnForCausalLM)}
 
 
 @dataclass(frozen=True)
@@ -58,23 +59,19 @@ class Pairs:
         answers = values.gather(1, order)
         named = torch.stack([keys, values], -1).flatten(1)  # [rows, 2 pairs]
         asked = torch.stack([keys.gather(1, order), answers], -1).flatten(1)  # [rows, 2 pairs]
-        silent = torch.full_like(answers, -100)
+        silent = torch.full_like(answers, IGNORED)
         scored = torch.stack([silent, answers], -1).flatten(1)  # [rows, 2 pairs]
         tokens = torch.cat([named, noise, asked], 1)
-        labels = torch.cat([torch.full_like(tokens[:, : -scored.shape[1]], -100), scored], 1)
+        labels = torch.cat([torch.full_like(tokens[:, : -scored.shape[1]], IGNORED), scored], 1)
         return tokens[:, :-1], labels[:, 1:]
 
 
 def build(name: str, vocab_size: int, width: int, depth: int, seed: int) -> PreTrainedModel:
-    sizes = {"vocab_size": vocab_size, "hidden_size": width, "num_hidden_layers": depth}
     torch.manual_seed(seed)
     if name == "llama":
-        config = LlamaConfig(
-            **sizes, num_attention_heads=max(1, width // 32), intermediate_size=width * 8 // 3, tie_word_embeddings=True
-        )
-        return LlamaForCausalLM(config)
-    config, model = CLASSES[name.split(",")[0]]
-    return model(config(**sizes, channel_mix="gated", **MODELS[name]))
+        return small_llama(vocab_size, width, depth, width * 8 // 3)
+    sizes = {"vocab_size": vocab_size, "hidden_size": width, "num_hidden_layers": depth}
+    return make(name.split(",")[0], **sizes, **MODELS[name])
 
 
 @torch.no_grad()
@@ -82,17 +79,17 @@ def accuracy(model: PreTrainedModel, task: Pairs, filler: int, sequences: int, r
     """Share of the questions whose likeliest answer is the right one, over sequences that no training has seen."""
     model.eval()
     generator = torch.Generator().manual_seed(2**31)
-    right = 0
+    right = asked = 0
     for _ in range(0, sequences, rows):
         tokens, labels = task.batch(rows, filler, generator)
         right += (model(input_ids=tokens, use_cache=False).logits.argmax(-1) == labels).sum().item()
-    return right / (-(-sequences // rows) * rows * task.pairs)
+        asked += (labels != IGNORED).sum().item()
+    return right / asked
 
 
 def best(runs: list[dict]) -> list[dict]:
     """Of every model the run that recalls most after the filler it was trained with."""
-    chosen = {run["model"]: run for run in sorted(runs, key=lambda run: run["near"])}
-    return [chosen[model] for model in dict.fromkeys(run["model"] for run in runs)]
+    return best_runs(runs, ("model",), lambda run: run["near"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,17 +9,15 @@ ahead of the first step, and the last one, written after the final evaluation.
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 
-from recipe_runs import figures, followed, seconds, train_once
+from example_scripts import example
+from recipe_runs import figures, seconds, seed, train_once
 from report import RESULTS, earlier_rows, print_footer, print_table, write_report
 
 NAME = "python_code"
-EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPES = {"filling": "python-code", "completion": "python-code-completion"}
 PARTS = (*RECIPES, "classification")
 
@@ -28,18 +26,18 @@ def train(part: str, args: argparse.Namespace) -> dict[str, float | int]:
     """Figures of the run of a recipe, which is trained if it has not been."""
     run = args.runs / RECIPES[part]
     train_once(RECIPES[part], run, args.steps)
-    return figures(run) | {"seed": followed(run).get("seed", 42), "seconds": seconds(run)}
+    return figures(run) | {"seed": seed(run), "seconds": seconds(run)}
 
 
 def classify(args: argparse.Namespace) -> dict[str, float | dict]:
     """Accuracies of the example, which starts from the model that fills, and the seconds it took."""
-    if not (args.runs / RECIPES["filling"]).exists():
-        raise SystemExit(f"--parts classification starts from {args.runs / RECIPES['filling']}: run the part filling")
-    sys.path.append(str(EXAMPLES))
+    filling = args.runs / RECIPES["filling"]
+    if not filling.exists():
+        raise SystemExit(f"--parts classification starts from {filling}: run the part filling")
     start = time.perf_counter()
-    folders = ["--checkpoint", args.runs / RECIPES["filling"], "--output_dir", args.runs / "classify-python-files"]
+    folders = ["--checkpoint", filling, "--output_dir", args.runs / "classify-python-files"]
     packages = ["--packages", *args.packages] if args.packages else []
-    accuracies = import_module("classify_python_files").main([*map(str, folders), *packages])
+    accuracies = example("classify_python_files").main([*map(str, folders), *packages])
     return {"accuracies": accuracies, "seconds": time.perf_counter() - start}
 
 
@@ -53,17 +51,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     settings = {"steps": args.steps, "packages": args.packages}
-    rows, _ = earlier_rows(NAME, settings, args.results)
+    rows, taken = earlier_rows(NAME, settings, args.results)
     for part in args.parts:
         if any(row["part"] == part for row in rows):
             continue
         rows.append({"part": part} | (classify(args) if part == "classification" else train(part, args)))
-        taken = sum(row["seconds"] for row in rows)
+        taken += rows[-1]["seconds"]
         write_report(NAME, {**settings, "rows": rows}, seed=0, seconds=taken, folder=args.results)
 
     for row in rows:
         print_table([{key: value for key, value in row.items() if not isinstance(value, dict)}])
-    print_footer(args.results / f"{NAME}.json", sum(row["seconds"] for row in rows))
+    print_footer(args.results / f"{NAME}.json", taken)
 
 
 if __name__ == "__main__":

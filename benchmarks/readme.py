@@ -439,14 +439,13 @@ def choices_table(folder: Path = RESULTS) -> str:
     report = read_report("design_choices_resonance", folder)
     f = report["figures"]
     settings, taken = f["settings"], f["step_seconds"]
-    default, seeds = {r["seed"]: r["loss"] for r in f["runs"] if r["variant"] == "default"}, set()
+    default = {run["seed"]: run["loss"] for run in f["runs"] if run["variant"] == "default"}
     lines = [
         "| | parameters | nats per character, per seed | beside the default | time of a step |",
         "|---|--:|--:|--:|--:|",
     ]
     for variant in taken:
         runs = [run for run in f["runs"] if run["variant"] == variant]
-        seeds |= {run["seed"] for run in runs}
         losses = ", ".join(f"{run['loss']:.3f}" for run in runs)
         beside = ", ".join(f"{round(run['loss'] - default[run['seed']], 3) + 0.0:+.3f}" for run in runs)  # no "-0.000"
         cost = taken[variant] / taken["default"]
@@ -457,8 +456,8 @@ def choices_table(folder: Path = RESULTS) -> str:
             "",
             f"{settings['steps']} steps of {settings['rows']}×{settings['length']} characters of tinyshakespeare with "
             f"Muon, width {settings['width']}, depth {settings['depth']}, one learning rate, seeds "
-            f"{', '.join(map(str, sorted(seeds)))}; the loss is that of the whole validation split, the time that of a "
-            f"forward and a backward pass. {report['seconds']:,.0f} seconds for all on: {_machine(report)}.",
+            f"{', '.join(map(str, sorted(default)))}; the loss is that of the whole validation split, the time that of "
+            f"a forward and a backward pass. {report['seconds']:,.0f} seconds for all on: {_machine(report)}.",
         ]
     )
 

@@ -27,12 +27,16 @@ def followed(run: Path) -> dict:
     return yaml.safe_load((run / FIRST_FILE).read_text(encoding="utf-8"))
 
 
+def seed(run: Path) -> int:
+    return followed(run).get("seed", TrainingArguments.seed)  # a recipe leaves out what is transformers' default
+
+
 def figures(run: Path) -> dict[str, float | int]:
     """What a finished run says about itself: its size, what it has read, and every figure of its last validation."""
     recipe = followed(run)
     with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
         last = list(csv.DictReader(file))[-1]
-    steps, batch = int(last["step"]), "per_device_train_batch_size"  # a recipe leaves out what is transformers' default
+    steps, batch = int(last["step"]), "per_device_train_batch_size"
     sizes = {
         "parameters": TASKS[recipe.get("task", "causal")].from_pretrained(run).num_parameters(),
         "steps": steps,

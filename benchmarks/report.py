@@ -77,6 +77,16 @@ def earlier_rows(name: str, settings: Mapping, folder: Path = RESULTS, key: str 
     return [], 0.0
 
 
+def best_runs(runs: Sequence[dict], names: Sequence[str], score: Callable[[dict], float]) -> list[dict]:
+    """Of the runs that agree in `names` the one with the highest score, in the order in which they first appear."""
+
+    def group(run: dict) -> tuple:
+        return tuple(run[name] for name in names)
+
+    chosen = {group(run): run for run in sorted(runs, key=score)}
+    return [chosen[key] for key in dict.fromkeys(map(group, runs))]
+
+
 def flags(arguments: Mapping[str, object]) -> list[str]:
     """Names and values as a command takes them; a list gives several values."""
     words = []

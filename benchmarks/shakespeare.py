@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipe_runs import figures, followed, seconds, train_once
+from recipe_runs import figures, seconds, seed, train_once
 from report import RESULTS, print_footer, print_table, report_name, write_report
 
 RECIPE = "shakespeare-char"
@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_once(RECIPE, run, args.steps, preset=f"{args.family}-tiny", train_file=args.text)
     found, taken = figures(run), seconds(run)
     print_table([found])
-    name, seed = report_name("shakespeare", args.family), followed(run).get("seed", 42)
-    print_footer(write_report(name, found, seed=seed, seconds=taken, folder=args.results), taken)
+    name = report_name("shakespeare", args.family)
+    print_footer(write_report(name, found, seed=seed(run), seconds=taken, folder=args.results), taken)
 
 
 if __name__ == "__main__":
