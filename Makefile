@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 VENV5 := .venv-5x
 PYTEST_FLAGS ?=
+# One thread each: two threads beside another busy process wait for each other most of the time.
+PYTEST := python -m pytest -n auto
+export OMP_NUM_THREADS ?= 1
 
 # Optimum's exporter holds these at the versions of transformers 4.57.
 ONLY_4 := transformers|huggingface_hub|tokenizers|optimum|optimum-onnx
@@ -11,22 +14,24 @@ ONLY_4 := transformers|huggingface_hub|tokenizers|optimum|optimum-onnx
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.stamp
+# The newest transformers 5 of the day, whatever an earlier set-up has found.
 setup-5x: $(VENV5)/.stamp
+	$(VENV5)/bin/pip install -q -U 'transformers>=5,<6'
 
 quickstart: setup
-	$(VENV)/bin/hf-holo train --overwrite
+	env -u OMP_NUM_THREADS $(VENV)/bin/hf-holo train --overwrite
 
 test: lint
-	$(VENV)/bin/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+	$(VENV)/bin/$(PYTEST) -m "not slow" $(PYTEST_FLAGS)
 
 # With both major versions of transformers, also where the first fails.
 test-all: lint setup-5x
 	failed=0; for env in $(VENV) $(VENV5); do \
-		$$env/bin/python -m pytest --what-works=docs/what-works.md $(PYTEST_FLAGS) || failed=1; \
+		$$env/bin/$(PYTEST) --what-works=docs/what-works.md $(PYTEST_FLAGS) || failed=1; \
 	done; exit $$failed
 
 test-5x: setup-5x
-	$(VENV5)/bin/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+	$(VENV5)/bin/$(PYTEST) -m "not slow" $(PYTEST_FLAGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .
