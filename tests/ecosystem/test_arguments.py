@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_holo import get_architecture
 
@@ -80,17 +80,27 @@ def test_peft_on_embeddings_starts_at_the_base_model_and_trains(tiny, family, id
         assert any(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "embed_tokens" in n)
 
 
-@pytest.mark.feature("PEFT", "on embeddings, soft prompts")
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_soft_prompts_decode_with_a_cache_as_without(tiny, family, ids, prompt):
-    model = get_peft_model(tiny(family, tie_word_embeddings=False), PROMPTS[prompt]()).eval()
+def decodes_after(prompt: str, model: PreTrainedModel, ids: torch.Tensor) -> bool:
+    """Whether generate() with a soft prompt says what forward says of the growing text."""
+    model = get_peft_model(model, PROMPTS[prompt]()).eval()
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     got, expected = model.generate(input_ids=ids, **options), ids
     with torch.no_grad():
         for _ in range(5):
             logits = model(input_ids=expected, attention_mask=torch.ones_like(expected)).logits
             expected = torch.cat([expected, logits[:, -1:].argmax(-1)], 1)
-    assert torch.equal(got[:, -5:], expected[:, -5:])
+    return torch.equal(got[:, -5:], expected[:, -5:])
+
+
+@pytest.mark.feature("PEFT", "on embeddings, soft prompts")
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_soft_prompts_decode_with_a_cache_as_without(tiny, family, ids, prompt):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    control = LlamaForCausalLM(LlamaConfig(vocab_size=61, pad_token_id=0, **sizes)).eval()
+    torch.nn.init.normal_(control.lm_head.weight, std=0.3)
+    if not decodes_after(prompt, control, ids):
+        pytest.skip("this release of PEFT loses the prompt while it generates with this transformers, Llama's too")
+    assert decodes_after(prompt, tiny(family, tie_word_embeddings=False), ids)
 
 
 @pytest.mark.feature("PEFT", "on embeddings, soft prompts")

@@ -132,13 +132,13 @@ def test_padding_is_counted_through_reordering_and_roll_back(model, ids):
     cache = RecurrentCache(model.config)
     cache.activate_past_recording()
     model(ids, attention_mask=mask, cache=cache)
-    model(ids[:, :3], attention_mask=torch.cat([mask, torch.tensor([[1, 1, 1], [0, 1, 1]])], 1), cache=cache)
+    model(ids[:, :3], cache=cache)
     cache.crop(-2)
     cache.reorder_cache(torch.tensor([1, 0]))
-    past = torch.cat([mask, torch.tensor([[1], [0]])], 1).flip(0)
-    model(ids[:, :1], attention_mask=torch.cat([past, torch.ones(2, 1, dtype=torch.long)], 1), cache=cache)
-    with pytest.raises(ValueError, match="attention_mask: row 0"):
-        model(ids[:, :1], attention_mask=torch.ones(2, 15, dtype=torch.long), cache=cache)
+    past, one = torch.nn.functional.pad(mask, (0, 1), value=1).flip(0), ids[:, :1]
+    model(one, attention_mask=torch.cat([past, torch.ones_like(one)], 1), cache=cache)
+    with pytest.raises(ValueError, match=r"attention_mask: row 0 has 0 pads among the 14 tokens .* took 4 as padding"):
+        model(one, attention_mask=torch.ones(2, 15, dtype=torch.long), cache=cache)
 
 
 @pytest.mark.parametrize("family", RECURRENT)
@@ -149,7 +149,8 @@ def test_recording_ends_with_the_generation_that_needs_it(model, ids):
     sizes = []
     for new in (5, 40):
         text = torch.cat([first.sequences, torch.tensor([[7]])], 1)
-        first = model.generate(text, **{CACHE_NAME: getattr(first, CACHE_NAME)}, max_new_tokens=new, **options)
+        kept, mask = getattr(first, CACHE_NAME), torch.ones_like(text)
+        first = model.generate(text, attention_mask=mask, **{CACHE_NAME: kept}, max_new_tokens=new, **options)
         sizes.append(len(pickle.dumps(getattr(first, CACHE_NAME))))
     assert abs(sizes[0] - sizes[1]) < 200
 
