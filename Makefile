@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 VENV5 := .venv-5x
 PYTEST_FLAGS ?=
+SUITE ?= quick
 
 # Optimum's exporter holds these at the versions of transformers 4.57.
 ONLY_4 := transformers|huggingface_hub|tokenizers|optimum|optimum-onnx
 
-.PHONY: setup setup-5x quickstart test test-all test-5x lint format clean
+.PHONY: setup setup-5x quickstart test test-all test-5x benchmarks lint format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.stamp
@@ -27,6 +28,10 @@ test-all: lint setup-5x
 
 test-5x: setup-5x
 	$(VENV5)/bin/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+
+# SUITE=quick|all; RESULTS names another folder than benchmarks/results, and inputs are variables (benchmarks/README.md).
+benchmarks: setup
+	$(VENV)/bin/python benchmarks/run.py $(SUITE) $(if $(RESULTS),--results $(RESULTS))
 
 lint: setup
 	$(VENV)/bin/ruff check .
