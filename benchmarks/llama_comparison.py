@@ -128,7 +128,7 @@ def sentence(result: dict) -> str:
     return (
         f"{best['hsn']:.3f} nats, Llama of the same size {best['llama']:.3f}, after {settings['steps']} steps of "
         f"{settings['rows']}×{settings['length']} with {OPTIMIZERS[settings['optimizer']]}, {chosen}, one seed; the "
-        "Llama has no short filter over the tokens, hsn has one (`llama_filter` says what it is worth)"
+        "Llama has no short filter over the tokens, hsn has one (`llama_filter` gives it one)"
     )
 
 

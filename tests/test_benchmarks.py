@@ -224,6 +224,8 @@ def test_the_shakespeare_recipe_reports_its_last_loss(run, text, tmp_path):
     first, _ = run("shakespeare", text, "--output_dir", folder, "--steps", 2)
     assert first["figures"]["steps"] == 2 and first["figures"]["tokens"] == 2 * 16 * 256
     assert 0 < first["figures"]["validation_loss"] < 4
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert (config["channel_mix"], config["hidden_dropout_prob"]) == ("gated", 0.1)  # the model of the recipe
     assert first["seconds"] > 0
     weights = (folder / "model.safetensors").stat().st_mtime_ns
     again, _ = run("shakespeare", text, "--output_dir", folder)
