@@ -139,7 +139,7 @@ def headline(result: dict, filtered: dict) -> str:
     (loss,) = (run["loss"] for run in runs if (run["model"], run["steps"]) == ("llama with filter", steps))
     return (
         f"{best['hsn']:.2f} nats per character, a Llama of the same size {best['llama']:.2f} after equal training "
-        f"({loss:.2f} with hsn's short filter before its attention; one seed)"
+        f"({loss:.2f} with hsn's short filter before its attention; one seed, one learning rate)"
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from common.report import BENCHMARKS, RESULTS, markdown_table, read_report, software
+from common.report import BENCHMARKS, RESULTS, in_threads, markdown_table, read_report, software
 from common.suite import GROUPS, HEADLINES, INPUTS, SUITE, TABLES, duration
 
 ROOT = BENCHMARKS.parent
@@ -22,16 +22,17 @@ def measured(names: Iterable[str], folder: Path) -> dict[str, dict]:
 
 
 def table(folder: Path = RESULTS, names: Iterable[str] = SUITE) -> str:
-    """What each benchmark measured, in how much time and on how many threads (unknown for the oldest result)."""
+    """What each benchmark measured, in how much time and on what (memory_recall does not say)."""
     rows = [
-        (f"`{name}`", SUITE[name].module.sentence(result), duration(result["seconds"]), threads_of(result))
+        (f"`{name}`", SUITE[name].module.sentence(result), duration(result["seconds"]), processor_of(result))
         for name, result in measured(names, folder).items()
     ]
-    return markdown_table(("benchmark", "measured", ">time", ">threads"), rows)
+    return markdown_table(("benchmark", "measured", ">time", "on"), rows)
 
 
-def threads_of(result: dict) -> str:
-    return str(result["machine"]["threads"]) if "machine" in result else ""
+def processor_of(result: dict) -> str:
+    machine = result.get("machine")
+    return f"{machine['processor']}, {in_threads(machine['threads'])}" if machine else ""
 
 
 def machines(folder: Path = RESULTS) -> str:
