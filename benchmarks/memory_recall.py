@@ -50,8 +50,8 @@ def sentence(result: dict) -> str:
         most = [max((p["pairs"] for p in points if p[way] >= GOOD), default=0) for way in WAYS]
         rows.append(f"{dimension:,} phasors {most[0]:,} / {most[1]:,}")
     return (
-        f"how many pairs a memory may hold and still recall {GOOD:.0%} of them, out of {result['codes']:,} codes, read "
-        f"one by one / all together with their crosstalk cancelled: {'; '.join(rows)}; one seed"
+        f"how many pairs a memory may hold and still recall {GOOD:.0%} of them, of {result['codes']:,} codes, read one "
+        f"by one / all together with their crosstalk cancelled: {'; '.join(rows)}; one seed"
     )
 
 
