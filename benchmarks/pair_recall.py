@@ -24,7 +24,7 @@ from llama_comparison import small_llama
 from report import RESULTS, best_runs, earlier_rows, print_footer, print_table, write_report
 from transformers import PreTrainedModel
 
-from hf_holo.training.data import IGNORED
+from hf_holo.modeling.losses import IGNORED
 
 NAME = "pair_recall"
 CHUNK = 16  # tokens after which chunk means and memories can be read

@@ -34,7 +34,7 @@ def replaced(args: argparse.Namespace, layers: list[int]) -> dict:
     if not (folder / "model.safetensors").exists():
         torch.manual_seed(args.seed)
         transfer_to_hsn(Source.find(args.model).load(), layers).save_pretrained(student)
-    sizes = {"block_size": args.window, "evaluation_windows": args.eval_windows}
+    sizes = {"block_size": args.window, "eval_windows": args.eval_windows}
     if args.stage_steps:
         sizes |= {"max_steps": args.stage_steps, "warmup_steps": 1}
     return distil("distill-hsn-part", student, folder, args, **sizes)

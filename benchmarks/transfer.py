@@ -17,8 +17,8 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 from hf_holo.conversion.distill import main as distill
 from hf_holo.conversion.transfer import transfer_to_hsn
-from hf_holo.training.data import read_documents, split_documents
-from hf_holo.training.tokenizers import make_tokenizer
+from hf_holo.data.documents import read_documents, split_documents
+from hf_holo.data.tokenizers import make_tokenizer
 from hf_holo.training.train import main as train
 
 WINDOW = 128  # tokens, of training and of scoring
@@ -71,7 +71,7 @@ def distill_student(text: Path, folder: Path, stage_steps: int | None, seed: int
     arguments = {
         "teacher": folder / "teacher",
         "student": folder / "student",
-        "train_files": text,
+        "train_file": text,
         "block_size": WINDOW,
         "output_dir": folder / "distilled",
         "overwrite": "true",

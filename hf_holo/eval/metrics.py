@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
+from ..data.scoring import aligned, only_logits, summed_scores
 from ..errors import HoloError
 from ..modeling.losses import IGNORED
 
@@ -64,7 +65,7 @@ def of_classes(*metrics: Metric) -> Callable[[EvalPrediction], dict[str, float]]
     """
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        logits, labels = _first(prediction.predictions), prediction.label_ids
+        logits, labels = only_logits(prediction.predictions), prediction.label_ids
         known = labels != IGNORED
         pairs = {"predictions": logits.argmax(-1)[known], "references": labels[known]}
         return {name: value for metric in metrics for name, value in metric(**pairs).items()}
@@ -133,28 +134,3 @@ class TextScores:
 
     def _decoded(self, rows: np.ndarray) -> list[str]:
         return [self.tokenizer.decode(row[row != IGNORED], skip_special_tokens=True) for row in rows]
-
-
-def aligned(logits: torch.Tensor | tuple, labels: torch.Tensor, shift: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and the labels that they are to predict; `shift`: those of the next position."""
-    logits = _first(logits)
-    return (logits[:, :-1], labels[:, 1:]) if shift else (logits, labels)
-
-
-def summed_losses(logits: torch.Tensor | tuple, labels: torch.Tensor, shift: bool = True) -> torch.Tensor:
-    """Loss of each row and the number of tokens it is summed over: `[B, T, V], [B, T] -> [B, 2]`."""
-    logits, targets = aligned(logits, labels, shift)
-    losses = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-    return torch.stack([losses.sum(1), (targets != IGNORED).sum(1)], dim=1)
-
-
-def summed_scores(logits: torch.Tensor | tuple, labels: torch.Tensor, shift: bool = True) -> torch.Tensor:
-    """[`summed_losses`], and the number of tokens that were the model's first guess: `[B, 3]`."""
-    guesses, targets = aligned(logits, labels, shift)
-    hits = (guesses.argmax(-1) == targets).sum(1, keepdim=True)  # an ignored label is no token's id
-    return torch.cat([summed_losses(logits, labels, shift), hits], dim=1)
-
-
-def _first(logits):
-    """The logits, where a model gives more than them."""
-    return logits[0] if isinstance(logits, tuple) else logits

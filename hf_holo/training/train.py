@@ -16,33 +16,23 @@ from transformers import (
     set_seed,
 )
 
+from ..data.documents import hold_out_documents, read_documents, split_documents
+from ..data.instructions import Responses, alpaca_prompt, instruction_splits, read_records
+from ..data.masking import Masking, MaskingCollator, filled_sample, masked_splits
+from ..data.tokenizers import TOKENIZERS, add_mask, make_tokenizer, saved_tokenizer
+from ..data.windows import Collator, Splits, document_splits, text_splits
 from ..errors import UNREADABLE, HoloError, first_line
 from ..eval.conformance.causality import CausalityReport, check_causality
 from ..eval.conformance.checks import Violation
 from ..files import write_text
-from ..generation import generate_text
+from ..generate import generate_text
 from ..hub.card import write_card
 from ..modeling.checkpoint import within_memory
 from ..registry import preset_config
 from .arguments import DataArguments, Run, parse
-from .callbacks import LENGTHS, CausalityCallback
-from .data import (
-    Collator,
-    Responses,
-    Splits,
-    alpaca_prompt,
-    document_splits,
-    hold_out_documents,
-    instruction_splits,
-    read_documents,
-    read_records,
-    split_documents,
-    text_splits,
-)
-from .masking import Masking, MaskingCollator, filled_sample, masked_splits
+from .callbacks import PROBED_LENGTHS, CausalityCallback
 from .optim import MuonAdamW, split_parameters
 from .report import RunReport, loss_line, plot_losses, write_metrics
-from .tokenizers import KINDS, add_mask, make_tokenizer, saved_tokenizer
 from .trainer import UNFINISHED, HoloTrainer, complete_checkpoints
 
 TASKS = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
@@ -185,6 +175,8 @@ def load_data(run: Run, checkpoint: Path | None) -> tuple[PreTrainedTokenizerBas
     """Read, split and encode the data, with the tokenizer of the checkpoint if there is one, else a new one."""
     data, masked, apart = run.data, run.model.task == "masked", run.data.documents == "apart"
     if data.data_format == "alpaca":
+        if data.eval_windows:
+            raise HoloError(f"eval_windows: {data.eval_windows} has no meaning for instructions; all are scored")
         records = read_records(data.train_file, data.dataset_name, data.dataset_config_name)
         tokenizer = load_tokenizer(run, checkpoint, [alpaca_prompt(r) + r["output"] for r in records])
         return tokenizer, instruction_splits(records, tokenizer, data.block_size, data.validation_fraction)
@@ -192,9 +184,11 @@ def load_data(run: Run, checkpoint: Path | None) -> tuple[PreTrainedTokenizerBas
     parts = (hold_out_documents if apart else split_documents)(documents, data.validation_fraction)
     tokenizer = load_tokenizer(run, checkpoint, parts[0])
     sizes = tokenizer, data.block_size, data.stride
-    if not masked:
-        return tokenizer, (document_splits if apart else text_splits)(*parts, *sizes)
-    return tokenizer, masked_splits(*parts, *sizes, apart, data.mlm_probability)
+    if masked:
+        splits = masked_splits(*parts, *sizes, apart, data.mlm_probability)
+    else:
+        splits = (document_splits if apart else text_splits)(*parts, *sizes)
+    return tokenizer, splits.scored_on(data.eval_windows)
 
 
 def load_tokenizer(run: Run, checkpoint: Path | None, texts: list[str]) -> PreTrainedTokenizerBase:
@@ -209,10 +203,10 @@ def load_tokenizer(run: Run, checkpoint: Path | None, texts: list[str]) -> PreTr
         tokenizer = saved_tokenizer(checkpoint, "resume_from_checkpoint")
     elif source:
         tokenizer = saved_tokenizer(source, "model_name_or_path")
-    elif data.tokenizer is None or data.tokenizer in KINDS:
+    elif data.tokenizer is None or data.tokenizer in TOKENIZERS:
         return make_tokenizer(data.tokenizer or "characters", texts, data.vocab_size, masked)
     else:
-        argument = f"tokenizer: none of {', '.join(KINDS)}"
+        argument = f"tokenizer: none of {', '.join(TOKENIZERS)}"
         tokenizer = saved_tokenizer(data.tokenizer, argument, local_files_only=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -327,7 +321,7 @@ def judge_causality(model: PreTrainedModel, run: Run) -> CausalityReport | None:
     if run.model.task != "causal" or not run.training.causality_check:
         return None
     try:
-        return check_causality(model, LENGTHS)
+        return check_causality(model, PROBED_LENGTHS)
     except Violation as violation:
         print(f"The causality of the final weights cannot be judged: {violation}")
         return None

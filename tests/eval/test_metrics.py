@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from transformers import EvalPrediction
 
+from hf_holo.data.tokenizers import character_tokenizer
 from hf_holo.errors import HoloError
 from hf_holo.eval import metrics
 from hf_holo.eval.metrics import LanguageScores, TextScores, accuracy, bleu, f1, of_classes, rouge_l
-from hf_holo.training.data import IGNORED
-from hf_holo.training.tokenizers import character_tokenizer
+from hf_holo.modeling.losses import IGNORED
 
 TEXTS = ["the cat sat on the mat today", "a wave binds a key to its value"]
 

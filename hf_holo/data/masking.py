@@ -8,13 +8,14 @@ from torch.utils.data import ConcatDataset, Dataset
 from transformers import DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import HoloError
-from .data import (
-    IGNORED,
+from ..modeling.losses import IGNORED
+from .windows import (
     Collator,
     Splits,
     Windows,
     check_length,
     check_windows,
+    count_labels,
     document_starts,
     encode,
     window_starts,
@@ -86,7 +87,7 @@ class MaskedWindows(Dataset):
         for number in range(len(windows)):
             inputs, labels = masking(windows[number]["input_ids"][None], EVALUATION_SEED + number)
             self.examples.append({"input_ids": inputs[0], "labels": labels[0]})
-        self.tokens = sum(int((example["labels"] != IGNORED).sum()) for example in self.examples)
+        self.tokens = sum(count_labels(example["labels"]) for example in self.examples)
 
     def __len__(self) -> int:
         return len(self.examples)
