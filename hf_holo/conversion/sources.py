@@ -132,7 +132,7 @@ class Text:
     def perplexity(self, model: PreTrainedModel, description: str = "perplexity") -> float:
         """exp of the loss on the held-out windows, one at a time."""
         loss = held_out_loss(model, self.held_out, shift=self.causal, description=description)
-        return torch.tensor(loss).double().exp().item()  # infinite rather than an OverflowError
+        return torch.tensor(loss, dtype=torch.float64).exp().item()  # infinite rather than an OverflowError
 
 
 def calibration_texts(
