@@ -1,8 +1,17 @@
 """Recipes: arguments of a command in a YAML file, and the parser that reads the command line on top of them."""
 
+import copy
 import difflib
+import inspect
 import sys
-from argparse import SUPPRESS, Action, ArgumentParser, Namespace
+from argparse import (
+    SUPPRESS,
+    Action,
+    ArgumentDefaultsHelpFormatter,
+    ArgumentParser,
+    Namespace,
+    RawDescriptionHelpFormatter,
+)
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from importlib.resources import files
@@ -11,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from .errors import HoloError, Parser
 
@@ -33,8 +42,73 @@ def described(help: str, default: Any = None, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
 
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows one spelling of each option (`--block_size` works as `--block-size`, too), and defaults that say more than
+    that nothing is set."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        says_it = "default" in (action.help or "")
+        return action.help if says_it or action.default in (None, False, []) else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: Action) -> str:
+        names, action = action.option_strings, copy.copy(action)
+        twins = {name: f"--{name[2:].replace('-', '_')}" for name in names}
+        action.option_strings = [name for name in names if twins[name] == name or twins[name] not in names]
+        return super()._format_action_invocation(action)
+
+
+class _HelpAll(Action):
+    """`--help_all`: the help with those options that `--help` leaves out."""
+
+    def __call__(self, parser: "RecipeParser", *args: Any) -> None:
+        for action, text in parser.left_out.items():
+            action.help = text
+        parser.print_help()
+        parser.exit()
+
+
 class RecipeParser(Parser, HfArgumentParser):
-    """HfArgumentParser with the errors of this package."""
+    """HfArgumentParser with the errors of this package, and with a help in groups, our own options first.
+
+    The fields of each dataclass form a group under the first words of its docstring. What one of them inherits from
+    [`TrainingArguments`] forms the last group, which `--help_all` lists.
+    """
+
+    def __init__(self, dataclass_types: type | Sequence[type], **options: Any) -> None:
+        self.left_out: dict[Action, str | None] = {}
+        usage = "%(prog)s [RECIPE] [--OPTION VALUE ...]"
+        super().__init__(dataclass_types, **{"formatter_class": _HelpFormatter, "usage": usage, **options})
+
+    def _add_dataclass_arguments(self, dtype: type) -> None:
+        before = len(self._actions)
+        super()._add_dataclass_arguments(dtype)
+        added, own = self._actions[before:], _own_fields(dtype)
+        for action in added:
+            if action.nargs == 0 and action.const is False:  # the `--no_x` of an `--x` that is true by default
+                action.help = SUPPRESS
+        title = inspect.getdoc(dtype).partition(".")[0].partition(":")[0]
+        self._group([action for action in added if action.dest in own], title)
+        inherited = [action for action in added if action.dest not in own]
+        if inherited:
+            self._group(inherited, "TrainingArguments of transformers", "All of them work; --help_all lists them.")
+            self.left_out |= {action: action.help for action in inherited}
+            for action in inherited:
+                action.help = SUPPRESS
+            text = "show the options of TrainingArguments, too"
+            self.add_argument("--help_all", action=_HelpAll, nargs=0, dest=SUPPRESS, default=SUPPRESS, help=text)
+
+    def _group(self, actions: Sequence[Action], title: str, description: str | None = None) -> None:
+        """Show these options under a title of their own."""
+        group = self.add_argument_group(title, description)
+        for action in actions:
+            self._optionals._group_actions.remove(action)
+            group._group_actions.append(action)
+
+
+def _own_fields(dtype: type) -> set[str]:
+    """The fields of a dataclass that it does not have from [`TrainingArguments`] alone."""
+    classes = [cls for cls in dtype.__mro__ if cls is not object and not issubclass(TrainingArguments, cls)]
+    return {name for cls in classes for name in inspect.get_annotations(cls)}
 
 
 def recipe_names(package: str, prefix: str = "") -> list[str]:
@@ -107,15 +181,22 @@ def add_recipe(parser: ArgumentParser, package: str, prefix: str = "", default: 
     text = f"{', '.join(recipe_names(package, prefix))}, or a YAML file of the options below"
     text += f"; default: {default}" if default else ""
     parser.add_argument("recipe", metavar="RECIPE", nargs="?", action=_Recipe, default=SUPPRESS, help=f"{text}.")
-    parser.add_argument("--recipe", metavar="RECIPE", action=_Recipe, help="The same as an option.")
+    parser.add_argument("--recipe", metavar="RECIPE", action=_Recipe, help="the recipe, as an option")
 
 
-def given_words(parser: ArgumentParser, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """What a command line says, without what it leaves at its default; and the words that are unknown."""
+def given_words(parser: ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """What a command line says, without what it leaves at its default.
+
+    Raises:
+        HoloError: an argument is unknown, or a value is not what it should be.
+    """
     unsaid = object()
     namespace = Namespace(**{action.dest: unsaid for action in parser._actions})
-    given, unknown = ArgumentParser.parse_known_args(parser, list(argv), namespace)
-    return {name: value for name, value in vars(given).items() if value is not unsaid}, unknown
+    given, unknown = parser.parse_known_args(list(argv), namespace)
+    if unknown:
+        known = [action.dest for action in parser._actions]
+        raise HoloError(f"unknown argument {unknown[0]}{suggestion(unknown[0].lstrip('-'), known)}")
+    return {name: value for name, value in vars(given).items() if value is not unsaid}
 
 
 def words_of_today(argv: Sequence[str], old_names: Mapping[str, str]) -> list[str]:

@@ -1,7 +1,7 @@
 """`hf-holo convert`: a language model becomes holographic, with a report of what that cost.
 
-    hf-holo convert TEACHER OUT --ratio 0.8 --train_file a.txt b.txt   linear layers, fitted to the texts
-    hf-holo convert TEACHER OUT --to hsn --layers 0 1            attention, to be distilled
+    hf-holo convert TEACHER OUT --ratio 0.8 --train_file a.txt b.txt   linear layers, fitted to texts
+    hf-holo convert TEACHER OUT --to hsn --layers 0 1                  attention, to be distilled
     hf-holo convert TEACHER --dry-run
 
 TEACHER is a causal or masked language model of transformers with its tokenizer; a dry run needs its config alone. OUT

@@ -1,6 +1,5 @@
 """The options of `hf-holo convert`, from a YAML recipe and the command line."""
 
-from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +22,7 @@ OF_MIXERS = ("layers",)
 
 @dataclass
 class ConvertArguments:
-    """The options, which are also the keys of a recipe."""
+    """What to convert, and how: the options, which are also the keys of a recipe."""
 
     to: Literal["holo", "hsn"] = described(
         "holo: linear layers become holographic, the model stays what it is; hsn: attention becomes holographic "
@@ -177,7 +176,7 @@ def parse(argv: list[str], description: str) -> Command:
         ConvertArguments,
         prog="hf-holo convert",
         description=description,
-        formatter_class=RawDescriptionHelpFormatter,
+        usage="%(prog)s TEACHER [OUT] [RECIPE] [--OPTION VALUE ...]",
         allow_abbrev=False,
     )
     parser.add_argument("teacher", metavar="TEACHER", help="folder or Hub name of the model")
@@ -190,7 +189,7 @@ def parse(argv: list[str], description: str) -> Command:
         "--dry_run", "--dry-run", action="store_true", help="Only show what would become of every module."
     )
     argv = words_of_today(argv, OLD_NAMES)
-    recipe = given_words(parser, argv)[0].get("recipe")
+    recipe = given_words(parser, argv).get("recipe")
     if recipe:
         options = RecipeParser(ConvertArguments, allow_abbrev=False)
         parser.set_defaults(**vars(options.parse_args(_as_words(recipe))))

@@ -30,6 +30,7 @@ from ..hub.code import add_code
 from ..modeling.harmonics import HoloLinear
 from ..training.callbacks import CausalityCallback
 from ..training.optim import MuonAdamW, WhitenedAdamW
+from ..training.progress import show_progress
 from ..training.train import find_checkpoint, save_final
 from ..training.trainer import HoloTrainer
 from .calibration import removed_after
@@ -108,7 +109,7 @@ def distill(run: Distillation) -> PreTrainedModel | PeftModel:
         add_code(folder)
         write_card(folder)
     tokenizer.save_pretrained(folder)
-    print(f"\nThe student lies in {folder}; figures in report.json, losses.csv and losses.png")
+    print(f"\nThe student is saved in {folder}; figures in report.json, losses.csv and losses.png")
     return student
 
 
@@ -143,8 +144,8 @@ def _finished_stages(run: Distillation, folder: Path) -> list[Stage]:
         return run.stages[:complete]
     if (folder / "recipe.yaml").exists() and not args.overwrite:
         raise HoloError(
-            f"output_dir: {str(folder)!r} already holds a run; add --resume_from_checkpoint to go on with it, "
-            "--overwrite to delete it, or name another --output_dir"
+            f"output_dir: {str(folder)!r} already holds a run: continue it with --resume_from_checkpoint, replace it "
+            "with --overwrite, or name another --output_dir"
         )
     return []
 
@@ -373,7 +374,7 @@ def make_trainer(
     args = stage.training
     args.remove_unused_columns = False  # cached logits are no argument of the model
     optimizer = make_optimizer(student, args, train)
-    return DistillTrainer(
+    trainer = DistillTrainer(
         student,
         args,
         stage_loss=loss,
@@ -385,6 +386,8 @@ def make_trainer(
         callbacks=[CausalityCallback()] if args.causality_check else [],
         ema_decay=args.ema_decay,
     )
+    show_progress(trainer)
+    return trainer
 
 
 def make_optimizer(student: nn.Module, args: DistillTrainingArguments, train: Dataset) -> Optimizer | None:

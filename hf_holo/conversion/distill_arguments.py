@@ -18,6 +18,7 @@ from ..recipes import (
 )
 from ..training.arguments import HoloTrainingArguments
 
+DESCRIPTION = "A student learns from its teacher, in the stages of a recipe."
 PREFIX = "distill-"  # of the recipes in the package
 OLD_NAMES = {"train_files": "train_file", "evaluation_windows": "eval_windows"}
 NOT_SAVED = (*NOT_FOR_RECIPES, "start_stage")
@@ -106,10 +107,10 @@ class StageArguments:
 
 @dataclass
 class DistillTrainingArguments(HoloTrainingArguments):
-    """The arguments of `hf-holo train`, with defaults for a student that is already near its teacher."""
+    """How to train it: the arguments of `hf-holo train`, with defaults for a student already near its teacher."""
 
     resume_from_checkpoint: str | None = described(
-        "Go on where the run in output_dir was cut off.", nargs="?", const="last"
+        "Resume where the run in output_dir was cut off.", nargs="?", const="last"
     )
     optimizer: Literal["whitened", "muon", "adamw"] = described(
         "whitened: the coefficients of fitted holographic layers take steps relative to their size (WhitenedAdamW), "
@@ -160,12 +161,10 @@ def parse(argv: list[str]) -> Distillation:
     Raises:
         HoloError: an unknown or malformed argument or recipe, or no stage.
     """
-    parser = RecipeParser(ARGUMENTS, prog="hf-holo distill", allow_abbrev=False)
+    parser = RecipeParser(ARGUMENTS, prog="hf-holo distill", description=DESCRIPTION, allow_abbrev=False)
     known = set(vars(parser.parse_known_args([])[0]))
     add_recipe(parser, __package__, PREFIX)
-    given, unknown = given_words(parser, words_of_today(argv, OLD_NAMES))
-    if unknown:
-        raise HoloError(f"unknown argument {unknown[0]}{suggestion(unknown[0].lstrip('-'), known)}")
+    given = given_words(parser, words_of_today(argv, OLD_NAMES))
     recipe = given.pop("recipe", None)
     if recipe is None:
         raise HoloError(f"recipe: name one of {', '.join(recipe_names(__package__, PREFIX))}, or a YAML file")

@@ -98,5 +98,7 @@ def instruction_splits(
     order = np.random.default_rng(0).permutation(len(records))
     train = Responses([records[i] for i in order[held_out:]], tokenizer, block_size)
     validation = Responses([records[i] for i in order[:held_out]], tokenizer, block_size)
-    tokens = sum(len(response) for _, response in validation.rows)
-    return Splits(train, validation, tokens, validation.characters, prompt=alpaca_prompt(validation.records[0]))
+    train_tokens, tokens = (sum(len(response) for _, response in part.rows) for part in (train, validation))
+    return Splits(
+        train, validation, train_tokens, tokens, validation.characters, prompt=alpaca_prompt(validation.records[0])
+    )

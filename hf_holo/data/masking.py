@@ -128,7 +128,8 @@ def masked_splits(
     windows = [Windows(ids, block_size, starts(len(ids), block_size, stride)) for ids in train_ids]
     held_out = [Windows(ids, block_size, range(0, len(ids), block_size)) for ids in validation_ids]
     scored = MaskedWindows(ConcatDataset(held_out), masking)
-    return Splits(ConcatDataset(windows), scored, scored.tokens, None, tokenizer.decode(scored[0]["input_ids"]))
+    train_tokens, prompt = sum(map(len, train_ids)), tokenizer.decode(scored[0]["input_ids"])
+    return Splits(ConcatDataset(windows), scored, train_tokens, scored.tokens, None, prompt)
 
 
 @torch.no_grad()

@@ -138,16 +138,20 @@ class Splits:
 
     Attributes:
         train, validation: datasets of `input_ids` and `labels`.
+        train_tokens: number of tokens to learn from, each counted once.
         tokens: number of validation tokens that are scored.
         characters: number of characters that they stand for; None: they stand for no whole text.
         prompt: text to start a sample from.
+        documents: number of documents or records that all of it comes from.
     """
 
     train: Dataset
     validation: Dataset
+    train_tokens: int
     tokens: int
     characters: int | None
     prompt: str
+    documents: int = 0
 
     def scored_on(self, eval_windows: int) -> "Splits":
         """The same, scored on so many windows at equal distances; 0: on all."""
@@ -177,6 +181,7 @@ def text_splits(
     return Splits(
         training_windows(train_ids, block_size, stride),
         scoring_windows(validation_ids, block_size),
+        len(train_ids),
         len(validation_ids) - 1,
         characters,
         prompt=tokenizer.decode(validation_ids[:32]),
@@ -208,6 +213,7 @@ def document_splits(
     return Splits(
         ConcatDataset([CausalWindows(i, block_size, document_starts(len(i), block_size, stride)) for i in train_ids]),
         ConcatDataset([scoring_windows(ids, block_size) for ids in validation_ids]),
+        sum(map(len, train_ids)),
         sum(len(ids) - 1 for ids in validation_ids),
         sum(map(len, validation)),
         prompt=tokenizer.decode(validation_ids[0][1:-1][:32]),

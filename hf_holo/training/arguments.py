@@ -13,6 +13,9 @@ from ..errors import HoloError
 from ..recipes import NOT_FOR_RECIPES, RecipeParser, add_recipe, described, given_words, load_recipe, suggestion
 
 DEFAULT_RECIPE = "quickstart"
+DESCRIPTION = (
+    "Train a model as a recipe says, and as the options say that are given; by default a small one in minutes."
+)
 # Naming one of these on the command line puts the recipe's choice among them aside.
 ALTERNATIVES = (("preset", "model_name_or_path"), ("train_file", "dataset_name"))
 
@@ -70,12 +73,12 @@ class DataArguments:
 
 @dataclass
 class HoloTrainingArguments(TrainingArguments):
-    """transformers' TrainingArguments with defaults for training from scratch, and a few more."""
+    """How to train it: transformers' TrainingArguments with defaults for training from scratch, and a few more."""
 
     output_dir: str | None = described("Folder of the run; default: runs/<recipe>.")
     overwrite: bool = described("Delete the run that output_dir holds.", False)
     resume_from_checkpoint: str | None = described(
-        "Go on from this checkpoint; without a value, from the last complete one in output_dir.",
+        "Resume from this checkpoint; without a value, from the last complete one in output_dir.",
         nargs="?",
         const="last",
     )
@@ -135,10 +138,10 @@ def parse(argv: list[str]) -> Run:
     Raises:
         HoloError: an unknown or malformed argument or recipe.
     """
-    parser = RecipeParser(ARGUMENTS, prog="hf-holo train", allow_abbrev=False)
+    parser = RecipeParser(ARGUMENTS, prog="hf-holo train", description=DESCRIPTION, allow_abbrev=False)
     defaults = vars(parser.parse_known_args([])[0])
     add_recipe(parser, __package__, default=DEFAULT_RECIPE)
-    named, _ = given_words(parser, argv)
+    named = given_words(parser, argv)
     recipe = named.get("recipe") or _resumed_recipe(named) or DEFAULT_RECIPE
 
     values = _without_replaced(load_recipe(recipe, __package__), named)
@@ -149,9 +152,7 @@ def parse(argv: list[str]) -> Run:
     argv = [*_as_words(parser, recipe, values), *argv]
     parser.set_defaults(output_dir=f"runs/{Path(recipe).stem}", **values)
 
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise HoloError(f"unknown argument {unknown[0]}{suggestion(unknown[0].lstrip('-'), defaults)}")
+    given = parser.parse_args(argv)
     try:
         model, data, training, _ = parser.parse_args_into_dataclasses(argv)
     except ValueError as error:

@@ -79,7 +79,7 @@ def test_the_student_loads_and_says_what_it_is(saved, text, tmp_path, name, caps
 
     report = json.loads((out / "report.json").read_text())
     assert report["replaced"] == [0, 2]
-    assert report["recipe"] == {"to": "hsn", "layers": [0, -1], "text": [text], "window": 48} | {
+    assert report["recipe"] == {"to": "hsn", "layers": [0, -1], "train_file": [text], "block_size": 48} | {
         "eval_windows": 4,
         "sample_tokens": 5,
     }
@@ -185,7 +185,7 @@ def test_dry_run_names_every_part_and_needs_no_weights(tmp_path, capsys, monkeyp
 def test_options_that_do_not_fit_are_refused(saved, text, tmp_path):
     teacher, out = saved(), tmp_path / "out"
     hsn = [teacher, out, "--to", "hsn"]
-    refused(r"ratio=0\.5 has no meaning with --to hsn: attention is chosen with --layers", *hsn, "--ratio", "0.5")
+    refused(r"ratio: 0\.5 has no meaning with --to hsn: attention is chosen with --layers", *hsn, "--ratio", "0.5")
     refused("method='calibrated' has no meaning with --to hsn", *hsn, "--method", "calibrated")
     refused(r"modules=\['mlp'\] has no meaning", *hsn, "--modules", "mlp")
     refused("keep_first=1 has no meaning", *hsn, "--keep_first", "1")

@@ -317,7 +317,7 @@ def test_the_recipes_of_the_package_are_valid(name):
         ([{"match": "logits", "temprature": 2}], {}, "did you mean temperature"),
         ([{"match": "logits"}], {"temperature": 0.0}, "temperature: 0.0"),
         ([{"match": "logits"}], {"hard_labels": 2.0}, "hard_labels: 2.0"),
-        ([{"match": "logits"}], {"trainable": "["}, "no regular expression"),
+        ([{"match": "logits"}], {"trainable": "["}, "not a regular expression"),
         ([{"match": "logits"}], {"trainable": "nowhere"}, "'nowhere' matches no parameter"),
         ([{"match": "logits"}], {"teacher": None}, "teacher: name the folder"),
         ([{"match": "logits"}], {"student": "nowhere"}, "student: cannot load 'nowhere'"),
