@@ -12,7 +12,6 @@ from ..modeling.losses import IGNORED
 from .windows import Collator
 
 
-@torch.no_grad()
 def held_out_loss(
     model: nn.Module,
     windows: Dataset[Mapping[str, torch.Tensor]],
@@ -21,10 +20,25 @@ def held_out_loss(
     shift: bool = True,
     description: str = "scoring",
 ) -> float:
-    """Mean loss over all labels of the windows, in nats per token.
+    """Mean loss over all labels of the windows, in nats per token; arguments as of [`summed_over`].
 
     `hf-holo train` computes the same from what Trainer gathers (`hf_holo.eval.metrics.LanguageScores`): both sum
-    [`summed_losses`] in float64.
+    [`summed_scores`] in float64.
+    """
+    nats, tokens, _ = summed_over(model, windows, batch_size, pad_token_id, shift, description)
+    return (nats / tokens).item()
+
+
+@torch.no_grad()
+def summed_over(
+    model: nn.Module,
+    windows: Dataset[Mapping[str, torch.Tensor]],
+    batch_size: int = 1,
+    pad_token_id: int = 0,
+    shift: bool = True,
+    description: str = "scoring",
+) -> torch.Tensor:
+    """Nats, tokens and right first guesses `[3]` over all labels of the windows, in float64.
 
     Args:
         model: with logits `[B, T, V]`; it is left in evaluation mode.
@@ -36,13 +50,13 @@ def held_out_loss(
     """
     device = next(model.parameters()).device
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64)  # nats, tokens
+    totals = torch.zeros(3, dtype=torch.float64)
     loader = DataLoader(windows, batch_size, collate_fn=Collator(pad_token_id))
     for batch in tqdm(loader, desc=description, unit="batch", leave=False):
         batch = {name: value.to(device) for name, value in batch.items()}
         labels = batch.pop("labels")
-        total += summed_losses(model(**batch).logits, labels, shift).double().sum(0).cpu()
-    return (total[0] / total[1]).item()
+        totals += summed_scores(model(**batch).logits, labels, shift).double().sum(0).cpu()
+    return totals
 
 
 def aligned(logits: torch.Tensor | tuple, labels: torch.Tensor, shift: bool) -> tuple[torch.Tensor, torch.Tensor]:

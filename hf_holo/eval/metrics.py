@@ -8,6 +8,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,10 +16,31 @@ import torch.nn.functional as F
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from ..data.scoring import aligned, only_logits, summed_scores
-from ..errors import HoloError
+from ..errors import HoloError, unknown
 from ..modeling.losses import IGNORED
 
 Metric = Callable[..., dict[str, float]]
+MODULES = Path(__file__).with_name("modules")  # for `evaluate.load`
+
+
+def evaluate_module(name: str):
+    """A metric of this package as a module of the package `evaluate`, for all that works with those:
+
+        evaluate_module("language_model").compute(model="runs/quickstart", predictions=["A text.", "Another one."])
+
+    Args:
+        name: "language_model" (loss, perplexity, bits per character and accuracy of a model on texts) or
+            "token_accuracy". `evaluate.load(str(MODULES / name))` is the same.
+
+    Raises:
+        HoloError: there is no such module.
+    """
+    import evaluate  # late: it takes seconds
+
+    known = [path.name for path in MODULES.iterdir() if (path / f"{path.name}.py").is_file()]
+    if name not in known:
+        raise unknown("module", name, known)
+    return evaluate.load(str(MODULES / name))
 
 
 def accuracy(predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
@@ -97,7 +119,11 @@ class LanguageScores:
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         """The metrics of a whole evaluation, from the rows of `reduce`."""
-        nats, tokens, hits = prediction.predictions.astype(np.float64).sum(0)
+        return self.of_sums(prediction.predictions.astype(np.float64).sum(0))
+
+    def of_sums(self, sums: Sequence[float]) -> dict[str, float]:
+        """The metrics, from nats, tokens and right first guesses over all texts."""
+        nats, tokens, hits = map(float, sums)
         per_character = {"bits_per_character": nats / self.characters / math.log(2)} if self.characters else {}
         loss = nats / tokens
         return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": hits / tokens, **per_character}
