@@ -21,8 +21,7 @@ from surgery import CALIBRATED, NOT_REFITTED, SCOPE_NAMES, Trial, ratios
 from transformers import AutoModelForCausalLM
 
 from hf_holo.conversion.convert_arguments import ConvertArguments
-from hf_holo.conversion.evaluation import perplexity
-from hf_holo.conversion.sources import Source, Text, load_texts, load_tokenizer
+from hf_holo.conversion.sources import Source, Text, calibration_texts, load_tokenizer
 
 CHOSEN = {"all": CALIBRATED, "attention": NOT_REFITTED}  # the conversion that is better after distillation
 RECIPES = {"all": "distill-surgery", "attention": "distill-attention"}
@@ -31,7 +30,7 @@ GLANCE = 2  # held-out windows that the distillation itself scores; here they ar
 
 def distilled(recipe: str, student: Path, folder: Path, window: int, args: argparse.Namespace) -> dict:
     """Train this student, and return what its report says about the training."""
-    options = {"validation_fraction": args.held_out, "block_size": window, "evaluation_windows": GLANCE}
+    options = {"validation_fraction": args.held_out, "block_size": window, "eval_windows": GLANCE}
     options |= {"bf16": args.bf16, "seed": args.seed} | ({"max_steps": args.steps} if args.steps else {})
     report = distil(recipe, args.model, student, folder, args.text, **options)
     (stage,) = report["stages"]
@@ -40,7 +39,7 @@ def distilled(recipe: str, student: Path, folder: Path, window: int, args: argpa
 
 def measured(folder: Path, texts: Sequence[Text]) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return {text.name: perplexity(model, text.held_out, text.name) for text in texts}
+    return {text.name: text.perplexity(model, text.name) for text in texts}
 
 
 def trained_seconds(rows: Sequence[dict]) -> float:
@@ -64,10 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     before = read_report("surgery", args.results)["figures"]
     if not before:
         parser.error(f"{args.results} does not hold surgery.json: run benchmarks/surgery.py with --students first")
-    sizes = dict.fromkeys(("window", "tokens", "fisher_tokens"), before["window"])  # nothing is calibrated here
+    sizes = dict.fromkeys(("block_size", "tokens", "fisher_tokens"), before["window"])  # nothing is calibrated here
     windows = max(before["held_out_windows"].values())
-    options = ConvertArguments(text=args.text, held_out=args.held_out, eval_windows=windows, **sizes)
-    texts = load_texts(options, load_tokenizer(args.model), Source.find(args.model))
+    options = ConvertArguments(train_file=args.text, validation_fraction=args.held_out, eval_windows=windows, **sizes)
+    texts = calibration_texts(options, load_tokenizer(args.model), Source.find(args.model))
     teacher, *converted = before["rows"]
     settings = {"bf16": args.bf16, "teacher": teacher}
     rows, _ = earlier_rows("distillation", settings, args.results)

@@ -19,10 +19,10 @@ from common.report import RESULTS, print_footer, print_table, write_report
 from tqdm.auto import tqdm
 
 from hf_holo import hsn_small
+from hf_holo.data.documents import split_documents
 from hf_holo.errors import HoloError
 from hf_holo.export.command import export
 from hf_holo.export.formats import FORMATS, Source
-from hf_holo.training.data import split_documents
 
 
 def row_of(name: str, record: dict) -> dict[str, object]:

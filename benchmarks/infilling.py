@@ -33,10 +33,12 @@ from transformers import (
 )
 
 from hf_holo import preset_model
+from hf_holo.data.documents import hold_out_documents, python_stdlib
+from hf_holo.data.masking import Masking, MaskingCollator, masked_splits
+from hf_holo.data.tokenizers import make_tokenizer
+from hf_holo.data.windows import Collator, Splits
 from hf_holo.eval.metrics import summed_scores
-from hf_holo.training.data import IGNORED, Collator, Splits, hold_out_documents, python_stdlib
-from hf_holo.training.masking import Masking, MaskingCollator, masked_splits
-from hf_holo.training.tokenizers import make_tokenizer
+from hf_holo.modeling.losses import IGNORED
 
 NAME = "infilling"
 PRESET = "python-code"

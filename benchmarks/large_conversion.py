@@ -22,7 +22,7 @@ import torch
 from common.report import RESULTS, flags, print_footer, write_report
 from transformers import Phi3Config, Phi3ForCausalLM, set_seed
 
-from hf_holo.training.tokenizers import make_tokenizer
+from hf_holo.data.tokenizers import make_tokenizer
 
 NAME = "large_conversion"
 
@@ -65,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     teacher, student = str(args.folder / "teacher"), str(args.folder / "student")
     settings = {key: getattr(args, key) for key in ("ratio", "window", "tokens", "fisher_tokens", "memory")}
     modules = rf"layers\.({'|'.join(map(str, range(args.blocks)))})\."
-    options = {**settings, "modules": modules, "text": args.text, "eval_windows": 1, "sample_tokens": 1}
+    options = {key: getattr(args, key) for key in ("ratio", "tokens", "fisher_tokens", "memory")}
+    options |= {"modules": modules, "train_file": args.text, "block_size": args.window}
+    options |= {"eval_windows": 1, "sample_tokens": 1}
     try:
         with ProcessPoolExecutor(1, get_context("spawn")) as apart:  # a process starts with the peak of its parent
             model = apart.submit(make_teacher, teacher, args.text, args.config, args.seed).result()

@@ -34,7 +34,7 @@ from design_choices import make
 from llama_comparison import small_llama
 from transformers import PreTrainedModel
 
-from hf_holo.training.data import IGNORED
+from hf_holo.modeling.losses import IGNORED
 
 NAME = "pair_recall"
 SOLVED = 0.9  # share of the answers from which on a model has learned the task

@@ -34,7 +34,7 @@ def replaced(args: argparse.Namespace, layers: list[int]) -> dict:
     if not (folder / "model.safetensors").exists():
         torch.manual_seed(args.seed)
         transfer_to_hsn(Source.find(args.model).load(), layers).save_pretrained(student)
-    options = {"validation_fraction": args.held_out, "block_size": args.window, "evaluation_windows": args.eval_windows}
+    options = {"validation_fraction": args.held_out, "block_size": args.window, "eval_windows": args.eval_windows}
     options |= {"bf16": args.bf16, "seed": args.seed} | shortened(args.stage_steps)
     return distil("distill-hsn-part", args.model, student, folder, args.text, **options)
 

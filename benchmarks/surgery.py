@@ -37,10 +37,10 @@ from hf_holo.conversion.calibration import (
     surgery_plan,
 )
 from hf_holo.conversion.convert_arguments import ConvertArguments
-from hf_holo.conversion.evaluation import numbers_on_disk, perplexity
 from hf_holo.conversion.refit import refit
-from hf_holo.conversion.sources import Source, Text, load_texts, load_tokenizer, mixed
+from hf_holo.conversion.sources import Source, Text, calibration_texts, load_tokenizer, mixed
 from hf_holo.conversion.surgery import choose
+from hf_holo.modeling.checkpoint import values_on_disk
 
 Method = Callable[[PreTrainedModel, float], None]  # converts in place, to this ratio
 CALIBRATED, NOT_REFITTED, PER_MATRIX, PLAIN, RANDOM = (
@@ -173,11 +173,11 @@ def kept_on_disk(model: PreTrainedModel, folder: Path, scope: str) -> float:
     """Share of the values of the linear layers in this scope that the files of the student hold."""
     names = choose(model, surgery_of(scope))
     dense = sum(p.numel() for name in names for p in model.get_submodule(name).parameters())
-    return numbers_on_disk(folder, names) / dense
+    return values_on_disk(folder, names) / dense
 
 
-def perplexities(model: PreTrainedModel, texts: Sequence[Text]) -> dict[str, float]:
-    return {text.name: perplexity(model, text.held_out, text.name) for text in texts}
+def measured(model: PreTrainedModel, texts: Sequence[Text]) -> dict[str, float]:
+    return {text.name: text.perplexity(model, text.name) for text in texts}
 
 
 def convert_all(
@@ -216,11 +216,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     start = time.perf_counter()
-    own = ("model", "ratios", "attention_ratios", "baseline_ratios", "students", "results")
-    options = ConvertArguments(**{k: v for k, v in vars(args).items() if k not in own})
+    sizes = {key: getattr(args, key) for key in ("tokens", "fisher_tokens", "eval_windows", "seed")}
+    options = ConvertArguments(train_file=args.text, validation_fraction=args.held_out, block_size=args.window, **sizes)
     options.check()
     source, tokenizer = Source.find(args.model), load_tokenizer(args.model)
-    texts = load_texts(options, tokenizer, source)
+    texts = calibration_texts(options, tokenizer, source)
     model = source.load()
     settings = settings_of(model, texts, options)
     rows, spent = earlier_rows("surgery", settings, args.results)
@@ -260,10 +260,10 @@ def settings_of(model: PreTrainedModel, texts: Sequence[Text], options: ConvertA
     return {
         "model": model.config.model_type,
         "parameters": model.num_parameters(),
-        "window": options.window,
+        "window": options.block_size,
         "calibration_tokens": options.tokens,
         "fisher_tokens": options.fisher_tokens,
-        "held_out": options.held_out,
+        "held_out": options.validation_fraction,
         "held_out_windows": {text.name: len(text.held_out) for text in texts},
     }
 

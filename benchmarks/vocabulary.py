@@ -24,11 +24,11 @@ from tqdm import trange
 from transformers import PreTrainedModel
 
 from hf_holo import ResonanceConfig, ResonanceForCausalLM
+from hf_holo.data.tokenizers import bpe_tokenizer
+from hf_holo.data.windows import encode
 from hf_holo.modeling.configuration_vocabulary import STRATEGIES
 from hf_holo.modeling.hashing import collisions
 from hf_holo.modeling.vocabulary import vocabulary_parameters
-from hf_holo.training.data import encode
-from hf_holo.training.tokenizers import bpe_tokenizer
 
 
 def read_tokens(path: Path, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:

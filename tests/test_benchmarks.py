@@ -12,8 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_holo import preset_model
-from hf_holo.training.data import stdlib_sources
-from hf_holo.training.tokenizers import make_tokenizer
+from hf_holo.data.documents import stdlib_sources
+from hf_holo.data.tokenizers import make_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks live in the repository only")

@@ -7,9 +7,9 @@ import pytest
 from small_models import new_model
 
 from hf_holo import HoloError, cli
+from hf_holo.data.tokenizers import make_tokenizer
 from hf_holo.eval.conformance import checks
 from hf_holo.export.formats import FORMATS, Source
-from hf_holo.training.tokenizers import make_tokenizer
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))

@@ -9,6 +9,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..modeling.checkpoint import values_on_disk
 from .calibration import (
     Factors,
     Site,
@@ -25,7 +26,6 @@ from .calibration import (
 )
 from .conversion import Conversion, size_in_bytes
 from .convert_arguments import ConvertArguments
-from .evaluation import numbers_on_disk
 from .linear_report import LayerRow, plot_layers, print_coverage, write_layers
 from .refit import check_refit, refit, worth_refitting
 from .sources import Source, Text, mixed
@@ -71,7 +71,7 @@ class RegeneratedSurgery(Conversion):
         return model
 
     def figures(self, result: Path) -> dict[str, Any]:
-        return {"kept": numbers_on_disk(result, self.dense) / sum(self.dense.values())}
+        return {"kept": values_on_disk(result, self.dense) / sum(self.dense.values())}
 
     def summary(self, figures: dict[str, Any]) -> str:
         return f"{figures['kept']:.1%} of the numbers of the chosen linear layers kept on disk, stored bases included"
@@ -117,7 +117,7 @@ class CalibratedSurgery(RegeneratedSurgery):
         one.
         """
         options, windows = self.options, mixed(texts)
-        fisher_windows = windows[: options.fisher_tokens // options.window]
+        fisher_windows = windows[: options.fisher_tokens // options.block_size]
         for batch in portions(self.sites, options.memory * 2**30):
             unknown = [n for n in batch if not work.has_tensors(_factors(n)) and not work.has_tensors(_statistics(n))]
             if unknown:

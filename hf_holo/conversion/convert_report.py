@@ -71,7 +71,7 @@ class Outcome:
         """The advice and its command; nothing where no recipe fits."""
         if self.lesson is None:
             return ""
-        command = f"hf-holo distill {self.lesson} --teacher {teacher} --student {student} --train_files TEXT"
+        command = f"hf-holo distill {self.lesson} --teacher {teacher} --student {student} --train_file TEXT"
         return f"{self.advice}\n\n```bash\n{command}\n```\n"
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils.data import Dataset
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -16,12 +17,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..data.documents import read_named, split_documents
+from ..data.masking import Masking, masked_splits
+from ..data.scoring import held_out_loss
+from ..data.tokenizers import saved_tokenizer
+from ..data.windows import Splits, text_splits
 from ..errors import UNREADABLE, HoloError, first_line
-from ..training.data import read_documents
-from ..training.tokenizers import saved_tokenizer
 from .convert_arguments import ConvertArguments
-from .evaluation import Windows, cut_windows, masked_token, next_token, spread
 
+MASKED_SHARE = 0.15  # of the tokens that a masked language model is asked for
 AUTO_CLASSES = {AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForMaskedLM: MODEL_FOR_MASKED_LM_MAPPING}
 
 
@@ -109,65 +113,105 @@ def load_tokenizer(teacher: str, needed: bool = True, argument: str = "TEACHER")
 
 @dataclass(frozen=True)
 class Text:
-    """One text in windows: `calibration` `[N, T]`, as the model reads it, and `held_out`, to be measured on."""
+    """One text in windows.
+
+    Attributes:
+        name: of its file.
+        calibration: `[N, T]`, as the model reads it.
+        held_out: windows to be measured on, with labels.
+        prompt: the start of the held-out part.
+        causal: whether tokens are to be predicted from those before them, or masked ones from all others.
+    """
 
     name: str
     calibration: torch.Tensor
-    held_out: Windows
+    held_out: Dataset
+    prompt: str
+    causal: bool
+
+    def perplexity(self, model: PreTrainedModel, description: str = "perplexity") -> float:
+        """exp of the loss on the held-out windows, one at a time."""
+        loss = held_out_loss(model, self.held_out, shift=self.causal, description=description)
+        return torch.tensor(loss, dtype=torch.float64).exp().item()  # infinite rather than an OverflowError
 
 
-def load_texts(options: ConvertArguments, tokenizer: PreTrainedTokenizerBase | None, source: Source) -> list[Text]:
-    """Read, split and encode the texts.
+def calibration_texts(
+    options: ConvertArguments, tokenizer: PreTrainedTokenizerBase | None, source: Source
+) -> list[Text]:
+    """Read, split and encode the texts of a conversion.
 
     Raises:
         HoloError: there is none, one cannot be read, one is too short, two have one name, or the windows are too long
             for the teacher.
     """
-    if not options.text:
+    if not options.train_file:
         if options.calibrated:
-            raise HoloError("text: a calibrated conversion needs --text, best several of different kinds")
+            raise HoloError("train_file: a calibrated conversion needs --train_file, best several of different kinds")
         return []
-    names = [Path(name).name for name in options.text]
+    names = [Path(name).name for name in options.train_file]
     for name in names:
         if names.count(name) > 1:  # the report tells them apart by their names
-            raise HoloError(f"text: two are called {name!r}; rename one, or name it once")
-    positions = getattr(source.config, "max_position_embeddings", None) or options.window
-    if options.window > positions:
-        raise HoloError(f"window={options.window} is longer than the {positions} positions of the teacher")
+            raise HoloError(f"train_file: two are called {name!r}; rename one, or name it once")
+    positions = getattr(source.config, "max_position_embeddings", None) or options.block_size
+    if options.block_size > positions:
+        raise HoloError(f"block_size: {options.block_size} is longer than the {positions} positions of the teacher")
     return [
-        load_text(name, share, options, tokenizer, source)
-        for name, share in zip(options.text, options.held_out_shares, strict=True)
+        calibration_text(name, share, options, tokenizer, source)
+        for name, share in zip(options.train_file, options.validation_shares, strict=True)
     ]
 
 
-def load_text(
+def calibration_text(
     name: str, share: float, options: ConvertArguments, tokenizer: PreTrainedTokenizerBase, source: Source
 ) -> Text:
     """One text: the last `share` of it is held out."""
-    from_file = Path(name).exists() or bool(Path(name).suffix)  # a name with a suffix is a file that is missing
-    try:
-        document = "\n\n".join(read_documents(name) if from_file else read_documents(dataset_name=name))
-    except HoloError as error:
-        raise HoloError(f"text: {error}") from None
-    cut = round((1 - share) * len(document))
-    windows = cut_windows(tokenizer, document[:cut], options.window)
-    wanted = max(options.tokens // options.window // len(options.text), 1)
-    if options.calibrated and len(windows) < wanted:
+    splits = splits_of(name, share, tokenizer, options.block_size, masked=not source.causal)
+    wanted = max(options.tokens // options.block_size // len(options.train_file), 1)
+    if options.calibrated and len(splits.train) < wanted:
         raise HoloError(
-            f"text: {name!r} has {len(windows) * options.window:,} tokens to calibrate on, but its share of "
-            f"tokens={options.tokens} is {wanted * options.window:,}; give more text, or fewer --tokens"
+            f"train_file: {name!r} has {len(splits.train) * options.block_size:,} tokens to calibrate on, but its "
+            f"share of tokens={options.tokens} is {wanted * options.block_size:,}; give more text, or fewer --tokens"
         )
-    held_out = cut_windows(tokenizer, document[cut:], options.window)
-    if not len(held_out):
-        raise HoloError(f"text: the held-out part of {name!r} has less than one window of {options.window} tokens")
-    if torch.cat([windows, held_out]).max() >= source.config.vocab_size:
+    order = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(options.seed))[:wanted]
+    calibration = torch.stack([splits.train[i]["input_ids"] for i in order.tolist()])
+    if not source.causal:
+        calibration, _ = Masking(tokenizer, MASKED_SHARE, only_masks=True)(calibration, options.seed)
+    held_out = splits.scored_on(options.eval_windows).validation
+    largest = max(int(ids.max()) for ids in (calibration, *(held_out[i]["input_ids"] for i in range(len(held_out)))))
+    if largest >= source.config.vocab_size:
         raise HoloError(f"TEACHER: its tokenizer has more tokens than the {source.config.vocab_size} of the model")
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.seed))
-    calibration, held_out = windows[order[:wanted]], spread(held_out, options.eval_windows or len(held_out))
-    if source.causal:
-        return Text(Path(name).name, calibration, next_token(held_out))
-    masked = masked_token(calibration, tokenizer, options.seed).inputs
-    return Text(Path(name).name, masked, masked_token(held_out, tokenizer, options.seed))
+    return Text(Path(name).name, calibration, held_out, splits.prompt, source.causal)
+
+
+def splits_of(
+    name: str,
+    share: float,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    stride: int | None = None,
+    text_column: str = "text",
+    masked: bool = False,
+) -> Splits:
+    """One text in windows, cut as `hf-holo train` cuts it, so that losses can be compared.
+
+    Args:
+        name: of a file, a folder, or a built-in or Hub dataset.
+        share: of it that is held out, at its end.
+        tokenizer: reads it.
+        block_size, stride: tokens in a window, and from one training window to the next.
+        text_column: of a table.
+        masked: whether masked tokens are to be predicted.
+
+    Raises:
+        HoloError: it cannot be read, or is too short.
+    """
+    parts = split_documents(read_named(name, text_column), share)
+    if masked and tokenizer.mask_token_id is None:
+        raise HoloError("TEACHER: its tokenizer has no mask token, which a masked language model needs")
+    try:
+        return (masked_splits if masked else text_splits)(*parts, tokenizer, block_size, stride)
+    except HoloError as error:
+        raise HoloError(f"{error} ({name!r})") from None
 
 
 def mixed(texts: Sequence[Text]) -> torch.Tensor:

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import HoloError, unknown
@@ -35,7 +34,6 @@ from ..modeling.quantizer import (
 HARMONICS = 64  # of every layer, when neither harmonics nor a ratio is given: the original's figure
 
 
-@register_quantization_config("holo")
 class HoloSurgeryConfig(QuantizationConfigMixin):
     """Which layers become holographic, and how. The defaults are the original's: every linear layer in the blocks, a
     random basis that is made anew on loading, amplitudes and phases as parameters.
@@ -434,7 +432,6 @@ def _compare(before: _Census, after: _Census, errors: dict[str, float]) -> Surge
 
 
 # ---------------------------------------------------------------------------------------------- in transformers
-@register_quantizer("holo")
 class HoloQuantizer(PlanQuantizer):
     """The quantizer where hf_holo is installed: it also plans the surgery of a dense checkpoint."""
 

@@ -19,7 +19,7 @@ from ..files import output_folder, replacing_folder
 from . import standalone_script
 from .formats import FORMATS, Format, Source, continues
 from .graph import GENERATION, TASKS, folded
-from .report import held_out, measure, write_report
+from .report import held_out, measure, summary, write_report
 
 
 def main(argv: list[str]) -> None:
@@ -38,8 +38,8 @@ def main(argv: list[str]) -> None:
     for name in (progress := tqdm(args.format, desc="exporting", unit="format", leave=False)):
         progress.set_postfix_str(name)
         try:
-            export(source, name, out / name, text)
-            progress.write(f"{name}: {out / name}")
+            record = export(source, name, out / name, text)
+            progress.write(f"{name}: {out / name}: {summary(record)}")
         except HoloError as error:
             failures[name] = str(error)
         except Exception as error:  # an exporter may raise anything; the other formats go on

@@ -214,6 +214,22 @@ def write_report(record: Mapping[str, Any], source: Source, name: str, form: For
     write_text(folder / "README.md", model_card(record, source, name, form))
 
 
+def summary(record: Mapping[str, Any]) -> str:
+    """The measurement in one line: exactness, size, speed and, if it was measured, perplexity."""
+    worst = max(row["max"] for row in record["parity"])
+    parts = [
+        f"differs from PyTorch by at most {worst:.1e}",
+        f"{record['bytes'] / 2**20:.1f} MiB ({record['bytes'] / record['float32_bytes']:.2f} of the float32 weights)",
+        *(
+            f"{what} in {times['exported']:.2f} ms (PyTorch {times['pytorch']:.2f})"
+            for what, times in record["milliseconds"].items()
+        ),
+    ]
+    if "perplexity" in record:
+        parts.append("perplexity {exported:.3f} (PyTorch {float32:.3f})".format(**record["perplexity"]))
+    return ", ".join(parts)
+
+
 def model_card(record: Mapping[str, Any], source: Source, name: str, form: Format) -> str:
     """The model card of an export: what it is, how it is used, and the measured figures."""
     worst = max(record["parity"], key=lambda row: row["max"])

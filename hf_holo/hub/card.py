@@ -14,11 +14,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..conversion.evaluation import numbers_on_disk
 from ..errors import HoloError, first_line
 from ..eval.conformance.causality import CausalityReport
 from ..files import replacing
+from ..modeling.checkpoint import values_on_disk
 from ..modeling.remote_code import auto_classes_of
+from ..modeling.versions import VERSION
 from ..registry import architectures
 from .code import is_converted, read_config
 
@@ -37,7 +38,7 @@ METRICS = {  # columns of metrics.csv: name and unit
 }
 RECIPE = {  # of what a card says in words: whether a value is one
     "dataset_name": lambda value: isinstance(value, str),
-    "train_file": lambda value: isinstance(value, str),
+    "train_file": lambda value: isinstance(value, str) or _are_names(value),
     "train_files": lambda value: isinstance(value, str) or _are_names(value),
     "validation_fraction": lambda value: all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in _shares(value)),
 }
@@ -215,7 +216,7 @@ def _facts(folder: Path, config: dict[str, Any]) -> dict[str, str]:
 
 def _numbers(folder: Path) -> int:
     try:
-        return numbers_on_disk(folder)
+        return values_on_disk(folder)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
         raise HoloError(f"DIR: the weights in {str(folder)!r} are no whole safetensors: {first_line(error)}") from None
 
@@ -270,9 +271,9 @@ def _are_names(value: Any) -> bool:
 
 def _data_name(recipe: dict[str, Any]) -> str | None:
     """The data set or the files of `hf-holo train` or `hf-holo distill`."""
-    files = recipe.get("train_files") or []
+    files = recipe.get("train_file") or recipe.get("train_files") or []  # the latter by earlier versions
     several = ", ".join(files if isinstance(files, list) else [files])
-    return recipe.get("dataset_name") or recipe.get("train_file") or several or None
+    return recipe.get("dataset_name") or several or None
 
 
 def _data(recipe: dict[str, Any]) -> str:
@@ -340,10 +341,8 @@ def _causality(report: CausalityReport | None) -> str:
 
 
 def _versions(config: dict[str, Any]) -> str:
-    from .. import __version__
-
     used = {
-        "hf_holo": __version__,
+        "hf_holo": VERSION,
         "transformers": config.get("transformers_version", transformers.__version__),
         "torch": torch.__version__,
         "Python": platform.python_version(),

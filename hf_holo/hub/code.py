@@ -17,7 +17,8 @@ from ..modeling import remote_code
 from ..registry import architectures
 
 CONVERTED = Path(remote_code.__file__).with_name("converted.py")
-KINDS = {"model_type": str, "architectures": list, "auto_map": dict, "quantization_config": dict}  # in a config.json
+# Of what this package reads in a config.json.
+CONFIG_TYPES = {"model_type": str, "architectures": list, "auto_map": dict, "quantization_config": dict}
 
 
 def add_code(folder: str | Path) -> list[str]:
@@ -73,7 +74,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise HoloError(f"DIR: {str(folder)!r} holds no config.json that can be read: {first_line(error)}") from None
     if not isinstance(config, dict):
         raise HoloError(f"DIR: {str(folder / 'config.json')!r} holds no mapping, so it is no config")
-    wrong = [key for key, kind in KINDS.items() if not isinstance(config.get(key), (kind, type(None)))]
+    wrong = [key for key, kind in CONFIG_TYPES.items() if not isinstance(config.get(key), (kind, type(None)))]
     if not wrong and not all(isinstance(name, str) for name in config.get("architectures") or []):
         wrong = ["architectures"]
     if wrong:

@@ -1,4 +1,5 @@
-"""The model card of what is saved and pushed from Python. `import hf_holo` lets the models of this package write it."""
+"""The model card of what is saved and pushed from Python. `hf_holo.install` lets the models of this
+package write it."""
 
 import os
 import warnings
@@ -7,7 +8,6 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from ..errors import HoloError
-from ..modeling.remote_code import card_writers
 
 
 def write_missing_card(
@@ -44,6 +44,3 @@ def write_missing_card(
     elif not published:
         cards.add_tags(cards.make_card(folder, repo), path).save(path)
     return before is None or not published
-
-
-card_writers.append(write_missing_card)

@@ -14,7 +14,7 @@ from ..eval.conformance.causality import CausalityReport, probe_causality
 from ..eval.conformance.checks import Violation
 from ..eval.conformance.subject import Subject
 
-LENGTHS = (17, 65)  # the longer one lies beyond the border of the usual chunks; both are quick
+PROBED_LENGTHS = (17, 65)  # the longer one lies beyond the border of the usual chunks; both are quick
 
 
 class CausalityCallback(TrainerCallback):
@@ -36,7 +36,7 @@ class CausalityCallback(TrainerCallback):
         HoloError: from the training loop: the model looks ahead, or is none of transformers.
     """
 
-    def __init__(self, lengths: Sequence[int] = LENGTHS) -> None:
+    def __init__(self, lengths: Sequence[int] = PROBED_LENGTHS) -> None:
         self.lengths = lengths
 
     def on_train_begin(

@@ -13,9 +13,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from hf_holo.data.tokenizers import character_tokenizer
+from hf_holo.data.windows import Collator
 from hf_holo.eval.metrics import LanguageScores, TextScores, accuracy, f1, of_classes
-from hf_holo.training.data import IGNORED, Collator
-from hf_holo.training.tokenizers import character_tokenizer
+from hf_holo.modeling.losses import IGNORED
 
 TEXT = "the wave binds a key "
 

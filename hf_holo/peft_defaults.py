@@ -61,5 +61,7 @@ class _AfterImport(MetaPathFinder):
         return spec
 
 
-if TABLES not in sys.modules:
-    sys.meta_path.insert(0, _AfterImport())
+def install() -> None:
+    """Fill the tables of PEFT as soon as it is imported, if it has not been."""
+    if TABLES not in sys.modules and not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())

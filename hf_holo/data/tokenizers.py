@@ -12,7 +12,7 @@ from ..errors import HoloError, first_line
 from ..modeling.tokenization_holo import HoloTokenizer
 
 PAD, UNKNOWN, END, MASK = "<|pad|>", "<|unk|>", "<|end|>", "<|mask|>"
-KINDS = ("characters", "bytes", "bpe")
+TOKENIZERS = ("characters", "bytes", "bpe")
 
 
 def character_tokenizer(texts: Iterable[str]) -> HoloTokenizer:
@@ -67,7 +67,9 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 4096, mask
     elif kind == "bpe":
         tokenizer = bpe_tokenizer(texts, vocab_size - masked)
     else:
-        raise HoloError(f"tokenizer: {kind!r} is unknown; choose {', '.join(KINDS)} or the folder of a saved tokenizer")
+        raise HoloError(
+            f"tokenizer: {kind!r} is unknown; give {', '.join(TOKENIZERS)} or the folder of a saved tokenizer"
+        )
     return add_mask(tokenizer) if masked else tokenizer
 
 

@@ -8,13 +8,14 @@ from torch.utils.data import ConcatDataset, Dataset
 from transformers import DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import HoloError
-from .data import (
-    IGNORED,
+from ..modeling.losses import IGNORED
+from .windows import (
     Collator,
     Splits,
     Windows,
     check_length,
     check_windows,
+    count_labels,
     document_starts,
     encode,
     window_starts,
@@ -86,7 +87,7 @@ class MaskedWindows(Dataset):
         for number in range(len(windows)):
             inputs, labels = masking(windows[number]["input_ids"][None], EVALUATION_SEED + number)
             self.examples.append({"input_ids": inputs[0], "labels": labels[0]})
-        self.tokens = sum(int((example["labels"] != IGNORED).sum()) for example in self.examples)
+        self.tokens = sum(count_labels(example["labels"]) for example in self.examples)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -127,7 +128,8 @@ def masked_splits(
     windows = [Windows(ids, block_size, starts(len(ids), block_size, stride)) for ids in train_ids]
     held_out = [Windows(ids, block_size, range(0, len(ids), block_size)) for ids in validation_ids]
     scored = MaskedWindows(ConcatDataset(held_out), masking)
-    return Splits(ConcatDataset(windows), scored, scored.tokens, None, tokenizer.decode(scored[0]["input_ids"]))
+    train_tokens, prompt = sum(map(len, train_ids)), tokenizer.decode(scored[0]["input_ids"])
+    return Splits(ConcatDataset(windows), scored, train_tokens, scored.tokens, None, prompt)
 
 
 @torch.no_grad()

@@ -8,28 +8,27 @@ import numpy as np
 import pytest
 import torch
 
-from hf_holo.errors import HoloError
-from hf_holo.training.data import (
-    IGNORED,
-    Collator,
-    Responses,
-    alpaca_prompt,
-    document_splits,
-    document_starts,
-    encode,
+from hf_holo.data.documents import (
     hold_out_documents,
-    instruction_splits,
     python_help,
     python_stdlib,
     read_documents,
-    read_records,
-    scoring_windows,
     split_documents,
     stdlib_sources,
+)
+from hf_holo.data.instructions import Responses, alpaca_prompt, instruction_splits, read_records
+from hf_holo.data.tokenizers import byte_tokenizer, character_tokenizer
+from hf_holo.data.windows import (
+    Collator,
+    document_splits,
+    document_starts,
+    encode,
+    scoring_windows,
     text_splits,
     training_windows,
 )
-from hf_holo.training.tokenizers import byte_tokenizer, character_tokenizer
+from hf_holo.errors import HoloError
+from hf_holo.modeling.losses import IGNORED
 
 RECORDS = [{"instruction": f"Say {n}.", "input": "loud" if n % 2 else "", "output": str(n) * 3} for n in range(20)]
 
@@ -110,7 +109,7 @@ def test_broken_tables(tmp_path):
     (tmp_path / "a.json").write_text('{"text": "unfinished')
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
     for name, form in (("a.json", "json"), ("a.parquet", "parquet")):
-        with pytest.raises(HoloError, match=f"is no valid {form} file") as error:
+        with pytest.raises(HoloError, match=f"is not a valid {form} file") as error:
             read_documents(str(tmp_path / name))
         assert "\n" not in str(error.value)
 

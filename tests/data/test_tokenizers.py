@@ -4,14 +4,14 @@ import pytest
 from transformers import AutoTokenizer
 
 from hf_holo import HsnConfig
+from hf_holo.data.tokenizers import TOKENIZERS, add_mask, bpe_tokenizer, character_tokenizer, make_tokenizer
 from hf_holo.errors import HoloError
 from hf_holo.modeling.tokenization_holo import HoloTokenizer
-from hf_holo.training.tokenizers import KINDS, add_mask, bpe_tokenizer, character_tokenizer, make_tokenizer
 
 AWKWARD = "  two  spaces , a comma 's\n\n\ttab\r\nand é, 漢字, 🙂 \n"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOKENIZERS)
 def test_round_trip_is_exact(kind):
     tokenizer = make_tokenizer(kind, [AWKWARD], vocab_size=300)
     ids = tokenizer(AWKWARD).input_ids
@@ -42,7 +42,7 @@ def test_bpe_learns_merges_up_to_the_size():
     assert len(tokenizer("the theme").input_ids) < len("the theme")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOKENIZERS)
 def test_auto_tokenizer_loads_it(kind, tmp_path):
     tokenizer = make_tokenizer(kind, [AWKWARD], vocab_size=300)
     tokenizer.save_pretrained(tmp_path)
@@ -55,7 +55,7 @@ def test_auto_tokenizer_loads_it(kind, tmp_path):
         assert getattr(loaded, f"{token}_token") == getattr(tokenizer, f"{token}_token")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOKENIZERS)
 def test_a_mask_token_comes_last_and_is_saved(kind, tmp_path):
     plain, masked = (make_tokenizer(kind, [AWKWARD], vocab_size=300, masked=m) for m in (False, True))
     assert plain.mask_token is None and masked.mask_token_id == len(masked) - 1

@@ -14,8 +14,8 @@ from transformers import (
     set_seed,
 )
 
+from .data.tokenizers import saved_tokenizer
 from .errors import UNREADABLE, HoloError, Parser, first_line
-from .training.tokenizers import saved_tokenizer
 
 
 def main(argv: list[str]) -> None:
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     try:
         model = AutoModelForCausalLM.from_pretrained(args.path)
     except UNREADABLE as error:
-        raise HoloError(f"path: {args.path!r} is no causal language model: {first_line(error)}") from None
+        raise HoloError(f"path: {args.path!r} is not a causal language model: {first_line(error)}") from None
     tokenizer = saved_tokenizer(args.path, "path")
     if args.seed is not None:
         set_seed(args.seed)
@@ -84,19 +84,19 @@ def _parse(argv: list[str]) -> Namespace:
     parser.add_argument("path", help="folder or Hub name of a causal language model with its tokenizer")
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--max_new_tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
-    parser.add_argument("--top_k", type=int, default=50, help="sample from so many likeliest tokens; 0: from all")
-    parser.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token each time")
+    parser.add_argument("--top_k", type=int, default=50, help="sample from so many most likely tokens; 0: from all")
+    parser.add_argument("--top_p", type=float, default=1.0, help="sample from the most likely tokens of this mass")
     parser.add_argument("--num_beams", type=int, default=1, help="search with so many beams")
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
     args = parser.parse_args(argv)
-    for name, value, good in (
-        ("max_new_tokens", args.max_new_tokens, args.max_new_tokens > 0),
-        ("temperature", args.temperature, args.temperature >= 0),
-        ("top_k", args.top_k, args.top_k >= 0),
-        ("top_p", args.top_p, 0 < args.top_p <= 1),
-        ("num_beams", args.num_beams, args.num_beams > 0),
+    for name, value, good, accepted in (
+        ("max_new_tokens", args.max_new_tokens, args.max_new_tokens > 0, "at least 1"),
+        ("temperature", args.temperature, args.temperature >= 0, "0 or more"),
+        ("top_k", args.top_k, args.top_k >= 0, "0 or more"),
+        ("top_p", args.top_p, 0 < args.top_p <= 1, "above 0, at most 1"),
+        ("num_beams", args.num_beams, args.num_beams > 0, "at least 1"),
     ):
         if not good:
-            raise HoloError(f"{name}: {value} is out of range")
+            raise HoloError(f"{name}: {value} is out of range; {accepted}")
     return args
