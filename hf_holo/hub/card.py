@@ -20,7 +20,7 @@ from ..eval.conformance.causality import CausalityReport
 from ..files import replacing
 from ..modeling.remote import auto_classes_of
 from ..registry import architectures
-from .code import is_converted, read_config
+from .code import is_converted, needed_packages, package_of, read_config
 
 TAG = "hf-holo"
 PIPELINES = {
@@ -69,24 +69,7 @@ CARD = """---
 
 ## How to load it
 
-With hf_holo installed:
-
-```python
-import hf_holo
-from transformers import {auto_class}, AutoTokenizer
-
-model = {auto_class}.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```
-
-Without hf_holo, the code in this repository is used; read it before you trust it:
-
-```python
-from transformers import {auto_class}, AutoTokenizer
-
-model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
-```
+{loading}
 
 ## Recipe
 
@@ -96,6 +79,12 @@ tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 
 {versions}
 """
+LOADING = """```python
+{first}from transformers import {auto_class}, AutoTokenizer
+
+model = {auto_class}.from_pretrained("{name}"{trust})
+tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
+```"""
 
 
 def write_card(folder: str | Path, causality: CausalityReport | None = None) -> None:
@@ -145,7 +134,7 @@ def make_card(
         data=_data(recipe),
         results=_results(scores),
         causality=_causality(causality),
-        auto_class=auto_class,
+        loading=_loading(folder, config, auto_class, name),
         recipe=f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```" if recipe else "No recipe came with it.",
         versions=_versions(config),
     )
@@ -195,6 +184,23 @@ def auto_class_of(config: dict[str, Any]) -> str:
         return next(iter(auto_classes_of(name)), "AutoModel")
     heads = {model.__name__: auto_class for auto_class, model in architecture.models.items()}
     return heads.get(name, "AutoModel")
+
+
+def _loading(folder: Path, config: dict[str, Any], auto_class: str, name: str) -> str:
+    """How the model is loaded: with the package that has its classes and, if code goes along, without."""
+    package, needed, parts = package_of(config), needed_packages(folder, config), []
+    if package is not None:
+        names = "hf_holo" if package == "hf_holo" else f"hf_holo and `{package}`"
+        first = LOADING.format(first="import hf_holo\n", auto_class=auto_class, name=name, trust="")
+        parts = [f"With {names} installed:", first]
+    if needed is not None:
+        without = "Here" if package is None else f"Without {'hf_holo' if package == 'hf_holo' else f'`{package}`'}"
+        needs = f", which needs {', '.join(needed)} installed" if needed else ""
+        second = LOADING.format(first="", auto_class=auto_class, name=name, trust=", trust_remote_code=True")
+        parts += [f"{without}, the code in this repository is used{needs}; read it before you trust it:", second]
+    if not parts:
+        parts = [LOADING.format(first="", auto_class=auto_class, name=name, trust="")]
+    return "\n\n".join(parts)
 
 
 def _summary(config: dict[str, Any]) -> str:

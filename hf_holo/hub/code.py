@@ -5,11 +5,12 @@ layers) and the families of other packages are classes that know nothing of it: 
 """
 
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 from ..errors import HoloError, first_line
 from ..files import write_text
@@ -17,6 +18,7 @@ from ..modeling import remote
 from ..registry import architectures
 
 CONVERTED = Path(remote.__file__).with_name("converted.py")
+PRESENT = {"huggingface_hub", "numpy", "safetensors", "tokenizers", "torch", "transformers"}  # where any model runs
 KINDS = {"model_type": str, "architectures": list, "auto_map": dict, "quantization_config": dict}  # in a config.json
 
 
@@ -35,7 +37,8 @@ def add_code(folder: str | Path) -> list[str]:
 
 def missing_code(folder: Path) -> dict[str, str]:
     """The files that the folder lacks to load without hf_holo, by name, and config.json with its `auto_map`, if it has
-    none. Empty for the models of transformers itself, and, with a warning, where the code cannot go along.
+    none. Empty for the models of transformers itself. A warning says where the code cannot go along, and which packages
+    it needs where it can.
 
     Raises:
         HoloError: the folder holds no readable config.json.
@@ -46,11 +49,54 @@ def missing_code(folder: Path) -> dict[str, str]:
         warnings.warn(f"{folder} stays without code, and needs its packages installed: {reason}", stacklevel=2)
         return {}
     auto_map, files = _code_of(config)
+    if packages := needed_packages(folder, config):
+        names = ", ".join(packages)
+        warnings.warn(f"the code of {folder} imports {names}: to be installed wherever it is loaded", stacklevel=2)
     missing = {path.name: path.read_text(encoding="utf-8") for path in files if not (folder / path.name).is_file()}
     if not auto_map.items() <= (config.get("auto_map") or {}).items():
         config["auto_map"] = auto_map
         missing["config.json"] = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return missing
+
+
+def needed_packages(folder: Path, config: dict[str, Any]) -> list[str] | None:
+    """The packages, apart from those that any model of transformers needs, that the code of a checkpoint imports.
+
+    Args:
+        folder: of the checkpoint; code that is there counts, and so does what [`missing_code`] adds.
+        config: as [`read_config`] reads it.
+
+    Returns:
+        Their names; None if the checkpoint has no code and gets none.
+
+    Raises:
+        HoloError: the code cannot be read.
+    """
+    files = [] if obstacle(config) is not None else _code_of(config)[1]
+    files = [there if (there := folder / file.name).is_file() else file for file in files] or _code_in(folder, config)
+    if not files:
+        return None
+    try:
+        imported = {name for file in files for name in get_imports(file)}
+    except (OSError, ValueError, SyntaxError) as error:
+        raise HoloError(f"DIR: the code in {str(folder)!r} cannot be read: {first_line(error)}") from None
+    return sorted(imported - PRESENT - sys.stdlib_module_names)
+
+
+def _code_in(folder: Path, config: dict[str, Any]) -> list[Path]:
+    """The files in the folder that its `auto_map` leads to."""
+    named = {value.partition(".")[0] for value in (config.get("auto_map") or {}).values() if isinstance(value, str)}
+    files = [folder / f"{name}.py" for name in named]
+    return _with_imports([file for file in files if file.is_file()])
+
+
+def package_of(config: dict[str, Any]) -> str | None:
+    """The package that has the classes of a checkpoint: "hf_holo", that of a plug-in, or None for one that is not
+    registered here."""
+    if is_converted(config):
+        return "hf_holo"
+    architecture = architectures().get(config.get("model_type"))
+    return None if architecture is None else architecture.config.__module__.partition(".")[0]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -638,3 +638,6 @@ class TokenClassificationHead(_ClassificationHead):
 
 def wants_dict(config, return_dict: bool | None) -> bool:
     return config.return_dict if return_dict is None else return_dict
+
+
+FamilyPreTrainedModel = RecurrentPreTrainedModel

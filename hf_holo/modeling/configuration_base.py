@@ -95,6 +95,9 @@ class RecurrentConfig(PretrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
 
+FamilyConfig = RecurrentConfig
+
+
 def default_heads(hidden_size: int, multiple: int = 1, least: int = HEAD_WIDTH) -> int:
     """As many heads as there can be whose width is at least `least` and a multiple of `multiple`; one if none fits."""
     widths = range(min(least, hidden_size), hidden_size + 1)

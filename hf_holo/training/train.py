@@ -42,7 +42,7 @@ from .data import (
 from .masking import Masking, MaskingCollator, filled_sample, masked_splits
 from .optim import MuonAdamW
 from .report import RunReport, loss_line, plot_losses, write_metrics
-from .tokenizers import KINDS, add_mask, make_tokenizer, saved_tokenizer
+from .tokenizers import KINDS, add_mask, default_kind, make_tokenizer, saved_tokenizer
 from .trainer import UNFINISHED, HoloTrainer, complete_checkpoints
 
 TASKS = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
@@ -210,7 +210,9 @@ def load_tokenizer(run: Run, checkpoint: Path | None, texts: list[str]) -> PreTr
     elif source:
         tokenizer = saved_tokenizer(source, "model_name_or_path")
     elif data.tokenizer is None or data.tokenizer in KINDS:
-        return make_tokenizer(data.tokenizer or "characters", texts, data.vocab_size, masked)
+        kind = data.tokenizer or default_kind(load_config(run).model_type)
+        PartialState().print(f"tokenizer: {kind}, made from the training text (--tokenizer names another)")
+        return make_tokenizer(kind, texts, data.vocab_size, masked)
     else:
         argument = f"tokenizer: none of {', '.join(KINDS)}"
         tokenizer = saved_tokenizer(data.tokenizer, argument, local_files_only=True)
