@@ -11,7 +11,7 @@ from hf_holo.cli import main
 from hf_holo.hub.card import make_card
 from hf_holo.hub.code import add_code
 
-PLUGIN = '''
+PLUGIN = """
 from transformers import LlamaConfig, LlamaForCausalLM
 {extra}
 
@@ -22,7 +22,7 @@ class {name}Config(LlamaConfig):
 
 class {name}ForCausalLM(LlamaForCausalLM):
     config_class = {name}Config
-'''
+"""
 SIZES = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
