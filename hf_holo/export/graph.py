@@ -125,8 +125,8 @@ class Graph:
             needed += [{"attention_mask"}, {"past_key_values", "cache"}]  # the latter is its name since 5.24
         if missing := [" or ".join(sorted(names)) for names in needed if not names & self.arguments.keys()]:
             raise HoloError(
-                f"{self.model_class.__name__}.forward does not name {', '.join(missing)} among its arguments; an export "
-                "finds its inputs by their names there, so write them out"
+                f"{self.model_class.__name__}.forward does not name {', '.join(missing)} among its arguments; an "
+                "export finds its inputs by their names there, so write them out"
             )
         if self.with_past:
             axes["attention_mask"][1] = TOTAL
