@@ -23,7 +23,8 @@ KINDS = {"model_type": str, "architectures": list, "auto_map": dict, "quantizati
 
 
 def add_code(folder: str | Path) -> list[str]:
-    """Put the code that is missing into the folder of a checkpoint, and return the names of the files written.
+    """Put code that is missing or out of date into the folder of a checkpoint, and return the names of the files
+    written.
 
     Raises:
         HoloError: as [`missing_code`].
@@ -37,8 +38,9 @@ def add_code(folder: str | Path) -> list[str]:
 
 def missing_code(folder: Path) -> dict[str, str]:
     """The files that the folder lacks to load without hf_holo, by name, and config.json with its `auto_map`, if it has
-    none. Empty for the models of transformers itself. A warning says where the code cannot go along, and which packages
-    it needs where it can.
+    none. Copies of this package's files that another version has left are replaced; those of plug-ins stay. Empty for
+    the models of transformers itself. A warning says where the code cannot go along, and which packages it needs where
+    it can.
 
     Raises:
         HoloError: the folder holds no readable config.json.
@@ -52,7 +54,12 @@ def missing_code(folder: Path) -> dict[str, str]:
     if packages := needed_packages(folder, config):
         names = ", ".join(packages)
         warnings.warn(f"the code of {folder} imports {names}: to be installed wherever it is loaded", stacklevel=2)
-    missing = {path.name: path.read_text(encoding="utf-8") for path in files if not (folder / path.name).is_file()}
+    own = package_of(config) == "hf_holo"
+    missing = {}
+    for path in files:
+        text, there = path.read_text(encoding="utf-8"), folder / path.name
+        if not there.is_file() or (own and there.read_bytes() != text.encode()):
+            missing[path.name] = text
     if not auto_map.items() <= (config.get("auto_map") or {}).items():
         config["auto_map"] = auto_map
         missing["config.json"] = json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -108,7 +108,9 @@ def collect(folder: Path, repo: str, license: str | None = None) -> tuple[list[I
     added = {name: text.encode() for name, text in missing_code(folder).items()}
     names = {path: path.relative_to(folder).as_posix() for path in paths}
     items = {names[path]: Item(names[path], path) for path in kept}
-    items |= {name: Item(name, content, "completed by this command") for name, content in added.items()}
+    for name, content in added.items():
+        replaced = name in items and name.endswith(".py")
+        items[name] = Item(name, content, "brought up to date" if replaced else "completed by this command")
     items["README.md"] = _card(folder, repo, license)
     sent = [items[name] for name in sorted(items)]
     stay = [path for path in paths if path not in kept and path.name != CHAT_TEMPLATE_DIR]

@@ -17,6 +17,7 @@ from transformers.dynamic_module_utils import get_relative_import_files, get_rel
 
 import hf_holo
 from hf_holo import HoloError, HoloSurgeryConfig, HsnForCausalLM, apply_surgery, architectures, registry
+from hf_holo.cli import main
 from hf_holo.hub.code import add_code, missing_code
 from hf_holo.modeling import remote
 from hf_holo.registry import register_architecture
@@ -155,6 +156,17 @@ def test_a_folder_of_an_earlier_release_is_completed(saved):
     assert sorted(add_code(saved)) == ["config.json", "ops.py"]
     assert json.loads((saved / "config.json").read_text()) == before
     assert missing_code(saved) == {}
+
+
+def test_code_of_another_version_is_brought_up_to_date(saved, capsys):
+    """Copies that hf_holo saved before transformers 5.24 ignore its renamed cache argument."""
+    current = (saved / "cache.py").read_bytes()
+    (saved / "cache.py").write_text("OLD = True\n")
+    assert main(["push", str(saved), "me/tiny", "--dry-run"]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if " cache.py " in line]
+    assert "brought up to date" in row and (saved / "cache.py").read_text() == "OLD = True\n"
+    assert add_code(saved) == ["cache.py"]
+    assert (saved / "cache.py").read_bytes() == current and add_code(saved) == []
 
 
 def test_a_class_of_a_notebook_is_saved_with_a_warning(saved, tmp_path):
