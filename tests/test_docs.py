@@ -18,7 +18,7 @@ ROOT = DOCS.parent
 TEXTS = [*PAGES, *(path for path in sorted(ROOT.glob("*.md")) if path.is_file())]
 MADE = {"exported/onnx/generate.py"}  # scripts that a command writes
 SIZES = {"hsn": "rank", "holo": "harmonics", "resonance": "num_modes"}  # what tables of presets show as a third size
-ODD = r"\banew\b|likeliest|commonest|\blies in\b|may not be|goes on|is no [a-z]+ (file|folder|model|checkpoint)"
+ODD = r"anew|likeliest|commonest|lies in|may not be|goes on|is no [a-z]+ (?:file|folder|model|checkpoint)"
 
 
 def name_of(page: Path) -> str:

@@ -7,15 +7,16 @@ import re
 import shlex
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from plugin_environment import python_with
 
+from hf_holo import HoloError
+from hf_holo.export.formats import FORMATS
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = (REPOSITORY / "docs" / "your-own-architecture.md").read_text(encoding="utf-8")
-ONNX = find_spec("optimum") is not None and find_spec("optimum.exporters.onnx") is not None
 
 ELSEWHERE = """
 import importlib.util, sys
@@ -33,6 +34,14 @@ def block(language: str) -> str:
     return re.search(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)[1]
 
 
+def has_onnx() -> bool:
+    try:
+        FORMATS["onnx"].require()
+    except HoloError:  # with transformers 5
+        return False
+    return True
+
+
 def test_the_file_is_short():
     assert len(block("python").splitlines()) <= 80
 
@@ -47,10 +56,10 @@ def test_from_an_empty_file_to_the_hub(tmp_path):
     install, *commands = block("bash").splitlines()
     assert install.startswith("pip install ") and len(commands) == 5
     python = python_with(package, tmp_path)
-    said = {}
+    said, onnx = {}, has_onnx()
     for command in commands:
         verb, *arguments = shlex.split(command.removeprefix("hf-holo "))
-        if not ONNX:  # with transformers 5
+        if not onnx:
             arguments = [argument for argument in arguments if argument != "onnx"]
         call = [python, "-m", "hf_holo.cli", verb, *arguments]
         done = subprocess.run(call, cwd=work, capture_output=True, text=True)
@@ -63,7 +72,7 @@ def test_from_an_empty_file_to_the_hub(tmp_path):
     assert losses[-1] < 0.85 * losses[0]
     assert "tokenizer: characters" in said["train"]
     assert re.search(r"\b[1-9]\d passed, 0 failed", said["check"])
-    graph = work / "exported" / ("onnx" if ONNX else "torchscript")
+    graph = work / "exported" / ("onnx" if onnx else "torchscript")
     assert "past_key_values.0.average" in (graph / "README.md").read_text()
     report = json.loads((graph / "report.json").read_text())
     assert report["generation"]["greedy"] == 1.0

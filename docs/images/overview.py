@@ -52,13 +52,8 @@ def draw_memory(axes) -> None:
     for factor, (name, size) in zip((0.72, 0.36), kept.items(), strict=True):
         label = f"{name}: {size:.2f} MiB, however long the text"
         axes.text(lengths[-1], factor * min(kept.values()), label, color=COLOURS[name], ha="right", va="top")
-    axes.text(
-        8000,
-        grows[8] * 2.2,
-        "attention, same width and depth:\nkeys and values grow",
-        color=COLOURS["attention"],
-        ha="right",
-    )
+    label = "attention (same width and depth)\nkeeps keys and values"
+    axes.text(lengths[-1], 1.6, label, color=COLOURS["attention"], ha="right", va="center")
     axes.set(xscale="log", yscale="log", ylim=(0.03, 6000), xlabel="tokens read so far", ylabel="MiB")
     axes.set_title("What a model keeps of the text that it has read", fontsize=12, loc="left")
     ticks = [32, 1024, 32768, 262144]
