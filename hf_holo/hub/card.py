@@ -1,4 +1,4 @@
-"""The model card: what a checkpoint is, from the facts that lie in its folder."""
+"""The model card: what a checkpoint is, from the facts in its folder."""
 
 import csv
 import platform
@@ -142,17 +142,17 @@ def make_card(
 
 
 def read_card(path: Path) -> ModelCard:
-    """A card that lies in a folder, whoever wrote it.
+    """The card in a folder, whoever wrote it.
 
     Raises:
-        HoloError: it is no text, or its header is none.
+        HoloError: it is not a text, or its header is malformed.
     """
     try:
         return ModelCard(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
-        raise HoloError(f"DIR: {str(path)!r} is no text in UTF-8") from None
+        raise HoloError(f"DIR: {str(path)!r} is not a text in UTF-8") from None
     except UNREADABLE_YAML as error:
-        raise HoloError(f"DIR: the header of {str(path)!r} is none that the Hub reads: {first_line(error)}") from None
+        raise HoloError(f"DIR: the Hub cannot read the header of {str(path)!r}: {first_line(error)}") from None
 
 
 def is_own(card: ModelCard) -> bool:
@@ -223,25 +223,27 @@ def _numbers(folder: Path) -> int:
     try:
         return numbers_on_disk(folder)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
-        raise HoloError(f"DIR: the weights in {str(folder)!r} are no whole safetensors: {first_line(error)}") from None
+        raise HoloError(
+            f"DIR: the weights in {str(folder)!r} are not complete safetensors files: {first_line(error)}"
+        ) from None
 
 
 def _recipe(folder: Path) -> dict[str, Any]:
-    """The recipe that lies in the folder, without the paths of the machine it was made on.
+    """The recipe in the folder, without the paths of the machine it was made on.
 
     Raises:
-        HoloError: it is none.
+        HoloError: it is malformed.
     """
     path = folder / "recipe.yaml"
     try:
         recipe = _shared(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
     except UNREADABLE_YAML as error:
-        raise HoloError(f"DIR: {str(path)!r} is no valid YAML: {first_line(error)}") from None
+        raise HoloError(f"DIR: {str(path)!r} is not valid YAML: {first_line(error)}") from None
     if not isinstance(recipe, dict):
         raise HoloError(f"DIR: {str(path)!r} is not a mapping of argument names to values")
     for name, is_good in RECIPE.items():
         if recipe.get(name) is not None and not is_good(recipe[name]):
-            raise HoloError(f"DIR: {str(path)!r} says {name}={repr(recipe[name])[:60]}, which no recipe does")
+            raise HoloError(f"DIR: {str(path)!r} says {name}={repr(recipe[name])[:60]}, which is not a value for it")
     return recipe
 
 
@@ -295,7 +297,7 @@ def _scores(folder: Path) -> dict[str, float]:
     """The last value of each metric in metrics.csv.
 
     Raises:
-        HoloError: it is no table of numbers.
+        HoloError: it is not a table of numbers.
     """
     path = folder / "metrics.csv"
     if not path.is_file():
@@ -305,7 +307,7 @@ def _scores(folder: Path) -> dict[str, float]:
             rows = list(csv.DictReader(file))
         found = {column: [float(row[column]) for row in rows if row.get(column)] for column in METRICS}
     except (ValueError, csv.Error) as error:
-        raise HoloError(f"DIR: {str(path)!r} is no table of metrics: {first_line(error)}") from None
+        raise HoloError(f"DIR: {str(path)!r} is not a table of metrics: {first_line(error)}") from None
     return {column: values[-1] for column, values in found.items() if values}
 
 

@@ -117,13 +117,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise HoloError(f"DIR: {str(folder)!r} holds no config.json that can be read: {first_line(error)}") from None
     if not isinstance(config, dict):
-        raise HoloError(f"DIR: {str(folder / 'config.json')!r} holds no mapping, so it is no config")
+        raise HoloError(f"DIR: {str(folder / 'config.json')!r} is not a mapping, so it is not a config")
     wrong = [key for key, kind in KINDS.items() if not isinstance(config.get(key), (kind, type(None)))]
     if not wrong and not all(isinstance(name, str) for name in config.get("architectures") or []):
         wrong = ["architectures"]
     if wrong:
         value = repr(config[wrong[0]])[:60]
-        raise HoloError(f"DIR: {str(folder / 'config.json')!r} says {wrong[0]}={value}, which no config does")
+        raise HoloError(f"DIR: {str(folder / 'config.json')!r} says {wrong[0]}={value}, which is not a value for it")
     return config
 
 
@@ -138,7 +138,7 @@ def obstacle(config: dict[str, Any]) -> str | None:
     if is_converted(config):
         names = config.get("architectures") or ["a model without a name"]
         known = architecture is None and remote.auto_classes_of(names[0])
-        return None if known else f"{names[0]} with holographic layers is no class of transformers"
+        return None if known else f"{names[0]} with holographic layers is not a class of transformers"
     classes = [] if architecture is None else [architecture.config, *architecture.models.values()]
     return next(filter(None, map(remote.obstacle, classes)), None)
 

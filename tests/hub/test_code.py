@@ -194,7 +194,7 @@ def test_code_that_cannot_go_along_is_named(tmp_path, monkeypatch, forget):
 def test_a_family_of_this_package_after_surgery_is_named(saved):
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "holo"}}))
-    with pytest.warns(UserWarning, match="HsnForCausalLM with holographic layers is no class of transformers"):
+    with pytest.warns(UserWarning, match="HsnForCausalLM with holographic layers is not a class of transformers"):
         assert add_code(saved) == []
 
 
@@ -205,7 +205,7 @@ def test_a_family_of_this_package_after_surgery_is_named(saved):
         ("{", "no config.json"),
         ("[" * 100_000, "no config.json"),
         ("[]", "mapping"),
-        ('{"auto_map": [1]}', r"says auto_map=\[1\], which no config does"),
+        ('{"auto_map": [1]}', r"says auto_map=\[1\], which is not a value for it"),
         ('{"architectures": [3]}', r"says architectures=\[3\]"),
         ('{"architectures": "Hsn"}', "says architectures='Hsn'"),
         ('{"model_type": {}}', "says model_type={}"),
