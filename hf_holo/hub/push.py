@@ -90,8 +90,8 @@ def collect(folder: Path, repo: str, license: str | None = None) -> tuple[list[I
     unfinished files stay, pickles, which can run code when they are read, and folders but for that of chat templates.
 
     Raises:
-        HoloError: the folder does not hold a complete checkpoint, or holds a link to a file elsewhere, or something that no card
-            can be made from; or the name of the repository is bad.
+        HoloError: the folder does not hold a complete checkpoint, or holds a link to a file elsewhere, or something that
+            no card can be made from; or the name of the repository is bad.
     """
     if not folder.is_dir():
         raise HoloError(f"DIR: {str(folder)!r} is not a folder")
@@ -255,8 +255,8 @@ def clear_errors(repo: str) -> Iterator[None]:
         raise HoloError(f"REPO: {_refusal(repo, error)}") from None
     except LOST as error:
         raise HoloError(
-            f"REPO: the connection was lost ({type(error).__name__}); nothing was published. Run the same command again: "
-            "large files that have arrived are not sent again"
+            f"REPO: the connection was lost ({type(error).__name__}); nothing was published. Run the same command "
+            "again: large files that have arrived are not sent again"
         ) from None
 
 
