@@ -90,8 +90,8 @@ def collect(folder: Path, repo: str, license: str | None = None) -> tuple[list[I
     unfinished files stay, pickles, which can run code when they are read, and folders but for that of chat templates.
 
     Raises:
-        HoloError: the folder does not hold a complete checkpoint, or holds a link to a file elsewhere, or something that
-            no card can be made from; or the name of the repository is bad.
+        HoloError: the folder does not hold a complete checkpoint, or holds a link to a file elsewhere, or something
+            that no card can be made from; or the name of the repository is bad.
     """
     if not folder.is_dir():
         raise HoloError(f"DIR: {str(folder)!r} is not a folder")
