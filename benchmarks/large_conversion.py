@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from report import RESULTS, flags, print_footer, write_report
+from common.report import RESULTS, flags, print_footer, write_report
 from transformers import Phi3Config, Phi3ForCausalLM, set_seed
 
 from hf_holo.data.tokenizers import make_tokenizer
@@ -78,6 +78,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds = result["parts"]["total"]
     print(f"{model['weights_gib']:.2f} GiB of weights, at most {result['peak_gib']:.2f} GiB of memory")
     print_footer(write_report(NAME, figures, seed=args.seed, seconds=seconds, folder=args.results), seconds)
+
+
+def sentence(result: dict) -> str:
+    f = result["figures"]
+    return (
+        f"converting {f['blocks']} of the {f['depth']} blocks of a Phi-3 with {f['parameters']:,} parameters in "
+        f"bfloat16 ({f['weights_gib']:.1f} GiB), statistics of {f['memory']:g} GiB at a time, takes at most "
+        f"{f['peak_gib']:.1f} GiB of memory (random weights: the memory does not depend on the seed)"
+    )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ..errors import HoloError, unknown
-from ..modeling.cache import CACHE_NAME, RecurrentCache, RecurrentLayer
+from ..modeling.cache import CACHE_NAME, PADDING, RecurrentCache, RecurrentLayer
 from ..modeling.harmonics import HoloLinear
 from ..modeling.layers import at_least_float32
 from ..registry import architectures
@@ -192,6 +192,8 @@ class Graph:
         if not self.with_past:
             return (forward(**inputs, return_dict=True)[self.output],)
         cache = make_cache(self.config, self.states, tensors[len(self.inputs) :])
+        if isinstance(cache, RecurrentCache):
+            cache.advance(inputs["attention_mask"].shape[1] - inputs["input_ids"].shape[1])
         name = CACHE_NAME if CACHE_NAME in arguments else "past_key_values"  # of code older than transformers 5.24
         result = forward(**inputs, **{name: cache}, return_dict=True)
         return (result[self.output], *take_states(self.states, result[CACHE_NAME]))
@@ -251,7 +253,8 @@ def held_by(cache: Cache) -> Iterator[tuple[tuple[int, str], torch.Tensor]]:
     for index, layer in enumerate(cache.layers):
         recurrent = isinstance(layer, RecurrentLayer)
         for name, tensor in (layer.states if recurrent else {"key": layer.keys, "value": layer.values}).items():
-            yield (index, name), tensor
+            if name != PADDING:  # a graph reads it off the mask
+                yield (index, name), tensor
 
 
 def positions(attention_mask: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from hf_holo.training.optim import MuonAdamW, split_parameters
 
+OPTIMIZERS = {"muon": "Muon", "adamw": "AdamW"}  # and what tables call them
+
 
 class Batches(Protocol):
     """What is learned: a text, or a task that makes its own sequences."""
@@ -24,7 +26,7 @@ class Fit:
     """How a model is trained. Exactly one of `steps` and `seconds` bounds the run."""
 
     learning_rate: float
-    optimizer: str = "muon"  # or "adamw"
+    optimizer: str = "muon"  # one of OPTIMIZERS
     steps: int | None = None
     seconds: float | None = None
     rows: int = 16

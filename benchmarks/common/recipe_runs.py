@@ -4,17 +4,18 @@ import csv
 from pathlib import Path
 
 import yaml
-from report import flags
 from transformers import TrainingArguments
 
 from hf_holo.training.train import TASKS
 from hf_holo.training.train import main as train
 
-FIRST_FILE, LAST_FILE = "recipe.yaml", "sample.txt"  # that a run writes: ahead of the first step, after the evaluation
+from .report import flags
+
+FIRST_FILE, LAST_FILE = "recipe.yaml", "sample.txt"  # that a run writes: before the first step, after the evaluation
 
 
 def train_once(recipe: str, run: Path, steps: int | None = None, **arguments: object) -> None:
-    """Trains by a recipe into the folder `run`, unless a finished run lies there. Other `steps` than those of the
+    """Trains by a recipe into the folder `run`, unless a finished run is saved there. Other `steps` than those of the
     recipe have a twentieth of warm-up."""
     if not (run / LAST_FILE).exists():
         if steps:

@@ -12,10 +12,10 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def measured_apart(script: str, **arguments) -> dict:
-    """What `script --apart ARGUMENTS` prints as JSON, run in a process of its own.
+def in_own_process(script: str, **arguments) -> dict:
+    """What `script --own_process ARGUMENTS` prints as JSON, run in a process of its own.
 
-    A process starts with the peak of the one that started it, so that one should do nothing large itself.
+    A process starts with the peak of the one that started it, so the one that calls should do nothing large itself.
     """
-    command = [sys.executable, script, "--apart", json.dumps(arguments)]
+    command = [sys.executable, script, "--own_process", json.dumps(arguments)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)

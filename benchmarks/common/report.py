@@ -1,4 +1,4 @@
-"""What all benchmarks share: fair timing, a readable table, and a result file that says where its figures come from."""
+"""What all benchmarks share: fair timing, readable tables, and a result file that says where its figures come from."""
 
 import ctypes
 import json
@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,9 @@ import transformers
 
 from hf_holo.files import write_text
 
-RESULTS = Path(__file__).parent / "results"
+BENCHMARKS = Path(__file__).parents[1]
+RESULTS = BENCHMARKS / "results"
+IMAGES = BENCHMARKS.parent / "docs" / "images"
 
 
 def machine() -> dict[str, str | int | float]:
@@ -87,6 +89,37 @@ def best_runs(runs: Sequence[dict], names: Sequence[str], score: Callable[[dict]
     return [chosen[key] for key in dict.fromkeys(map(group, runs))]
 
 
+def image_path(name: str, folder: Path) -> Path:
+    """Where the picture of a benchmark belongs: in the documentation if its result is kept, else beside the result."""
+    return (IMAGES if folder == RESULTS else folder) / f"{name}.png"
+
+
+def measured_on(result: Mapping) -> str:
+    """Processor, threads and versions of a result, in words."""
+    machine = result["machine"]
+    return f"{machine['processor']}, {in_threads(machine['threads'])}, {software(result)}"
+
+
+def in_threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
+def software(result: Mapping) -> str:
+    return f"torch {result['versions']['torch']}, transformers {result['versions']['transformers']}"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown. Columns whose name starts with ">" are aligned to the right."""
+    names = [name.removeprefix(">") for name in head]
+    rules = ["--:" if name.startswith(">") else "---" for name in head]
+    lines = [_markdown_row(names), f"|{'|'.join(rules)}|"]
+    return "\n".join([*lines, *map(_markdown_row, rows)])
+
+
+def _markdown_row(cells: Sequence[object]) -> str:
+    return "|" + "".join(f" {cell} |" if str(cell) else " |" for cell in cells)
+
+
 def flags(arguments: Mapping[str, object]) -> list[str]:
     """Names and values as a command takes them; a list gives several values."""
     words = []
@@ -136,7 +169,7 @@ def _cell(value: object) -> str:
 
 
 def print_footer(path: Path, seconds: float) -> None:
-    """Says where the figures were measured, in how long, and where they lie."""
+    """Says where the figures were measured, how long it took, and where they are saved."""
     here = machine()
     where = f"{here['processor']}, {here['cores']} cores, {here['threads']} threads, {here['memory_gib']} GiB"
     print(f"{where}: {seconds:.0f} s")
