@@ -235,11 +235,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         students = args.students or Path(scratch)
         convert_all(missing, model, tokenizer, texts, students, args)
         if not rows:
-            teacher = perplexities(model, texts)
+            teacher = measured(model, texts)
             rows.append({**Trial("teacher", "all", 1.0)._asdict(), "kept": 1.0, **teacher, **ratios(teacher, teacher)})
         for trial in missing:
             folder = students / trial.folder
-            scores = perplexities(source.auto_class.from_pretrained(folder, dtype=torch.float32), texts)
+            scores = measured(source.auto_class.from_pretrained(folder, dtype=torch.float32), texts)
             kept = kept_on_disk(model, folder, trial.scope)
             rows.append({**trial._asdict(), "kept": kept, **scores, **ratios(scores, rows[0])})
             print_table(rows[-1:])

@@ -212,6 +212,17 @@ def preset_model(preset: str, **overrides: Any) -> PreTrainedModel:
     return get_architecture(config.model_type).model_for(config)(config)
 
 
+def capabilities_of(model_class: type[PreTrainedModel], config: PretrainedConfig) -> frozenset[str] | None:
+    """What a model class claims for a config: what its method `capabilities_of` says, else its registration, else its
+    attribute `capabilities`; None if nothing says it."""
+    if hasattr(model_class, "capabilities_of"):
+        return model_class.capabilities_of(config)
+    architecture = _ARCHITECTURES.get(config.model_type)
+    if architecture is not None:
+        return architecture.capabilities
+    return getattr(model_class, "capabilities", None)
+
+
 def load_plugins() -> None:
     """Load every entry point of the group `hf_holo.architectures`.
 

@@ -63,9 +63,19 @@ def test_install_changes_nothing_the_second_time():
 
 
 def test_every_public_name_can_be_imported():
-    names = [name for name in dir(hf_holo) if not name.startswith("_")]
+    names = [name for name in dir(hf_holo) if not name.startswith("_") and name != "HoloORTModelForCausalLM"]
     assert {"HsnForCausalLM", "MuonAdamW", "bind", "hsn_tiny", "register_architecture"} <= set(names)
     assert all(getattr(hf_holo, name) is not None for name in names)
+
+
+def test_the_runtime_model_is_public_where_its_extra_is_installed():
+    try:
+        import optimum.onnxruntime  # noqa: F401
+    except ImportError:
+        with pytest.raises(ImportError, match="needs the extra `onnx`"):
+            _ = hf_holo.HoloORTModelForCausalLM
+    else:
+        assert hf_holo.HoloORTModelForCausalLM.__name__ == "HoloORTModelForCausalLM"
 
 
 def test_an_unknown_name_is_an_attribute_error():

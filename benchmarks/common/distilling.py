@@ -29,7 +29,7 @@ def distil(
             "teacher": teacher,
             "student": student,
             "output_dir": folder,
-            "train_files": list(texts),
+            "train_file": list(texts),
             "overwrite": "true",  # an unfinished run
             "use_cpu": not torch.cuda.is_available(),  # transformers asks for it before it takes bf16 there
         }

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import HoloError, first_line
 from ..modeling.tokenization_holo import HoloTokenizer
+from ..registry import architectures
 
 PAD, UNKNOWN, END, MASK = "<|pad|>", "<|unk|>", "<|end|>", "<|mask|>"
 TOKENIZERS = ("characters", "bytes", "bpe")
@@ -71,6 +72,25 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 4096, mask
             f"tokenizer: {kind!r} is unknown; give {', '.join(TOKENIZERS)} or the folder of a saved tokenizer"
         )
     return add_mask(tokenizer) if masked else tokenizer
+
+
+def default_kind(model_type: str) -> str:
+    """The kind of a new tokenizer where none is named: characters.
+
+    Args:
+        model_type: of the family that it is for.
+
+    Raises:
+        HoloError: the family has a tokenizer class of its own, and only a saved one fits.
+    """
+    architecture = architectures().get(model_type)
+    own = None if architecture is None else architecture.tokenizer
+    if own not in (None, HoloTokenizer):
+        raise HoloError(
+            f"tokenizer: the family {model_type!r} has its own, {own.__name__}; name the folder of a saved one, or one "
+            f"of {', '.join(TOKENIZERS)} for a new one in its place"
+        )
+    return "characters"
 
 
 def saved_tokenizer(name: str | Path, argument: str, local_files_only: bool = False) -> PreTrainedTokenizerBase:

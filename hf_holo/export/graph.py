@@ -25,7 +25,7 @@ from ..errors import HoloError, unknown
 from ..modeling.cache import CACHE_NAME, PADDING, RecurrentCache, RecurrentLayer
 from ..modeling.harmonics import HoloLinear
 from ..modeling.layers import at_least_float32
-from ..registry import architectures
+from ..registry import architectures, capabilities_of
 
 # Optimum's names of the tasks that can be exported, and the Auto class that has the head for each.
 TASKS = {
@@ -114,12 +114,28 @@ class Graph:
 
     @cached_property
     def inputs(self) -> dict[str, dict[int, str]]:
-        """The inputs but for the state, with their axes of variable size."""
-        arguments = inspect.signature(self.model_class.forward).parameters
-        axes = {name: dict(axes) for name, axes in INPUTS.items() if name in arguments}
+        """The inputs but for the state, with their axes of variable size.
+
+        Raises:
+            HoloError: `forward` does not name what the graph needs.
+        """
+        axes = {name: dict(axes) for name, axes in INPUTS.items() if name in self.arguments}
+        needed = [{self.model_class.main_input_name}]
+        if self.with_past:
+            needed += [{"attention_mask"}, {"past_key_values", "cache"}]  # the latter is its name since 5.24
+        if missing := [" or ".join(sorted(names)) for names in needed if not names & self.arguments.keys()]:
+            raise HoloError(
+                f"{self.model_class.__name__}.forward does not name {', '.join(missing)} among its arguments; an "
+                "export finds its inputs by their names there, so write them out"
+            )
         if self.with_past:
             axes["attention_mask"][1] = TOTAL
         return axes
+
+    @cached_property
+    def arguments(self) -> Mapping[str, inspect.Parameter]:
+        """What `forward` takes, by name."""
+        return inspect.signature(self.model_class.forward).parameters
 
     @cached_property
     def states(self) -> list[State]:
@@ -184,19 +200,25 @@ class Graph:
     def call(self, forward: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Call a model's `forward` with inputs and states in their order; gives the output and the new states."""
         inputs: dict[str, Any] = dict(zip(self.inputs, tensors, strict=False))
-        arguments = inspect.signature(self.model_class.forward).parameters
-        if "use_cache" in arguments:
+        if "use_cache" in self.arguments:
             inputs["use_cache"] = self.with_past
-        if self.counts_positions and "position_ids" in arguments:
+        if self.counts_positions and "position_ids" in self.arguments:
             inputs["position_ids"] = positions(inputs["attention_mask"], inputs["input_ids"].shape[1])
+        if "return_dict" in self.arguments or _takes_any(self.arguments):
+            inputs["return_dict"] = True
         if not self.with_past:
-            return (forward(**inputs, return_dict=True)[self.output],)
+            return (forward(**inputs)[self.output],)
         cache = make_cache(self.config, self.states, tensors[len(self.inputs) :])
         if isinstance(cache, RecurrentCache):
             cache.advance(inputs["attention_mask"].shape[1] - inputs["input_ids"].shape[1])
-        name = CACHE_NAME if CACHE_NAME in arguments else "past_key_values"  # of code older than transformers 5.24
-        result = forward(**inputs, **{name: cache}, return_dict=True)
+        name = CACHE_NAME if CACHE_NAME in self.arguments else "past_key_values"  # of code older than transformers 5.24
+        result = forward(**inputs, **{name: cache})
         return (result[self.output], *take_states(self.states, result[CACHE_NAME]))
+
+
+def _takes_any(arguments: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether a function has a `**kwargs`."""
+    return any(argument.kind is inspect.Parameter.VAR_KEYWORD for argument in arguments.values())
 
 
 class GraphModule(nn.Module):
@@ -226,7 +248,7 @@ def states_of(
         config: its config.
         dtype: of its weights.
     """
-    if hasattr(model_class, "state_spec") and "constant_state" in model_class.capabilities_of(config):
+    if hasattr(model_class, "state_spec") and "constant_state" in (capabilities_of(model_class, config) or ()):
         layers, kept = model_class.state_spec(config), at_least_float32(dtype)
         return [State(i, name, tuple(shape), kept) for i, spec in enumerate(layers) for name, shape in spec.items()]
     return _read_off(model_class, config, dtype)

@@ -24,12 +24,12 @@ def write_missing_card(
     Returns:
         Whether README.md may go up: not if both the folder and the repository have their own.
     """
-    from . import card as cards  # late: importing hf_holo is to stay quick
+    from . import card as cards  # late: importing hf_holo is to stay fast
 
     folder = Path(folder)
     if repo is None:
         try:
-            if (folder / "config.json").is_file():  # not beside an adapter
+            if (folder / "config.json").is_file():  # not for an adapter
                 cards.write_card(folder)
         except HoloError as error:
             warnings.warn(f"saved without a model card: {error}", stacklevel=3)

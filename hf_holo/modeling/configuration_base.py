@@ -93,15 +93,3 @@ class FamilyConfig(PretrainedConfig):
     def head_dim(self) -> int:
         """Channels of one head, in a family that has heads."""
         return self.hidden_size // self.num_attention_heads
-
-
-def default_heads(hidden_size: int, multiple: int = 1, least: int = HEAD_WIDTH) -> int:
-    """As many heads as there can be whose width is at least `least` and a multiple of `multiple`; one if none fits."""
-    widths = range(min(least, hidden_size), hidden_size + 1)
-    fitting = (width for width in widths if hidden_size % width == 0 and width % multiple == 0)
-    return hidden_size // next(fitting, hidden_size)
-
-
-def default_intermediate(hidden_size: int) -> int:
-    """Inner width of a gated channel mix: 8/3 of `hidden_size`, as a multiple of 8."""
-    return max(8, hidden_size * 8 // 3 // 8 * 8)

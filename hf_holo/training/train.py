@@ -21,7 +21,7 @@ from transformers import (
 from ..data.documents import hold_out_documents, read_documents, split_documents
 from ..data.instructions import Responses, alpaca_prompt, instruction_splits, read_records
 from ..data.masking import Masking, MaskingCollator, filled_sample, masked_splits
-from ..data.tokenizers import TOKENIZERS, add_mask, make_tokenizer, saved_tokenizer
+from ..data.tokenizers import TOKENIZERS, add_mask, default_kind, make_tokenizer, saved_tokenizer
 from ..data.windows import Collator, Splits, document_splits, text_splits
 from ..errors import UNREADABLE, HoloError, first_line
 from ..eval.conformance.causality import CausalityReport, check_causality
@@ -217,7 +217,9 @@ def load_tokenizer(run: Run, checkpoint: Path | None, texts: list[str]) -> PreTr
     elif source:
         tokenizer = saved_tokenizer(source, "model_name_or_path")
     elif data.tokenizer is None or data.tokenizer in TOKENIZERS:
-        return make_tokenizer(data.tokenizer or "characters", texts, data.vocab_size, masked)
+        kind = data.tokenizer or default_kind(load_config(run).model_type)
+        PartialState().print(f"tokenizer: {kind}, made from the training text (--tokenizer names another)")
+        return make_tokenizer(kind, texts, data.vocab_size, masked)
     else:
         argument = f"tokenizer: none of {', '.join(TOKENIZERS)}"
         tokenizer = saved_tokenizer(data.tokenizer, argument, local_files_only=True)

@@ -1,10 +1,17 @@
 """Tokenizers: exact round trips, unseen characters, and loading by AutoTokenizer."""
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
-from hf_holo import HsnConfig
-from hf_holo.data.tokenizers import TOKENIZERS, add_mask, bpe_tokenizer, character_tokenizer, make_tokenizer
+from hf_holo import HsnConfig, architectures, register_architecture, registry
+from hf_holo.data.tokenizers import (
+    TOKENIZERS,
+    add_mask,
+    bpe_tokenizer,
+    character_tokenizer,
+    default_kind,
+    make_tokenizer,
+)
 from hf_holo.errors import HoloError
 from hf_holo.modeling.tokenization_holo import HoloTokenizer
 
@@ -82,3 +89,19 @@ def test_bad_requests():
         make_tokenizer("words", ["a"])
     with pytest.raises(HoloError, match="vocab_size: 258"):
         bpe_tokenizer(["a"], vocab_size=258)
+
+
+def test_a_family_with_its_own_tokenizer_gets_no_other_unasked(monkeypatch):
+    class OwnConfig(GPT2Config):
+        model_type = "own-tokenizer"
+
+    class OwnLMHeadModel(GPT2LMHeadModel):
+        config_class = OwnConfig
+
+    monkeypatch.setattr(registry, "_ARCHITECTURES", architectures())
+    register_architecture(
+        "own-tokenizer", OwnConfig, {"AutoModelForCausalLM": OwnLMHeadModel}, tokenizer=GPT2TokenizerFast
+    )
+    assert default_kind("hsn") == default_kind("llama") == "characters"
+    with pytest.raises(HoloError, match=r"'own-tokenizer' has its own, GPT2Tokenizer.*; name the folder"):
+        default_kind("own-tokenizer")

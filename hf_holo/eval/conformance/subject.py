@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import HoloError
-from ...registry import architectures
+from ...registry import capabilities_of
 
 CACHE_NAMES = ("past_key_values", "cache_params")  # how families of transformers call what they continue from
 EXACT, ROUNDED = 1e-8, 1e-4  # relative tolerances of equivalences, see `Subject.tolerance`
@@ -92,10 +92,9 @@ class Subject:
         """What the model claims: its own flags, those of its registration, or what its interface implies."""
         if self._capabilities is not None:
             return frozenset(self._capabilities)
-        if hasattr(self.model_class, "capabilities_of"):
-            return self.model_class.capabilities_of(self.config)
-        if self.config.model_type in architectures():
-            return architectures()[self.config.model_type].capabilities
+        claimed = capabilities_of(self.model_class, self.config)
+        if claimed is not None:
+            return claimed
         return frozenset({"rollback"} if self._generates and not self.model_class._is_stateful else ())
 
     @property
