@@ -108,20 +108,20 @@ def _check_text(source: Source, file: str | None, text: str | None) -> None:
     if text is None:
         return
     if source.graph.task != "text-generation":
-        raise HoloError(f"text={file!r}: the task {source.task!r} has no perplexity; leave --text out")
+        raise HoloError(f"text: {file!r}: the task {source.task!r} has no perplexity; leave --text out")
     if tokenizer is None:
-        raise HoloError(f"text={file!r}: model={source.folder!r} has no tokenizer to read it with; leave --text out")
+        raise HoloError(f"text: {file!r}: model={source.folder!r} has no tokenizer to read it with; leave --text out")
     try:
         held_out(source, text)
     except HoloError as error:
-        raise HoloError(f"text={file!r}: {error}") from error
+        raise HoloError(f"text: {file!r}: {error}") from error
 
 
 def _read(file: str) -> str:
     try:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise HoloError(f"text={file!r} cannot be read: {first_line(error)}") from error
+        raise HoloError(f"text: {file!r} cannot be read: {first_line(error)}") from error
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -341,7 +341,7 @@ def head_for(task: str, config: PretrainedConfig) -> type[PreTrainedModel]:
         raise unknown("task", task, [*TASKS, GENERATION])
     model_class = getattr(transformers, TASKS[task.removesuffix(WITH_PAST)])._model_mapping.get(type(config), None)
     if model_class is None:
-        raise HoloError(f"task={task!r}: the family {config.model_type!r} has no head for it")
+        raise HoloError(f"task: {task!r}: the family {config.model_type!r} has no head for it")
     return model_class
 
 
@@ -357,4 +357,4 @@ def task_of(config: PretrainedConfig) -> str:
         if model_class is not None and model_class.__name__ == saved:
             return GENERATION if task == "text-generation" else task
     known = ", ".join([*TASKS, GENERATION])
-    raise HoloError(f"architectures={saved!r} in config.json is no head of a known task; give one of {known}")
+    raise HoloError(f"architectures: {saved!r} in config.json is no head of a known task; give one of {known}")

@@ -186,11 +186,11 @@ def test_options_that_do_not_fit_are_refused(saved, text, tmp_path):
     teacher, out = saved(), tmp_path / "out"
     hsn = [teacher, out, "--to", "hsn"]
     refused(r"ratio: 0\.5 has no meaning with --to hsn: attention is chosen with --layers", *hsn, "--ratio", "0.5")
-    refused("method='calibrated' has no meaning with --to hsn", *hsn, "--method", "calibrated")
-    refused(r"modules=\['mlp'\] has no meaning", *hsn, "--modules", "mlp")
-    refused("keep_first=1 has no meaning", *hsn, "--keep_first", "1")
-    refused("tokens=96 has no meaning", *hsn, "--tokens", "96")
-    refused(r"layers=\[0\] has no meaning with --to holo: linear layers are chosen", teacher, out, "--layers", "0")
+    refused("method: 'calibrated' has no meaning with --to hsn", *hsn, "--method", "calibrated")
+    refused(r"modules: \['mlp'\] has no meaning", *hsn, "--modules", "mlp")
+    refused("keep_first: 1 has no meaning", *hsn, "--keep_first", "1")
+    refused("tokens: 96 has no meaning", *hsn, "--tokens", "96")
+    refused(r"layers: \[0\] has no meaning with --to holo: linear layers are chosen", teacher, out, "--layers", "0")
     refused("there is no layer 3; the teacher has 3", *hsn, "--layers", "3")
     refused("invalid choice: 'gru'", teacher, out, "--to", "gru")
     refused("is the teacher", teacher, teacher + "/inside", "--to", "hsn")

@@ -172,8 +172,8 @@ def test_a_wrong_export_is_a_failed_one(hsn_folder, tmp_path, quick_export, monk
         (["--task", "image-classification"], "the family 'hsn' has no head for it"),
         (["--task", "fill-mask-with-past"], "unknown task 'fill-mask-with-past'"),
         (["--task", "text-generation-with-pasty"], "did you mean 'text-generation-with-past'?"),
-        (["--text", "missing.txt"], "text='missing.txt' cannot be read"),
-        (["--text", os.devnull], "text='/dev/null': 0 tokens are too few; give at least 256"),
+        (["--text", "missing.txt"], "text: 'missing.txt' cannot be read"),
+        (["--text", os.devnull], "text: '/dev/null': 0 tokens are too few; give at least 256"),
         (["--text", __file__, "--task", "feature-extraction"], "the task 'feature-extraction' has no perplexity"),
     ],
 )
