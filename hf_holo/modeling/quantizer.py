@@ -71,17 +71,19 @@ class PlanQuantizer(HfQuantizer):
     ) -> None:
         check_safe(checkpoint_files or local_files(model.config))  # transformers 5 opens them later
         config = self.quantization_config = model.config.quantization_config = self.resolve(model)
-        swap(model, config)
+        for layer in swap(model, config).values():
+            layer.loading = True
         for basis in _bases(model).values():
             basis.regenerate(torch.device("cpu"))  # a device_map cannot place what has no data
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for basis in _bases(model).values():
             basis.regenerate()  # transformers 5 leaves it empty
-        if not self.pre_quantized:
-            for layer in model.modules():
-                if isinstance(layer, HoloLinear):
-                    layer.reset_parameters()
+        for layer in holo_layers(model):
+            layer.loading = False
+            if not self.pre_quantized:
+                layer.reset_parameters()
+            _agree_on_dtype(layer)
         config, checksum = self.quantization_config, checksum_of_bases(model)
         if config.checksum not in (None, checksum):
             raise ValueError(
@@ -189,6 +191,18 @@ def checksum_of_bases(model: nn.Module) -> int | None:
     bases = _bases(model)
     sums = [bases[name].checksum for name in sorted(bases) if bases[name].checksum is not None]
     return zlib.crc32(repr(sums).encode()) if sums else None
+
+
+def holo_layers(model: nn.Module) -> list[HoloLinear]:
+    """All of them, each once."""
+    return [module for module in model.modules() if isinstance(module, HoloLinear)]
+
+
+def _agree_on_dtype(layer: HoloLinear) -> None:
+    """A layer that transformers keeps in float32 has its own basis in float32, too."""
+    dtype = next(layer.parameters(recurse=False)).dtype
+    if "own_basis" in layer._modules and layer.own_basis.dtype != dtype:
+        layer.own_basis.to(dtype)
 
 
 def _bases(model: nn.Module) -> dict[str, HarmonicBasis]:
