@@ -14,6 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -31,6 +32,7 @@ from ..modeling.quantizer import (
     is_linear,
     swap,
 )
+from .proof import Proof, all_or_nothing
 
 HARMONICS = 64  # of every layer, when neither harmonics nor a ratio is given: the original's figure
 
@@ -160,7 +162,8 @@ class SurgeryReport:
 def apply_surgery(model: PreTrainedModel, config: HoloSurgeryConfig | None = None) -> SurgeryReport:
     """Replace linear layers by [`HoloLinear`], in place; on the meta device too.
 
-    The new layers start as the least-squares fit of the old weights in their basis.
+    The new layers start as the least-squares fit of the old weights in their basis. The converted model is then run on
+    two tokens, and what would be saved is loaded on the meta device: both must work as they did before.
 
     Args:
         model: any model of transformers.
@@ -171,22 +174,24 @@ def apply_surgery(model: PreTrainedModel, config: HoloSurgeryConfig | None = Non
 
     Raises:
         HoloError: a pattern matches nothing, a ratio cannot be reached, there are more harmonics than inputs, an output
-            layer is tied to the embeddings, a weight is not finite, the model is none of transformers, converted
-            already or wrapped in adapters, or a "data" basis is asked for (it needs `hf-holo convert`). The model is
-            then as it was.
+            layer is tied to the embeddings or to another, a weight is not finite, the model is none of transformers,
+            converted already or wrapped in adapters, a "data" basis is asked for (it needs `hf-holo convert`), or the
+            model does not run or load with the new layers. The model is then as it was.
     """
     config = HoloSurgeryConfig() if config is None else config
     _check_arguments(model, config)
     config = resolved(model, config)
     before = _census(model)
     _check_weights(before, config.layers)
-    errors = {}
-    for name, new in swap(model, config).items():
-        old = before.modules[name]
-        if not next(old.parameters()).is_meta:
-            errors[name] = _fit(new, old)
-    config.checksum = checksum_of_bases(model)
-    model.config.quantization_config = config
+    proof, errors = Proof.of(model), {}
+    with all_or_nothing(model):
+        for name, new in swap(model, config).items():
+            old = before.modules[name]
+            if not next(old.parameters()).is_meta:
+                errors[name] = _fit(new, old)
+        config.checksum = checksum_of_bases(model)
+        model.config.quantization_config = config
+        proof.check(model)
     return _compare(before, _census(model), errors)
 
 
@@ -244,7 +249,7 @@ def choose(model: nn.Module, config: HoloSurgeryConfig) -> list[str]:
     Raises:
         HoloError: a pattern matches no linear layer, none is left, or one is tied to the embeddings.
     """
-    linears = [name for name, module in model.named_modules() if is_linear(module)]
+    linears = [name for name, module in model.named_modules() if is_linear(module) and _is_its_product(module)]
     depths = {name: len(model.get_submodule(name)) for name in block_lists(model)}
     if not linears or not (depths or config.modules):
         raise _no_blocks(model)
@@ -257,11 +262,40 @@ def choose(model: nn.Module, config: HoloSurgeryConfig) -> list[str]:
     chosen = [n for n in chosen if not _matches(n, config.exclude or ()) and not _stays(n, depths, config)]
     if not chosen:
         raise HoloError("modules, exclude, keep_first and keep_last leave no linear layer to convert")
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for name in chosen:
-        if id(model.get_submodule(name).weight) in embeddings:
-            raise HoloError(f"modules: {name!r} is tied to the input embeddings and cannot be converted; leave it out")
+    _check_ties(model, chosen)
     return chosen
+
+
+@torch.no_grad()
+def _is_its_product(layer: nn.Module) -> bool:
+    """Whether a layer computes its weight times the input, plus its bias. (A router may be a linear layer by class, and
+    say which experts a token goes to.)"""
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    x = torch.ones(1, 2, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
+    right = F.linear(x, layer.weight, layer.bias)
+    try:
+        y = layer(x)
+    except Exception:
+        return False
+    return isinstance(y, torch.Tensor) and y.shape == right.shape and (y.is_meta or torch.allclose(y, right))
+
+
+def _check_ties(model: nn.Module, chosen: list[str]) -> None:
+    """Raises HoloError if a layer shares its weight with another: they would differ after the surgery."""
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None:
+            continue
+        other = owners.setdefault(id(weight), name)
+        for tied in {name, other}.intersection(chosen) if other != name else ():
+            partner = other if tied == name else name
+            if isinstance(model.get_submodule(partner), nn.Embedding):
+                raise HoloError(
+                    f"modules: {tied!r} is tied to the input embeddings and cannot be converted; leave it out"
+                )
+            raise HoloError(f"modules: {tied!r} and {partner!r} are tied, and cannot be converted; exclude both")
 
 
 def _matches(name: str, patterns: list[str]) -> bool:
