@@ -10,6 +10,7 @@ Sources: activation-aware low rank as in SVD-LLM (Wang et al., 2024); G as in K-
 sampled labels.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,12 +118,27 @@ class Statistics:
     """What calibration measures at a site, as means over tokens.
 
     Attributes:
-        gram: Σ `[n, n]`, or W Σ Wᵀ `[m, m]` where the outputs are projected.
+        gram: Σ `[n, n]`, or W Σ Wᵀ `[m, m]` where the outputs are projected. All zero for an expert that no token came
+            to; see [`unseen`].
         fisher: G `[m, m]` where the outputs are projected, else its diagonal `[m]`; None counts all outputs alike.
     """
 
     gram: torch.Tensor
     fisher: torch.Tensor | None = None
+
+
+def is_expert(name: str) -> bool:
+    """Whether a layer gets only the tokens that a router sends it, by its name."""
+    return re.search(r"(^|[._])experts?[._]", name) is not None
+
+
+def unseen(model: nn.Module, site: Site) -> Statistics:
+    """What stands in for the statistics of an expert that no token of the text came to: all inputs and outputs are
+    alike, so that it is fitted to its weights."""
+    weight = stacked_weight(model, site)
+    precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    gram = precise @ precise.T if site.projects_outputs else torch.eye(site.inputs, dtype=precise.dtype)
+    return Statistics(gram.to(weight.device))
 
 
 def statistics_bytes(site: Site, itemsize: int = 4) -> int:
@@ -152,7 +168,7 @@ def collect(
         The statistics of each site.
 
     Raises:
-        HoloError: an activation or a gradient is not finite, or a layer has no part in the output.
+        HoloError: an activation or a gradient is not finite, or a layer that is no expert has no part in the output.
     """
     model.eval()
     grams = _collect_grams(model, sites, windows)
@@ -169,9 +185,9 @@ def _check(sites: Sequence[Site], measured: Sequence[torch.Tensor], what: str) -
         if not numbers.isfinite().all():
             raise HoloError(
                 f"TEACHER: the {what} of {site.layers[0]!r} are not finite on the calibration text; "
-                "mend the teacher, or leave the layer out with --exclude"
+                "fix the teacher, or leave the layer out with --exclude"
             )
-        if not numbers.any():
+        if not numbers.any() and not is_expert(site.layers[0]):
             raise HoloError(
                 f"modules: {site.layers[0]!r} has no part in the output: its {what} are all zero; exclude it"
             )
@@ -334,11 +350,12 @@ def allocate(sites: Sequence[Site], losses: Sequence[torch.Tensor], ratio: float
     """Ranks of all sites that lose least and store at most `ratio` of the numbers, pivoted bases included.
 
     Each site takes the rank of least loss + μ · stored numbers; μ is found by bisection. What the last step leaves of
-    the budget is spent one harmonic after the other, where it gains most.
+    the budget is spent one harmonic after the other, where it gains most. A site without losses, an expert that no token
+    came to, takes its even share.
 
     Args:
         sites: the sites.
-        losses: of each, `[k]`, see [`Factors`].
+        losses: of each, `[k]`, see [`Factors`]; all zero if they are not known.
         ratio: in (0, 1).
 
     Returns:
@@ -348,6 +365,13 @@ def allocate(sites: Sequence[Site], losses: Sequence[torch.Tensor], ratio: float
         HoloError: one harmonic everywhere is already more than the budget.
     """
     check_ratio(sites, ratio)
+    known = [number for number, loss in enumerate(losses) if loss.any()]
+    if len(known) < len(sites):
+        ranks = [site.largest_rank(ratio) for site in sites]
+        chosen_ranks = allocate([sites[n] for n in known], [losses[n] for n in known], ratio) if known else []
+        for number, rank in zip(known, chosen_ranks, strict=True):
+            ranks[number] = rank
+        return ranks
     budget = ratio * sum(site.numbers for site in sites)
     costs, tails = zip(*(_choices(site, loss) for site, loss in zip(sites, losses, strict=True)), strict=True)
 

@@ -29,7 +29,7 @@ from .evaluation import numbers_on_disk
 from .linear_report import LayerRow, plot_layers, print_coverage, write_layers
 from .refit import check_refit, refit, worth_refitting
 from .sources import Source, Text, mixed
-from .surgery import apply_surgery, choose, plan
+from .surgery import apply_surgery, choose, mark, other_matrices, plan
 from .work_folder import WorkFolder
 
 
@@ -47,6 +47,7 @@ class RegeneratedSurgery(Conversion):
             name: sum(p.numel() for p in self.twin.get_submodule(name).parameters())
             for name in choose(self.twin, self.surgery)
         }
+        self.others = other_matrices(self.twin)
         self.disk = size_in_bytes(self.twin)
         self.rows: list[LayerRow] = []
         self._check()
@@ -59,6 +60,8 @@ class RegeneratedSurgery(Conversion):
         twin = self.source.without_weights()
         report = apply_surgery(twin, self.surgery)
         print_coverage(report, twin.config.quantization_config.layers)
+        if self.others:
+            print(f"Not converted: {self._others()}.")
 
     def measure(self, model: PreTrainedModel, texts: list[Text], work: WorkFolder) -> None:
         """The bases depend on no text."""
@@ -71,10 +74,17 @@ class RegeneratedSurgery(Conversion):
         return model
 
     def figures(self, result: Path) -> dict[str, Any]:
-        return {"kept": numbers_on_disk(result, self.dense) / sum(self.dense.values())}
+        kept = numbers_on_disk(result, self.dense) / sum(self.dense.values())
+        return {"kept": kept, "not_linear_layers": self.others}
 
     def summary(self, figures: dict[str, Any]) -> str:
-        return f"{figures['kept']:.1%} of the numbers of the chosen linear layers kept on disk, stored bases included"
+        kept = f"{figures['kept']:.1%} of the numbers of the chosen linear layers kept on disk, stored bases included"
+        return f"{kept}; not converted: {self._others()}" if self.others else kept
+
+    def _others(self) -> str:
+        """What stays because it is no linear layer, as a sentence's end."""
+        names = ", ".join(self.others)
+        return f"{sum(self.others.values()):,} numbers in the blocks that are not in linear layers: {names}"
 
     def write_layers(self, result: Path) -> None:
         write_layers(result / "layers.csv", self.rows)
@@ -145,7 +155,7 @@ class CalibratedSurgery(RegeneratedSurgery):
         for site, rank, error in zip(self.sites, ranks, errors, strict=True):
             self.rows.append(LayerRow(site.layers, rank, site.size, site.numbers, site.stored(rank), error))
         self.surgery.layers = surgery_plan(self.sites, ranks)
-        model.config.quantization_config = self.surgery
+        mark(model, self.surgery)
         return model
 
     def _install(self, model: PreTrainedModel, number: int, rank: int | None, work: WorkFolder) -> float:
