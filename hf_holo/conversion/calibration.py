@@ -119,7 +119,7 @@ class Statistics:
 
     Attributes:
         gram: Σ `[n, n]`, or W Σ Wᵀ `[m, m]` where the outputs are projected. All zero for an expert that no token came
-            to; see [`unseen`].
+            to; see [`without_gradients`].
         fisher: G `[m, m]` where the outputs are projected, else its diagonal `[m]`; None counts all outputs alike.
     """
 
@@ -132,13 +132,13 @@ def is_expert(name: str) -> bool:
     return re.search(r"(^|[._])experts?[._]", name) is not None
 
 
-def unseen(model: nn.Module, site: Site) -> Statistics:
-    """What stands in for the statistics of an expert that no token of the text came to: all inputs and outputs are
-    alike, so that it is fitted to its weights."""
-    weight = stacked_weight(model, site)
-    precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    gram = precise @ precise.T if site.projects_outputs else torch.eye(site.inputs, dtype=precise.dtype)
-    return Statistics(gram.to(weight.device))
+def without_gradients(model: nn.Module, site: Site, gram: torch.Tensor) -> Statistics:
+    """Statistics of an expert whose gradients are not known: all outputs count alike. If no token came to it at all,
+    its gram being zero, all inputs do too: it is fitted to its weights."""
+    if not gram.any():
+        weight = stacked_weight(model, site).to(gram)
+        gram = weight @ weight.T if site.projects_outputs else torch.eye(site.inputs).to(gram)
+    return Statistics(gram)
 
 
 def statistics_bytes(site: Site, itemsize: int = 4) -> int:
@@ -350,8 +350,8 @@ def allocate(sites: Sequence[Site], losses: Sequence[torch.Tensor], ratio: float
     """Ranks of all sites that lose least and store at most `ratio` of the numbers, pivoted bases included.
 
     Each site takes the rank of least loss + μ · stored numbers; μ is found by bisection. What the last step leaves of
-    the budget is spent one harmonic after the other, where it gains most. A site without losses, an expert that no token
-    came to, takes its even share.
+    the budget is spent one harmonic after the other, where it gains most. A site without losses, an expert that no
+    token came to, takes its even share.
 
     Args:
         sites: the sites.

@@ -1,7 +1,7 @@
 """Linear layers become holographic, in place: fitted to a text, or in the regenerated bases of the original."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from .calibration import (
     stacked_weight,
     statistics_bytes,
     surgery_plan,
+    without_gradients,
 )
 from .conversion import Conversion, size_in_bytes
 from .convert_arguments import ConvertArguments
@@ -147,6 +148,7 @@ class CalibratedSurgery(RegeneratedSurgery):
         numbers = range(len(self.sites))
         losses = [work.load_tensors(_factors(number), "loss")["loss"] for number in numbers]
         ranks = allocate(self.sites, losses, self.options.ratio)
+        self.unseen = [site.layers[0] for site, loss in zip(self.sites, losses, strict=True) if not loss.any()]
         if self.refit:
             fishers = [work.load_tensors(_statistics(number), "fisher")["fisher"] for number in numbers]
             errors = refit(model, self.sites, ranks, fishers, mixed(texts), work)
@@ -158,6 +160,15 @@ class CalibratedSurgery(RegeneratedSurgery):
         mark(model, self.surgery)
         return model
 
+    def figures(self, result: Path) -> dict[str, Any]:
+        return {**super().figures(result), "unseen_experts": self.unseen}
+
+    def summary(self, figures: dict[str, Any]) -> str:
+        said = super().summary(figures)
+        if self.unseen:
+            said += f"; {len(self.unseen)} layers of experts that too few tokens came to, fitted to their weights alone"
+        return said
+
     def _install(self, model: PreTrainedModel, number: int, rank: int | None, work: WorkFolder) -> float:
         """Convert one site; returns its error."""
         factors = Factors(**work.load_tensors(_factors(number)))
@@ -167,9 +178,12 @@ class CalibratedSurgery(RegeneratedSurgery):
 
 
 def factorise_into(work: WorkFolder, model: PreTrainedModel, site: Site, number: int) -> None:
-    """The factors of one site, from its statistics."""
-    weight = stacked_weight(model, site)
-    factors = factorise(site, weight, Statistics(**work.load_tensors(_statistics(number))))
+    """The factors of one site, from its statistics. Where these lack, as of an expert that no token came to, the losses
+    are all zero."""
+    weight, statistics = stacked_weight(model, site), Statistics(**work.load_tensors(_statistics(number)))
+    known = bool(statistics.gram.any() and statistics.fisher.any())
+    factors = factorise(site, weight, statistics if known else without_gradients(model, site, statistics.gram))
+    factors = factors if known else replace(factors, loss=torch.zeros_like(factors.loss))
     precision = torch.promote_types(weight.dtype, torch.float32)
     work.save_tensors(_factors(number), {name: tensor.to(precision) for name, tensor in asdict(factors).items()})
 
