@@ -129,7 +129,7 @@ class Statistics:
 
 def is_expert(name: str) -> bool:
     """Whether a layer gets only the tokens that a router sends it, by its name."""
-    return re.search(r"(^|[._])experts?[._]", name) is not None
+    return re.search(r"(^|\.)experts?[._]", name) is not None
 
 
 def without_gradients(model: nn.Module, site: Site, gram: torch.Tensor) -> Statistics:
@@ -230,8 +230,11 @@ def _collect_fishers(
             fisher.add_(g.T @ g if fisher.dim() == 2 else g.square().sum(0))
             parts.clear()
 
-    def watch(number: int, name: str, layer: nn.Module, args: tuple, output: torch.Tensor) -> None:
+    def watch(number: int, name: str, layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        if not output.requires_grad:  # it reads no token: relative positions, say
+            output = output.detach().requires_grad_().clone()  # no leaf: some models write to it
         output.register_hook(partial(arrived, number, name))
+        return output
 
     def start_graph(layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         return output.detach().requires_grad_()

@@ -134,13 +134,11 @@ def _install(
     gram: torch.Tensor,
 ) -> float:
     """Convert one site with this weight, for inputs of this E[x̃ x̃ᵀ] `[n, n]`; returns its error."""
-    if not gram.any() or (fisher is not None and not fisher.any()):
-        statistics = without_gradients(model, site, weight @ gram @ weight.T if site.projects_outputs else gram)
-    else:
-        weight = weight.to(gram)
-        statistics = Statistics(weight @ gram @ weight.T if site.projects_outputs else gram, fisher)
-    factors = factorise(site, weight, statistics)
-    install(model, site, factors, rank, weight=weight.double())
+    weight = weight.to(gram)
+    moments = weight @ gram @ weight.T if site.projects_outputs else gram
+    known = gram.any() and (fisher is None or fisher.any())
+    factors = factorise(site, weight, Statistics(moments, fisher) if known else without_gradients(model, site, moments))
+    install(model, site, factors, rank, weight=weight)
     return factors.error(rank)
 
 

@@ -51,7 +51,7 @@ class HoloSurgeryConfig(QuantizationConfigMixin):
 
     Args:
         modules: regular expressions; a layer is converted if one is found in its name. Default: every linear layer
-            inside the blocks.
+            inside the blocks, but for those that choose among experts.
         exclude: regular expressions of layers that stay.
         keep_first, keep_last: number of blocks that stay at the start and at the end of every list of blocks (an
             encoder-decoder has two).
@@ -264,7 +264,8 @@ def choose(model: nn.Module, config: HoloSurgeryConfig) -> list[str]:
         for pattern in getattr(config, argument) or ():
             if not any(re.search(pattern, name) for name in linears):
                 raise HoloError(f"{argument}: {pattern!r} matches none of the linear layers, such as {linears[0]!r}")
-    inside = [n for n in linears if n.startswith(tuple(f"{blocks}." for blocks in depths))]
+    starts = tuple(f"{blocks}." for blocks in depths)
+    inside = [n for n in linears if n.startswith(starts) and not is_router(model, n)]
     chosen = inside if config.modules is None else [n for n in linears if _matches(n, config.modules)]
     chosen = [n for n in chosen if not _matches(n, config.exclude or ()) and not _stays(n, depths, config)]
     if not chosen:
@@ -286,6 +287,22 @@ def _is_its_product(layer: nn.Module) -> bool:
     except Exception:
         return False
     return isinstance(y, torch.Tensor) and y.shape == right.shape and (y.is_meta or torch.allclose(y, right))
+
+
+def is_router(model: nn.Module, name: str) -> bool:
+    """Whether a layer chooses among experts: it has as many outputs as there are experts beside it, or beside the
+    module that it is in. A small error there sends tokens to other experts, so it is converted only where it is named.
+    """
+    outputs, _ = dense_shape(model.get_submodule(name))
+    around = name.rpartition(".")[0]
+    for parent in (around, around.rpartition(".")[0]):
+        for label, module in model.get_submodule(parent).named_children():
+            if "expert" in label:
+                counts = [len(module)] if isinstance(module, (nn.ModuleList, nn.ModuleDict)) else []
+                counts += [len(p) for p in module.parameters() if p.dim() == 3]
+                if outputs in counts:
+                    return True
+    return False
 
 
 def _check_ties(model: nn.Module, chosen: list[str]) -> None:
