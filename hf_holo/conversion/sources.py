@@ -49,6 +49,10 @@ class Source:
         try:
             config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
+            if not trust_remote_code and "trust_remote_code" in str(error):
+                raise HoloError(
+                    f"TEACHER: {name!r} brings code of its own; read it, and give --trust_remote_code to run it"
+                ) from None
             raise HoloError(f"TEACHER: {name!r} holds no model of transformers: {first_line(error)}") from None
         if getattr(config, "quantization_config", None) is not None:
             raise HoloError(f"TEACHER: {name!r} is quantized or converted already; give the dense model")

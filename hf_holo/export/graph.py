@@ -235,7 +235,7 @@ def _read_off(model_class: type[PreTrainedModel], config: PretrainedConfig, dtyp
     config = copy.deepcopy(config)
     config.pad_token_id = None  # some models would look for it in the texts
     with FakeTensorMode():  # tensors without data
-        model = model_class._from_config(config, dtype=dtype).eval()
+        model = model_class._from_config(config, dtype=dtype, attn_implementation="eager").eval()  # others read masks
         texts = (torch.ones(1, tokens, dtype=torch.long) for tokens in (2, 3))
         shorter, longer = (dict(held_by(model(input_ids=text, use_cache=True).past_key_values)) for text in texts)
     states = []
