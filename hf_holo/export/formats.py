@@ -172,6 +172,7 @@ def load_onnx(file: Path, graph: Graph) -> Program:
         feed = {name: tensor.numpy() for name, tensor in named.items() if name in known}
         return tuple(torch.from_numpy(array) for array in session.run(list(graph.output_axes), feed))
 
+    run.takes_positions = "position_ids" in known
     return run
 
 

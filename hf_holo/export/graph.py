@@ -112,6 +112,12 @@ class Graph:
         # Transformers' own decoders have to be told the positions, for they would count padding; these families don't.
         self.counts_positions = self.task == "text-generation" and config.model_type not in architectures()
 
+    def counting_padding(self) -> "Graph":
+        """The same for programs that take no positions, and so count padding: right where only distances matter."""
+        graph = copy.copy(self)
+        graph.counts_positions = False
+        return graph
+
     @cached_property
     def inputs(self) -> dict[str, dict[int, str]]:
         """The inputs but for the state, with their axes of variable size."""
