@@ -17,6 +17,7 @@ from torch import nn
 from .validation import check_choice, check_positive
 
 BASES = ("random", "dct", "golden", "data")
+COMPLETE = ("dct", "data")  # bases that end: as many rows as inputs are all there are
 GOLDEN = (math.sqrt(5) - 1) / 2
 START_PHASE = math.pi / 4  # where folded coefficients are unfolded: cos Φ and its slope are equal, neither vanishes
 
@@ -92,8 +93,8 @@ class HarmonicBasis(nn.Module):
         checksum: of the numbers of a basis that was made, to about six digits; None for one that is stored.
 
     Raises:
-        ValueError: an unknown kind, harmonics outside 1 to in_features, a seed that is none, or pivoted without a
-            "data" basis.
+        ValueError: an unknown kind, harmonics below 1 or, for "dct" and "data", above in_features, a seed that is none,
+            or pivoted without a "data" basis.
     """
 
     def __init__(
@@ -109,8 +110,11 @@ class HarmonicBasis(nn.Module):
         super().__init__()
         check_choice("basis", kind, BASES)
         check_positive(in_features=in_features, harmonics=harmonics)
-        if harmonics > in_features:
-            raise ValueError(f"harmonics={harmonics} is more than in_features={in_features}; use at most {in_features}")
+        if harmonics > in_features and kind in COMPLETE:
+            raise ValueError(
+                f"harmonics={harmonics} is more than in_features={in_features}; use at most {in_features}, all that "
+                f"basis={kind!r} has, or basis='random'"
+            )
         if not isinstance(seed, int) or not 0 <= seed < 2**64:
             raise ValueError(f"seed={seed!r} must be a whole number in [0, 2^64)")
         if pivoted and kind != "data":
@@ -200,7 +204,8 @@ class HoloLinear(nn.Linear):
 
     Args:
         in_features, out_features: I and O.
-        harmonics: R, at most I.
+        harmonics: R. More than I are possible with "random" and "golden", as in HOLO-PyTorch's first layers of two
+            inputs; the layer computes nothing more with them, but trains differently.
         basis: "random", "dct", "golden" or "data", see [`harmonic_basis`]; or a [`HarmonicBasis`] that another layer
             with the same input owns and saves.
         bias: add a learned bias.
