@@ -327,14 +327,18 @@ def usual_lengths(subject: Subject) -> list[int]:
 
 def _setting_points(subject: Subject, settings: Iterable[Setting]) -> Iterator[Point]:
     """Two exchanges in each setting, before and after in batches of their own: a batch may share what it leaks."""
+    leaks = False
     for (dtype, training), some in groupby(settings, key=lambda setting: (setting.dtype, setting.training)):
         model = subject.copy(dtype).train(training)
         for setting in some:
             for cut in sorted({(setting.length // 2) | 1, setting.length - 1} - {setting.length}):
-                yield from _setting_point(subject, model, setting, cut)
+                for point in _setting_point(subject, model, setting, cut, leaks):
+                    leaks = leaks or point.leak is not None
+                    yield point
 
 
-def _setting_point(subject: Subject, model: nn.Module, setting: Setting, cut: int) -> Iterator[Point]:
+def _setting_point(subject: Subject, model: nn.Module, setting: Setting, cut: int, leaks: bool) -> Iterator[Point]:
+    """One exchange; of a model that is known to leak, no movement is asked whether it is rounding."""
     inputs = setting.inputs(subject)
     later = _later(inputs, cut)
     try:
@@ -352,7 +356,7 @@ def _setting_point(subject: Subject, model: nn.Module, setting: Setting, cut: in
         moved = movement(before.outputs, after.outputs)  # [T]
         seeing = (~(moved[:cut] <= _limit(moved, before.outputs, cut))).nonzero()
         leak = None
-        if len(seeing) and _stands_out(subject, model, inputs, cut):
+        if len(seeing) and (leaks or _stands_out(subject, model, inputs, cut)):
             position = seeing[0].item()
             size = (moved[position] / moved[cut:].max()).item()
             leak = Leak(position, cut - position, size, f"other tokens from {cut} on, {setting}")
