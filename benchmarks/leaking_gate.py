@@ -28,7 +28,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from hf_holo import SpectralGate
 from hf_holo.eval.conformance import check_causality
 from hf_holo.files import replacing, write_csv
-from hf_holo.modeling.ops import interpolate_gate
+from hf_holo.modeling.filters import interpolate_gate
 
 NAME = "leaking_gate"
 IMAGE = Path(__file__).parents[1] / "docs" / "images" / f"{NAME}.png"

@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 
 from hf_holo import ResonanceConfig, ResonanceForCausalLM
 from hf_holo.modeling.configuration_vocabulary import STRATEGIES
-from hf_holo.modeling.vocabulary import collisions, vocabulary_parameters
+from hf_holo.modeling.hashing import collisions
+from hf_holo.modeling.vocabulary import vocabulary_parameters
 from hf_holo.training.data import encode
 from hf_holo.training.tokenizers import bpe_tokenizer
 

@@ -5,6 +5,7 @@ Importing the package registers its families with the Auto classes; the modeling
 
 import functools
 import importlib
+import warnings
 from typing import Any
 
 from .adapters import offer_adapters
@@ -14,9 +15,12 @@ from .modeling.configuration_holo import HoloConfig
 from .modeling.configuration_hsn import HsnConfig
 from .modeling.configuration_resonance import ResonanceConfig
 from .modeling.tokenization_holo import HoloTokenizer
+from .modeling.versions import REMEDY, VERSION, in_use, is_newer_than_tested
 from .registry import PRESETS, VARIANTS, architectures, load_plugins, preset_model, register_architecture
 
-__version__ = "0.1.0"
+__version__ = VERSION
+if is_newer_than_tested():
+    warnings.warn(f"{in_use()}: a later release than any tested; if something is wrong, {REMEDY}", stacklevel=2)
 
 HEADS = ("Model", "ForCausalLM", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
 
@@ -50,14 +54,15 @@ _LAZY = {
     "conversion.transfer": ["transfer_to_hsn"],
     "errors": ["HoloError"],
     "eval.conformance": ["check_causality"],
+    "modeling.binding": ["bind", "unbind"],
     "modeling.cache": ["RecurrentCache"],
     "modeling.harmonics": ["HoloLinear", "SineActivation", "harmonic_basis"],
-    "modeling.layers": ["GatedChannelMix", "LiteChannelMix", "RotaryEmbedding", "SpectralGate"],
+    "modeling.filters": ["SpectralGate"],
+    "modeling.layers": ["GatedChannelMix", "LiteChannelMix"],
     "modeling.memory": ["HolographicMemory", "PersistentMemory"],
-    "modeling.mixers": ["HolographicMixer"],
     "modeling.modeling_holo": ["HoloAttention", "HoloTransformerBlock"],
-    "modeling.modeling_hsn": ["HoloSpectralBlock", "fft_circular_conv", "fft_circular_corr"],
-    "modeling.ops": ["bind", "unbind"],
+    "modeling.modeling_hsn": ["HoloSpectralBlock", "HolographicMixer", "fft_circular_conv", "fft_circular_corr"],
+    "modeling.phases": ["RotaryEmbedding"],
     "modeling.resonators": ["ChunkContext", "ResonatorBank"],
     "modeling.vocabulary": ["AdaptiveEmbedding", "FrequencyCompressedEmbedding", "HashEmbedding"],
     "registry": ["Architecture", "Preset", "get_architecture", "preset_config", "presets"],

@@ -18,12 +18,14 @@ import transformers
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .errors import HoloError, unknown
 
@@ -312,3 +314,6 @@ def _register_model(auto_class: type, config: type[PretrainedConfig], model: typ
     if not isinstance(mapping._extra_content, Classes):
         mapping._extra_content = Classes(mapping._extra_content)
     mapping.register(config, model, exist_ok=True)
+    if auto_class is AutoModelForCausalLM:  # Trainer shifts the labels of label smoothing for the classes named here
+        name = model.rpartition(":")[2] if isinstance(model, str) else model.__name__
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type] = name

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..errors import HoloError
 from ..modeling.harmonics import HoloLinear
-from ..modeling.mixers import HolographicMixer
+from ..modeling.modeling_hsn import HolographicMixer
 from .surgery import block_list
 from .transfer import source_of
 

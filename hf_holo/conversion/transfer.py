@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import HoloError
 from ..modeling.configuration_hsn import HsnConfig
-from ..modeling.mixers import AttentionMixer, HolographicMixer
-from ..modeling.modeling_hsn import HoloSpectralBlock, HsnForCausalLM
+from ..modeling.modeling_hsn import AttentionMixer, HolographicMixer, HoloSpectralBlock, HsnForCausalLM
 
 SOURCES: dict[str, dict[str, Any]] = json.loads(
     files(__package__).joinpath("transfer_sources.json").read_text(encoding="utf-8")

@@ -24,7 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..errors import HoloError, Parser
-from ..modeling.vocabulary import HashEmbedding, collisions, vocabulary_parameters
+from ..modeling.cache import CACHE_NAME
+from ..modeling.hashing import HashEmbedding, collisions
+from ..modeling.vocabulary import vocabulary_parameters
 from ..registry import get_architecture, preset_config, presets
 
 LENGTHS = (128, 512, 2048)
@@ -137,7 +139,7 @@ def _run(model: PreTrainedModel, length: int) -> tuple[int, int, int]:
     x = torch.zeros(1, length, model.config.hidden_size)  # not ids: a check of their values would need data
     with torch.no_grad(), FlopCounterMode(display=False) as flops, LiveBytes() as live:
         output = model(inputs_embeds=x, **({"use_cache": True, "logits_to_keep": 1} if model.can_generate() else {}))
-    return flops.get_total_flops(), _tensor_bytes(output.get("past_key_values")), live.peak
+    return flops.get_total_flops(), _tensor_bytes(output.get(CACHE_NAME)), live.peak
 
 
 def _train(model: PreTrainedModel, length: int) -> int:

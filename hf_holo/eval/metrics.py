@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from ..errors import HoloError
-from ..modeling.vocabulary import IGNORED
+from ..modeling.losses import IGNORED
 
 Metric = Callable[..., dict[str, float]]
 

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ..errors import HoloError, unknown
-from ..modeling.cache import RecurrentCache, RecurrentLayer
+from ..modeling.cache import CACHE_NAME, RecurrentCache, RecurrentLayer
 from ..modeling.harmonics import HoloLinear
 from ..modeling.layers import at_least_float32
 from ..registry import architectures
@@ -192,8 +192,9 @@ class Graph:
         if not self.with_past:
             return (forward(**inputs, return_dict=True)[self.output],)
         cache = make_cache(self.config, self.states, tensors[len(self.inputs) :])
-        result = forward(**inputs, past_key_values=cache, return_dict=True)
-        return (result[self.output], *take_states(self.states, result.past_key_values))
+        name = CACHE_NAME if CACHE_NAME in arguments else "past_key_values"  # of code older than transformers 5.24
+        result = forward(**inputs, **{name: cache}, return_dict=True)
+        return (result[self.output], *take_states(self.states, result[CACHE_NAME]))
 
 
 class GraphModule(nn.Module):
@@ -237,7 +238,7 @@ def _read_off(model_class: type[PreTrainedModel], config: PretrainedConfig, dtyp
     with FakeTensorMode():  # tensors without data
         model = model_class._from_config(config, dtype=dtype).eval()
         texts = (torch.ones(1, tokens, dtype=torch.long) for tokens in (2, 3))
-        shorter, longer = (dict(held_by(model(input_ids=text, use_cache=True).past_key_values)) for text in texts)
+        shorter, longer = (dict(held_by(model(input_ids=text, use_cache=True)[CACHE_NAME])) for text in texts)
     states = []
     for (layer, name), tensor in shorter.items():
         sizes = zip(tensor.shape[1:], longer[layer, name].shape[1:], strict=True)

@@ -10,7 +10,8 @@ from optimum.onnxruntime import ORTModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import HoloError
-from ..modeling.cache import RecurrentCache
+from ..modeling.arguments import check_arguments
+from ..modeling.cache import RecurrentCache, given_cache
 from .graph import State, positions
 from .onnx_config import register
 
@@ -55,13 +56,14 @@ class HoloORTModelForCausalLM(ORTModelForCausalLM):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         return_dict: bool | None = None,
+        cache: RecurrentCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """
         Args:
             input_ids: `[B, T]`.
             attention_mask: `[B, T]` or, after earlier pieces, `[B, S]` for all tokens so far; 0 at padding.
-            past_key_values: what to continue from, updated in place.
+            past_key_values, cache: what to continue from, updated in place; two names of one argument.
             use_cache: whether to return it; default: if the graph has a state.
             logits_to_keep: give the logits of so many last tokens, or of these; default: all.
             return_dict: False for a tuple.
@@ -71,11 +73,14 @@ class HoloORTModelForCausalLM(ORTModelForCausalLM):
             Logits `[B, T, vocab_size]`, and the state to continue from.
 
         Raises:
+            TypeError: an unknown argument.
             HoloError: a graph cannot do what is asked for: documents side by side in a row, a loss, inner states.
         """
         if asked := [name for name in NOT_IN_A_GRAPH if kwargs.get(name) is not None and kwargs[name] is not False]:
             raise HoloError(f"{', '.join(asked)}: an exported graph cannot take or give it; leave it out")
-        cache = past_key_values
+        told = {name: value for name, value in kwargs.items() if name not in (*NOT_IN_A_GRAPH, "position_ids")}
+        check_arguments(self, told, kwargs.get("position_ids") is not None)
+        cache = given_cache(past_key_values, cache)
         if cache is None and self.states:
             cache = RecurrentCache(self.config)
         tokens, seen = input_ids.shape[1], 0 if cache is None else cache.get_seq_length()
@@ -97,7 +102,7 @@ class HoloORTModelForCausalLM(ORTModelForCausalLM):
             cache.advance(tokens)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = outputs["logits"][:, kept]
-        output = CausalLMOutputWithPast(logits=logits, past_key_values=None if use_cache is False else cache)
+        output = CausalLMOutputWithPast(None, logits, None if use_cache is False else cache)
         return output.to_tuple() if return_dict is False else output
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any) -> None:

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import HoloError
 from ..files import write_text
+from ..modeling.cache import given_cache
 from .formats import Format, Program, Source, continues
 from .graph import PAST, TOTAL, Graph, State, held_by, make_cache
 
@@ -124,8 +126,14 @@ def computed_by(model: PreTrainedModel, graph: Graph, program: Program) -> Itera
     original = model.forward
 
     @functools.wraps(original)
-    def forward(input_ids, attention_mask=None, past_key_values=None, **kwargs) -> CausalLMOutputWithPast:
-        cache, batch, tokens = past_key_values, *input_ids.shape
+    def forward(
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        cache, (batch, tokens) = given_cache(past_key_values, cache), input_ids.shape
         seen = 0 if cache is None else cache.get_seq_length()
         if attention_mask is None:
             attention_mask = torch.ones(batch, seen + tokens, dtype=torch.long)
@@ -137,7 +145,7 @@ def computed_by(model: PreTrainedModel, graph: Graph, program: Program) -> Itera
             cache.layers = make_cache(model.config, graph.states, new).layers
             for layer in cache.layers:
                 layer.seen = seen + tokens
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(None, logits, cache)
 
     model.forward = forward
     try:

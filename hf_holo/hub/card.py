@@ -18,7 +18,7 @@ from ..conversion.evaluation import numbers_on_disk
 from ..errors import HoloError, first_line
 from ..eval.conformance.causality import CausalityReport
 from ..files import replacing
-from ..modeling.remote import auto_classes_of
+from ..modeling.remote_code import auto_classes_of
 from ..registry import architectures
 from .code import is_converted, read_config
 

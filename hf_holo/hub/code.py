@@ -13,15 +13,16 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..errors import HoloError, first_line
 from ..files import write_text
-from ..modeling import remote
+from ..modeling import remote_code
 from ..registry import architectures
 
-CONVERTED = Path(remote.__file__).with_name("converted.py")
+CONVERTED = Path(remote_code.__file__).with_name("converted.py")
 KINDS = {"model_type": str, "architectures": list, "auto_map": dict, "quantization_config": dict}  # in a config.json
 
 
 def add_code(folder: str | Path) -> list[str]:
-    """Put the code that is missing into the folder of a checkpoint, and return the names of the files written.
+    """Put the code that is missing or of another release into the folder of a checkpoint, and return the names of the
+    files written.
 
     Raises:
         HoloError: as [`missing_code`].
@@ -34,8 +35,9 @@ def add_code(folder: str | Path) -> list[str]:
 
 
 def missing_code(folder: Path) -> dict[str, str]:
-    """The files that the folder lacks to load without hf_holo, by name, and config.json with its `auto_map`, if it has
-    none. Empty for the models of transformers itself, and, with a warning, where the code cannot go along.
+    """The files that the folder lacks to load without hf_holo, or has from another release, by name, and config.json
+    with its `auto_map`, if it has none. Empty for the models of transformers itself, and, with a warning, where the
+    code cannot go along.
 
     Raises:
         HoloError: the folder holds no readable config.json.
@@ -46,11 +48,17 @@ def missing_code(folder: Path) -> dict[str, str]:
         warnings.warn(f"{folder} stays without code, and needs its packages installed: {reason}", stacklevel=2)
         return {}
     auto_map, files = _code_of(config)
-    missing = {path.name: path.read_text(encoding="utf-8") for path in files if not (folder / path.name).is_file()}
+    entries = {f"{reference.partition('.')[0]}.py" for reference in auto_map.values()}
+    texts = {p.name: remote_code.code_of(p) if p.name in entries else p.read_text(encoding="utf-8") for p in files}
+    missing = {name: text for name, text in texts.items() if not _holds(folder / name, text)}
     if not auto_map.items() <= (config.get("auto_map") or {}).items():
         config["auto_map"] = auto_map
         missing["config.json"] = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return missing
+
+
+def _holds(file: Path, text: str) -> bool:
+    return file.is_file() and file.read_text(encoding="utf-8", errors="replace") == text
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -84,24 +92,24 @@ def obstacle(config: dict[str, Any]) -> str | None:
     architecture = architectures().get(config.get("model_type"))
     if is_converted(config):
         names = config.get("architectures") or ["a model without a name"]
-        known = architecture is None and remote.auto_classes_of(names[0])
+        known = architecture is None and remote_code.auto_classes_of(names[0])
         return None if known else f"{names[0]} with holographic layers is no class of transformers"
     classes = [] if architecture is None else [architecture.config, *architecture.models.values()]
-    return next(filter(None, map(remote.obstacle, classes)), None)
+    return next(filter(None, map(remote_code.obstacle, classes)), None)
 
 
 def _code_of(config: dict[str, Any]) -> tuple[dict[str, str], list[Path]]:
     """The `auto_map` and the files that a checkpoint needs; nothing if transformers has all of it."""
     if is_converted(config):
         name = config["architectures"][0]
-        auto_classes = remote.auto_classes_of(name)
+        auto_classes = remote_code.auto_classes_of(name)
         return dict.fromkeys(auto_classes, f"{CONVERTED.stem}.{name}"), _with_imports([CONVERTED])
     architecture = architectures().get(config.get("model_type"))
     if architecture is None:
         return {}, []
     classes = {"AutoConfig": architecture.config, **architecture.models}
-    auto_map = {auto_class: remote.reference(cls) for auto_class, cls in classes.items()}
-    return auto_map, _with_imports([remote.file_of(cls) for cls in classes.values()])
+    auto_map = {auto_class: remote_code.reference(cls) for auto_class, cls in classes.items()}
+    return auto_map, _with_imports([remote_code.file_of(cls) for cls in classes.values()])
 
 
 def _with_imports(files: list[Path]) -> list[Path]:

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from ..errors import HoloError, Parser, first_line
-from ..modeling.loading import is_finite
+from ..modeling.checkpoint import is_finite
 from .card import is_own, make_card, name_repository, read_card
 from .code import missing_code
 
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
         return
     if constants.HF_HUB_OFFLINE:
         raise HoloError("REPO: HF_HUB_OFFLINE is set, so nothing can be sent")
-    with clear_errors(args.REPO):
+    with naming_the_checkpoint(args.REPO):
         url = push(items, args.REPO, args.private, args.message)
     print(f"The model is at {url}")
 
@@ -215,7 +215,7 @@ def push(items: list[Item], repo: str, private: bool = False, message: str = "Up
     Raises:
         HoloError: a public repository of this name exists and a private one is asked for, or the Hub refuses the header
             of the model card.
-        errors of huggingface_hub: see [`clear_errors`].
+        errors of huggingface_hub: see [`naming_the_checkpoint`].
     """
     api = HfApi()
     url = api.create_repo(repo, private=private, exist_ok=True)
@@ -233,7 +233,7 @@ def push(items: list[Item], repo: str, private: bool = False, message: str = "Up
 
 
 @contextmanager
-def clear_errors(repo: str) -> Iterator[None]:
+def naming_the_checkpoint(repo: str) -> Iterator[None]:
     """Turn what can go wrong on the way to the Hub into one line that says what to do.
 
     Raises:

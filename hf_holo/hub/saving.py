@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from ..errors import HoloError
-from ..modeling.remote import card_writers
+from ..modeling.remote_code import card_writers
 
 
 def write_missing_card(

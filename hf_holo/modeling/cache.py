@@ -1,10 +1,31 @@
 """The cache of recurrent models: a few tensors of constant size per layer, with exact roll-back."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# What transformers calls that which a model continues from: an argument of forward and a field of its output. Renamed
+# in 5.24; our models take both names in every release, and give it under the release's own.
+CACHE_NAMES = ("past_key_values", "cache")
+CACHE_NAME = CACHE_NAMES["cache" in BaseModelOutputWithPast.__dataclass_fields__]
+
+CROP_NAMES_WHAT_STAYS = "max_length" in inspect.signature(Cache.crop).parameters  # not what goes, as since 5.0
+SEEN = "tokens seen"
+
+
+def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """What a caller continues from, by whichever name it came.
+
+    By both names, `cache` is the one, as in transformers, unless it is empty: PEFT's prefix tuning gives its prefix by
+    the old name at every step, beside the cache of generate(), which has no tokens at the first.
+    """
+    if cache is None or (past_key_values is not None and not cache.get_seq_length()):
+        return past_key_values
+    return cache
 
 
 class _Write(NamedTuple):
@@ -24,12 +45,16 @@ class RecurrentLayer(CacheLayerMixin):
 
     is_compileable = False  # True would make generate() send a 4-D attention mask
     is_sliding = False
-    is_croppable = False
 
     def __init__(self):
         super().__init__()
         self.reset()
         self.recording = False
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether [`crop`] can take tokens back from now on: transformers asks before it speculates."""
+        return self.recording
 
     def get(self, name: str) -> torch.Tensor | None:
         """The state `name`, or None before the first token."""
@@ -47,9 +72,13 @@ class RecurrentLayer(CacheLayerMixin):
         self.seen += tokens
 
     def crop(self, length: int) -> None:
-        """Keep `length` tokens if it is positive, else drop `-length` (the two conventions of transformers)."""
-        drop = -length if length <= 0 else max(self.seen - length, 0)
-        if drop:
+        """Keep `length` tokens if it is positive, else drop `-length` (the two conventions of transformers); 0 keeps
+        none up to transformers 4.57, and drops none since 5.0."""
+        keeps = length > 0 or (length == 0 and CROP_NAMES_WHAT_STAYS)
+        drop = max(self.seen - length, 0) if keeps else -length
+        if drop and drop == self.seen:
+            self.reset()
+        elif drop:
             self.states = {name: self._rewind(name, drop) for name in self.states}
             self.states = {name: state for name, state in self.states.items() if state is not None}
             self.seen -= drop
@@ -73,18 +102,30 @@ class RecurrentLayer(CacheLayerMixin):
         self.seen = 0
         self.is_initialized = False
 
-    def _select(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def as_rows(self) -> dict[str, torch.Tensor]:
+        """The states by name, each `[B, ...]`, and as `SEEN` the number of tokens seen, `[B]`."""
+        rows = next((len(state) for state in self.states.values()), 0)
+        return {**self.states, SEEN: torch.full((rows,), self.seen)}
+
+    def fill(self, rows: dict[str, torch.Tensor]) -> None:
+        """Take over what [`as_rows`] has given."""
+        self.states = {name: state for name, state in rows.items() if name != SEEN}
+        self.seen = int(rows[SEEN][0]) if len(rows[SEEN]) else 0
+        self.is_initialized = bool(self.states)
+
+    def keep(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace every state by what `pick` makes of it."""
         self.states = {name: pick(state) for name, state in self.states.items()}
         self.journal = {}  # rows have moved: what was recorded no longer fits
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._select(lambda state: state.index_select(0, beam_idx.to(state.device)))
+        self.keep(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._select(lambda state: state.repeat_interleave(repeats, 0))
+        self.keep(lambda state: state.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._select(lambda state: state[indices])
+        self.keep(lambda state: state[indices])
 
     # What transformers asks of every layer; a recurrent one has no keys, no limit and nothing to allocate.
     def update(self, key_states, value_states, *args, **kwargs):
@@ -110,19 +151,35 @@ class RecurrentLayer(CacheLayerMixin):
 
 
 class RecurrentCache(Cache):
-    """`past_key_values` of a recurrent model: one [`RecurrentLayer`] per hidden layer.
+    """What a recurrent model continues from (`past_key_values` or `cache`): one [`RecurrentLayer`] per hidden layer.
 
     Args:
-        config: a model config with `num_hidden_layers`.
+        config: a model config with `num_hidden_layers`, or what iterating over a cache gives.
     """
 
     def __init__(self, config):
-        super().__init__(layers=[RecurrentLayer() for _ in range(config.num_hidden_layers)])
+        given = None if hasattr(config, "num_hidden_layers") else list(config)  # see __iter__
+        count = config.num_hidden_layers if given is None else len(given)
+        super().__init__(layers=[RecurrentLayer() for _ in range(count)])
+        for layer, states in zip(self.layers, given or (), strict=False):
+            layer.fill(states)
 
     def activate_past_recording(self) -> None:
         """Record updates from now on, so that `crop` can take tokens back."""
         for layer in self.layers:
             layer.recording = True
+
+    def stop_recording(self) -> None:
+        """Forget what was recorded, and record no more."""
+        for layer in self.layers:
+            layer.recording = False
+            layer.journal = {}
+
+    def detach_(self) -> "RecurrentCache":
+        """Cut the gradients here: between the pieces of truncated backpropagation through time. In place."""
+        for layer in self.layers:
+            layer.keep(torch.Tensor.detach)
+        return self
 
     def advance(self, tokens: int) -> None:
         for layer in self.layers:
@@ -132,5 +189,7 @@ class RecurrentCache(Cache):
     def is_empty(self) -> bool:
         return not self.layers[0].states
 
-    def __iter__(self):
-        return iter(tuple(layer.states.values()) for layer in self.layers)
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The states of every layer by name, with the number of tokens seen by every row: nn.DataParallel takes a cache
+        apart so, joins the rows of all devices, and makes a cache of them by `RecurrentCache(layers)`."""
+        return (layer.as_rows() for layer in self.layers)

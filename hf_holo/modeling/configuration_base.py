@@ -1,15 +1,15 @@
 """What the configs of all families share."""
 
-import math
-
 from transformers import PretrainedConfig
+
+from .validation import check_choice, check_positive, check_probability
 
 FORMAT = 1  # rises when a config or checkpoint stops being readable by older releases
 WIDEST, DEEPEST = 2**20, 2**10  # far above any model: a config beyond them is damaged, or meant to do damage
 HEAD_WIDTH = 32  # the default width of a head: wide enough to tell values apart, small enough to be quick on a CPU
 
 
-class RecurrentConfig(PretrainedConfig):
+class FamilyConfig(PretrainedConfig):
     """The arguments that the configs of all families share, and their checks.
 
     Args:
@@ -33,7 +33,7 @@ class RecurrentConfig(PretrainedConfig):
             `format_version` is newer than this release can read.
     """
 
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     norm_type = "layer"  # what a family normalises with, unless its config says otherwise
 
     def __init__(
@@ -105,42 +105,3 @@ def default_heads(hidden_size: int, multiple: int = 1, least: int = HEAD_WIDTH) 
 def default_intermediate(hidden_size: int) -> int:
     """Inner width of a gated channel mix: 8/3 of `hidden_size`, as a multiple of 8."""
     return max(8, hidden_size * 8 // 3 // 8 * 8)
-
-
-def check_choice(name: str, value, choices: tuple) -> None:
-    """Raise ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}")
-
-
-def check_positive(at_most: int = 2**31, /, **values: int) -> None:
-    """Raise ValueError unless every value is an integer from 1 to `at_most`."""
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a positive integer")
-        if value > at_most:
-            raise ValueError(f"{name}={value} is beyond all models; at most {at_most}")
-
-
-def check_probability(**values: float) -> None:
-    """Raise ValueError unless every value lies in [0, 1)."""
-    for name, value in values.items():
-        if not (isinstance(value, (int, float)) and 0 <= value < 1):
-            raise ValueError(f"{name}={value!r} must lie in [0, 1)")
-
-
-def check_frequencies(**limits: float) -> None:
-    """Raise ValueError unless the two limits are numbers above 0, at most π, and the second is not below the first."""
-    for name, value in limits.items():
-        if not (isinstance(value, (int, float)) and 0 < value <= math.pi):
-            raise ValueError(f"{name}={value!r} must be a positive number of at most π, in radians a token")
-    (low, lowest), (high, highest) = limits.items()
-    if lowest > highest:
-        raise ValueError(f"{low}={lowest} is above {high}={highest}")
-
-
-def check_divides(name: str, value: int, total_name: str, total: int) -> None:
-    """Raise ValueError unless `value` divides `total`."""
-    if total % value:
-        divisors = [d for d in range(1, total + 1) if total % d == 0]
-        raise ValueError(f"{name}={value} does not divide {total_name}={total}; choose one of {divisors}")

@@ -1,21 +1,14 @@
 """Configuration of the HOLO family."""
 
-from .configuration_base import (
-    WIDEST,
-    RecurrentConfig,
-    check_choice,
-    check_divides,
-    check_positive,
-    default_heads,
-    default_intermediate,
-)
+from .configuration_base import WIDEST, FamilyConfig, default_heads, default_intermediate
 from .harmonics import BASES
+from .validation import check_choice, check_divides, check_positive
 
 PROJECTIONS = ("holographic", "dense")
 ACTIVATIONS = ("silu", "sine")
 
 
-class HoloConfig(RecurrentConfig):
+class HoloConfig(FamilyConfig):
     """Configuration of HOLO: a transformer whose projections are holographic, dense, or some of each.
 
     Any `hidden_size` works without further arguments.
@@ -35,7 +28,7 @@ class HoloConfig(RecurrentConfig):
         sine_frequency: frequency ω of sine activations; their input is scaled to suit, so that it changes how fast
             they learn and not where they start.
         rotary_base: rotary positions turn by 1 radian a token down to 1/rotary_base.
-        kwargs: what all families share, see [`RecurrentConfig`] (`vocab_size`, `hidden_size`, `num_hidden_layers`,
+        kwargs: what all families share, see [`FamilyConfig`] (`vocab_size`, `hidden_size`, `num_hidden_layers`,
             `causal`, ...), and arguments of [`~transformers.PretrainedConfig`].
 
     Raises:

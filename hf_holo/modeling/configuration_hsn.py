@@ -1,17 +1,10 @@
 """Config of HoloSpectralNet."""
 
-from .configuration_base import (
-    WIDEST,
-    RecurrentConfig,
-    check_choice,
-    check_divides,
-    check_positive,
-    default_heads,
-    default_intermediate,
-)
+from .configuration_base import WIDEST, FamilyConfig, default_heads, default_intermediate
+from .validation import check_choice, check_divides, check_positive
 
 
-class HsnConfig(RecurrentConfig):
+class HsnConfig(FamilyConfig):
     r"""Config of the HoloSpectralNet models (`HsnModel` and its heads).
 
     Args:
@@ -30,7 +23,7 @@ class HsnConfig(RecurrentConfig):
         drift_base: the phase drift runs from 1 radian a token down to 1/drift_base, evenly in the logarithm.
         norm_type: `"layer"` (LayerNorm without bias) or `"rms"` (RMSNorm, as Llama and Phi-3 have it).
         rotary_base: base of the rotary positions of attention layers, which are as in Llama; None: they have none.
-        kwargs: what all families share, see [`RecurrentConfig`] (`vocab_size`, `hidden_size` or `dim`,
+        kwargs: what all families share, see [`FamilyConfig`] (`vocab_size`, `hidden_size` or `dim`,
             `num_hidden_layers` or `depth`, `causal`, ...), and arguments of [`~transformers.PretrainedConfig`].
 
     Raises:

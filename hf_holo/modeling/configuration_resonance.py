@@ -2,22 +2,14 @@
 
 import math
 
-from .configuration_base import (
-    WIDEST,
-    RecurrentConfig,
-    check_choice,
-    check_divides,
-    check_frequencies,
-    check_positive,
-    default_heads,
-    default_intermediate,
-)
+from .configuration_base import WIDEST, FamilyConfig, default_heads, default_intermediate
 from .configuration_vocabulary import lay_out_vocabulary
+from .validation import check_choice, check_divides, check_frequencies, check_positive
 
 BANK_WIDTH = 8  # channels that share one damping, unless the config says otherwise
 
 
-class ResonanceConfig(RecurrentConfig):
+class ResonanceConfig(FamilyConfig):
     """Config of the Resonance models for text (`ResonanceModel` and its heads).
 
     Args:
@@ -41,7 +33,7 @@ class ResonanceConfig(RecurrentConfig):
             Default: by the size of the vocabulary, see [`lay_out_vocabulary`].
         embedding_options: sizes of the tables of a compressed vocabulary that differ from the defaults, see there.
         max_position_embeddings: information only, there is no limit; the length that has been measured.
-        kwargs: what all families share, see [`RecurrentConfig`] (`vocab_size`, `hidden_size`, `num_hidden_layers`,
+        kwargs: what all families share, see [`FamilyConfig`] (`vocab_size`, `hidden_size`, `num_hidden_layers`,
             `causal`, ...), and arguments of [`~transformers.PretrainedConfig`].
 
     Raises:
@@ -72,6 +64,7 @@ class ResonanceConfig(RecurrentConfig):
         max_position_embeddings: int = 262_144,
         **kwargs,
     ):
+        kwargs.setdefault("num_attention_heads", 1)  # PEFT asks every config for it, also for prompts that need none
         super().__init__(max_position_embeddings=max_position_embeddings, **kwargs)
         hidden_size = self.hidden_size
         self.num_banks = default_heads(hidden_size, least=BANK_WIDTH) if num_banks is None else num_banks

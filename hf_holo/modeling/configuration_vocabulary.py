@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .configuration_base import check_choice, check_positive
+from .validation import check_choice, check_positive
 
 # The largest vocabulary for which each strategy is the default. Token ids end at 2^31 whatever the strategy.
 LARGEST = {"standard": 50_000, "frequency_compressed": 200_000, "adaptive": 500_000, "hash": 2**31}

@@ -13,11 +13,8 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 
-from .configuration_base import RecurrentConfig  # noqa: F401 (for remote.py)
-from .harmonics import HoloLinear  # noqa: F401 (for remote.py)
-from .loading import check_finite  # noqa: F401 (for remote.py)
 from .quantizer import PlanQuantizer, SurgeryPlan
-from .remote import auto_classes_of
+from .remote_code import auto_classes_of
 
 if "holo" not in AUTO_QUANTIZER_MAPPING:  # hf_holo, or another checkpoint, may have been here before
     register_quantization_config("holo")(SurgeryPlan)

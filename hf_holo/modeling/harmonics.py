@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .configuration_base import check_choice, check_positive
+from .validation import check_choice, check_positive
 
 BASES = ("random", "dct", "golden", "data")
 GOLDEN = (math.sqrt(5) - 1) / 2

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from .cache import RecurrentLayer
-from .configuration_base import check_positive
-from .layers import TokenLayout, at_least_float32, init_normal_
-from .ops import exporting, has_values, rotate_pairs
+from .layers import at_least_float32, init_normal_
+from .layout import TokenLayout
+from .phases import rotate_pairs
+from .recording import exporting, has_values
 from .resonators import ChunkContext, FadingSum
+from .validation import check_positive
 
 NOISE_FLOOR = 1e-4  # of the energy written: where the estimated crosstalk of a memory that is all explained ends
 

@@ -1,6 +1,7 @@
 """HOLO: transformers whose projections are harmonic, with attention, rotary positions and transformers' own cache."""
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,24 +10,15 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-from .base import (
-    Backbone,
-    CausalLMHead,
-    MaskedLMHead,
-    RecurrentPreTrainedModel,
-    SequenceClassificationHead,
-    TokenClassificationHead,
-)
-from .cache import RecurrentCache  # noqa: F401 (for remote.py)
-from .configuration_base import check_choice, check_divides
+from .backbone import Backbone
 from .configuration_holo import HoloConfig
-from .configuration_vocabulary import lay_out_vocabulary  # noqa: F401 (for remote.py)
 from .harmonics import BASES, HarmonicBasis, HoloLinear, SineActivation, harmonic_basis, named_seed
-from .layers import RotaryEmbedding, init_copy_
-from .loading import check_finite  # noqa: F401 (for remote.py)
-from .ops import exporting, rotate_pairs
-from .remote import with_code  # noqa: F401 (for remote.py)
-from .vocabulary import make_embedding  # noqa: F401 (for remote.py)
+from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, TokenClassificationHead
+from .layers import init_copy_
+from .phases import RotaryEmbedding, rotate_pairs
+from .pretrained import FamilyPreTrainedModel
+from .recording import exporting
+from .validation import check_choice, check_divides
 
 logger = logging.get_logger(__name__)
 
@@ -278,11 +270,11 @@ class HoloBlock(GradientCheckpointingLayer):
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
-class HoloPreTrainedModel(RecurrentPreTrainedModel):
+class HoloPreTrainedModel(FamilyPreTrainedModel):
     config_class = HoloConfig
     block_class = HoloBlock
     _no_split_modules = ["HoloBlock"]
-    capabilities = frozenset({"causal", "bidirectional", "rollback"})
+    capabilities = frozenset({"causal", "bidirectional", "rollback", "strict_arguments"})
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -321,7 +313,21 @@ class HoloModel(HoloPreTrainedModel, Backbone):
     def new_cache(self) -> DynamicCache:
         return DynamicCache()
 
-    def prepare(self, x, attention_mask, position_ids, seq_idx, cache):
+    def check_cache(self, cache: Cache) -> None:
+        if cache.is_compileable:
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}; HOLO continues from a cache that grows, such as "
+                "DynamicCache, not from a static one: leave cache_implementation out"
+            )
+
+    def prepare(
+        self,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        seq_idx: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> tuple[torch.Tensor, dict[str, Any], torch.Tensor | None]:
         """Of `position_ids` only the differences matter; by default they are counted on from the cache. Tokens see
         their own document of `seq_idx` only; it cannot be combined with a cache that holds tokens. Without it, without
         a mask and without such a cache, a 0 in `position_ids` begins a new document, as in transformers' own models."""

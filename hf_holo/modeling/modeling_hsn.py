@@ -1,37 +1,247 @@
 """HoloSpectralNet: language models that bind, bundle and unbind instead of attending."""
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .base import (
-    MaskedLMHead,
-    RecurrentBackbone,
-    RecurrentForCausalLM,
-    RecurrentPreTrainedModel,
-    SequenceClassificationHead,
-    TokenClassificationHead,
-)
-from .cache import RecurrentCache
-from .configuration_base import RecurrentConfig  # noqa: F401 (for remote.py)
+from .backbone import RecurrentBackbone
+from .binding import bind, unbind
+from .binding import bind as fft_circular_conv
+from .binding import unbind as fft_circular_corr
+from .cache import RecurrentCache, RecurrentLayer
 from .configuration_hsn import HsnConfig
-from .configuration_vocabulary import lay_out_vocabulary  # noqa: F401 (for remote.py)
+from .filters import SpectralGate
+from .heads import MaskedLMHead, RecurrentForCausalLM, SequenceClassificationHead, TokenClassificationHead
 from .layers import (
     GatedChannelMix,
     LiteChannelMix,
-    RotaryEmbedding,
-    SpectralGate,
-    TokenLayout,
+    at_least_float32,
+    init_copy_,
     init_residual_,
     make_channel_mix,
     make_norm,
 )
-from .loading import check_finite  # noqa: F401 (for remote.py)
-from .mixers import AttentionMixer, HolographicMixer
-from .ops import bind as fft_circular_conv
-from .ops import unbind as fft_circular_corr
-from .remote import with_code  # noqa: F401 (for remote.py)
-from .vocabulary import make_embedding  # noqa: F401 (for remote.py)
+from .layout import TokenLayout
+from .phases import RotaryEmbedding, phase_features, rotate_pairs, rotate_state
+from .pretrained import FamilyPreTrainedModel
+from .scans import cancelling_scan, interference_scan
+
+MIN_RELEASE = 1e-6  # below it the gradient of sqrt(1 - decay) overflows
+
+
+class HolographicMixer(nn.Module):
+    """Binds values to phases, bundles them in a decaying state, and unbinds what the present token asks for.
+
+    `binding="dynamic"`: per head with P phases, M_t = λ_t e^{-iω} M_{t-1} + e^{iθk_t} ⊗ √(1 - λ_t) v_t and
+    y_t = Re(e^{-iθq_t} · M_t) / √P: phases, values and the decay λ are computed from the input, and the drift ω
+    is the position encoding. `write="cancel"` subtracts what the key recalls before it writes (the delta rule).
+    `binding="static"`: one learned key binds and one unbinds, y = corr(EMA(bind(v, k)), u): the form of the original
+    HoloSpectralNet. The output is normalised per head and gated. A bidirectional mixer reads both directions.
+
+    Args:
+        config: an `HsnConfig`.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        dim, self.heads, self.key_heads = config.hidden_size, config.num_heads, config.num_key_heads
+        self.phases, self.head_dim = config.num_phases, config.head_dim
+        self.causal, self.dynamic = config.is_causal, config.binding == "dynamic"
+        self.cancel = config.write == "cancel"
+        self.norm_eps = config.norm_eps
+        filtered = config.gate_placement == "mixer"
+        self.filter = SpectralGate(dim, config.gate_taps, self.causal, "filter", delayed=0.5) if filtered else None
+        self.v_proj = nn.Linear(dim, self.key_heads * self.head_dim, bias=False)
+        self.gate_proj = nn.Linear(dim, dim, bias=False)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.norm_weight = nn.Parameter(torch.ones(dim))
+        if self.dynamic:
+            self.rotary = RotaryEmbedding(self.key_heads, self.phases, config.drift_base)
+            self.q_proj = nn.Linear(dim, self.heads * self.phases, bias=False)
+            self.k_proj = nn.Linear(dim, self.key_heads * self.phases, bias=False)
+            self.decay_proj = nn.Linear(dim, self.key_heads, bias=False)
+            if self.cancel:
+                self.write_proj = nn.Linear(dim, self.key_heads)
+        else:
+            self.bind_key = nn.Parameter(torch.empty(self.key_heads, self.head_dim))
+            self.unbind_key = nn.Parameter(torch.empty(self.heads, self.head_dim))
+        self.decay_bias = nn.Parameter(torch.empty(self.key_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.norm_weight)
+        # softplus: a memory of about 55 tokens in the first head, of 2 in the last
+        init_copy_(self.decay_bias, torch.linspace(-4.0, -0.5, self.key_heads))
+        if not self.dynamic:
+            nn.init.normal_(self.bind_key, std=self.head_dim**-0.5)
+            nn.init.normal_(self.unbind_key, std=self.head_dim**-0.5)
+
+    def state_spec(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the states, without the batch."""
+        features = 2 * self.phases if self.dynamic else 1
+        spec = self.filter.state_spec() if self.filter is not None else {}
+        return spec | {"memory": (self.key_heads, features, self.head_dim)}
+
+    def forward(
+        self, x: torch.Tensor, layout: TokenLayout | None = None, cache: RecurrentLayer | None = None
+    ) -> torch.Tensor:
+        """`[B, T, D]` to `[B, T, D]`; continues from `cache` and updates it, if given."""
+        layout = TokenLayout(x.shape[1]) if layout is None else layout
+        source = x if self.filter is None else F.silu(self.filter(x, layout, cache))
+        projected = self._project(x, source)
+        with torch.autocast(x.device.type, enabled=False):  # states and phases keep their precision
+            y = self._scan(*projected, layout, cache)
+            if not self.causal:
+                flipped = (None if z is None else z.flip(1) for z in projected)
+                y = y + self._scan(*flipped, layout.reversed(), None).flip(2)
+            y = F.layer_norm(y, (self.head_dim,), eps=self.norm_eps)
+        y = y.transpose(1, 2).flatten(2).to(x.dtype) * self.norm_weight  # [B, T, D]
+        return self.out_proj(y * F.silu(self.gate_proj(x)))
+
+    def _project(self, x: torch.Tensor, source: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Values `[B, T, H, V]`, phases of queries and keys `[B, T, H, P]`, decay and strength of writing `[B, T, H]`.
+
+        Phases, values and strength come from the filtered input, the decay from the input itself.
+        """
+        dtype = at_least_float32(x.dtype)
+        v = self.v_proj(source).unflatten(-1, (self.key_heads, -1)).to(dtype)
+        if not self.dynamic:
+            return v, None, None, x.new_zeros(*x.shape[:2], self.key_heads, dtype=dtype), None
+        theta_q = self.q_proj(source).unflatten(-1, (self.heads, -1)).to(dtype)
+        theta_k = self.k_proj(source).unflatten(-1, (self.key_heads, -1)).to(dtype)
+        strength = self.write_proj(source).to(dtype) if self.cancel else None
+        return v, theta_q, theta_k, self.decay_proj(x).to(dtype), strength
+
+    def _scan(self, v, theta_q, theta_k, decay, strength, layout: TokenLayout, cache: RecurrentLayer | None):
+        """Bind, bundle and unbind in one direction: `[B, H, T, V]`."""
+        q, k = self._keys(v, theta_q, theta_k, layout)
+        v = v.transpose(1, 2)  # [B, H, T, V]
+        if not self.dynamic:
+            v = bind(v, self.bind_key[:, None].to(v.dtype))
+        decay = (decay + self.decay_bias.to(decay.dtype)).transpose(1, 2).contiguous()  # [B, H, T]
+        log_decay = -F.softplus(decay)  # of other strides, torch.compile takes the wrong ones for its gradient
+        write = self._write(log_decay, strength)
+        if layout.valid is not None:  # padding neither decays the state nor writes
+            padding = ~layout.valid[:, None]
+            log_decay = log_decay.masked_fill(padding, 0.0)
+            write = write.masked_fill(padding, 0.0 if self.cancel else float("-inf"))
+        scan = cancelling_scan if self.cancel else interference_scan
+        before = cache.get("memory") if cache is not None else None
+        y, state = scan(q, k, v, log_decay, write, before, layout.document)
+        if cache is not None:
+
+            def replay(tokens: int) -> torch.Tensor:
+                inputs = (z[:, :, :tokens] for z in (q, k, v, log_decay, write))
+                part = layout.first(tokens)
+                return self._turn(scan(*inputs, before, part.document)[1], part)
+
+            cache.put("memory", self._turn(state, layout), layout.length, replay)
+        return y if self.dynamic else unbind(y, self.unbind_key[:, None].to(y.dtype))
+
+    def _keys(self, v, theta_q, theta_k, layout: TokenLayout) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features of queries and keys, `[B, H, T, F]`; a static key is the same for every token."""
+        if not self.dynamic:
+            ones = v.new_ones(v.shape[0], 1, v.shape[1], 1)
+            return ones.expand(-1, self.heads, -1, -1), ones.expand(-1, self.key_heads, -1, -1)
+        if layout.drift is None:
+            layout.drift = self.rotary(layout.length, v.device).to(v.dtype)
+        groups = self.heads // self.key_heads
+        drift = layout.drift if groups == 1 else layout.drift.repeat_interleave(groups, 1)
+        q, k = phase_features(theta_q, drift), phase_features(theta_k, layout.drift)
+        return (q * self.phases**-0.5, k * self.phases**-0.5) if self.cancel else (q, k)
+
+    def _write(self, log_decay: torch.Tensor, strength: torch.Tensor | None) -> torch.Tensor:
+        """Strength of writing `[B, H, T]`: β for the cancelling write, else the logarithm of the weight."""
+        if self.cancel:
+            return strength.sigmoid().transpose(1, 2)
+        released = (1 - log_decay.exp()).clamp_min(MIN_RELEASE).log()
+        return 0.5 * (released - math.log(self.phases)) if self.dynamic else released
+
+    def _turn(self, state: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+        """The state with its phases relative to the token that comes next."""
+        if not self.dynamic:
+            return state
+        tokens = torch.tensor(layout.length, device=state.device) if layout.lengths is None else layout.lengths
+        return rotate_state(state, self.rotary.angles(tokens))
+
+
+class AttentionMixer(nn.Module):
+    """Softmax attention for hybrids. Without `rotary_base` it has no positions: the layers around it know the order.
+
+    With it, queries and keys are turned as in Llama, by the number of real tokens before them; padding has no position.
+    Keys and values live in the same cache as the states of the other layers, and grow with the text.
+
+    Args:
+        config: an `HsnConfig`.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        dim, self.heads, self.key_heads = config.hidden_size, config.num_heads, config.num_key_heads
+        self.causal, self.head_dim = config.is_causal, config.head_dim
+        self.q_proj = nn.Linear(dim, dim, bias=False)
+        self.k_proj = nn.Linear(dim, self.key_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(dim, self.key_heads * self.head_dim, bias=False)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+        turned = config.rotary_base is not None
+        self.rotary = RotaryEmbedding(1, self.head_dim // 2, config.rotary_base) if turned else None
+
+    def forward(
+        self, x: torch.Tensor, layout: TokenLayout | None = None, cache: RecurrentLayer | None = None
+    ) -> torch.Tensor:
+        """`[B, T, D]` to `[B, T, D]`; continues from `cache` and updates it, if given."""
+        layout = TokenLayout(x.shape[1]) if layout is None else layout
+        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, T, V]
+        k = self.k_proj(x).unflatten(-1, (self.key_heads, -1)).transpose(1, 2)
+        v = self.v_proj(x).unflatten(-1, (self.key_heads, -1)).transpose(1, 2)
+        if self.rotary is not None:
+            angles = self.rotary.angles(self._positions(layout, cache, x.device)).transpose(-3, -2)  # [B, 1, T, V/2]
+            q, k = rotate_pairs(q, angles), rotate_pairs(k, angles)
+        labels = self._labels(x, layout, cache)
+        query_labels = labels
+        if cache is not None:
+            k, v = self._append("keys", k, 2, cache), self._append("values", v, 2, cache)
+            labels = self._append("labels", labels, 1, cache)
+        groups = self.heads // self.key_heads
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask(query_labels, labels))
+        return self.out_proj(y.transpose(1, 2).flatten(2))
+
+    def _labels(self, x: torch.Tensor, layout: TokenLayout, cache: RecurrentLayer | None) -> torch.Tensor:
+        """Document of every token `[B, T]`, counted on from the cached ones; -1 at padding."""
+        labels = layout.document
+        if labels is None:
+            labels = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+        past = cache.get("labels") if cache is not None else None
+        if past is not None:
+            labels = labels + F.pad(past, (1, 0)).amax(1, keepdim=True)  # at least 0: a past of padding has none
+        return labels if layout.valid is None else labels.masked_fill(~layout.valid, -1)
+
+    def _positions(self, layout: TokenLayout, cache: RecurrentLayer | None, device: torch.device) -> torch.Tensor:
+        """How many real tokens stand before every token, `[B, T]` (`[1, T]` without a past)."""
+        tokens = torch.arange(layout.length, device=device)[None]
+        past = cache.get("labels") if cache is not None else None
+        return tokens if past is None else tokens + (past >= 0).sum(1, keepdim=True)
+
+    def _append(self, name: str, new: torch.Tensor, dim: int, cache: RecurrentLayer) -> torch.Tensor:
+        past, tokens = cache.get(name), new.shape[dim]
+        whole = new if past is None else torch.cat([past, new], dim)
+        kept = whole.shape[dim] - tokens
+        cache.put(name, whole, tokens, lambda n: whole.narrow(dim, 0, kept + n))
+        return whole
+
+    def _mask(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Which key a query sees, `[B, 1, T, S]`: those of its document, and if causal not the later ones."""
+        seen = queries[:, :, None] == keys[:, None]
+        if self.causal:
+            new, total = queries.shape[1], keys.shape[1]
+            at = torch.arange(total, device=keys.device)
+            seen = seen & (at <= at[total - new :, None])
+        return seen[:, None]
+
 
 MIXERS = {"holographic": HolographicMixer, "attention": AttentionMixer}
 
@@ -79,11 +289,11 @@ class HoloSpectralBlock(GradientCheckpointingLayer):
         return spec | (self.gate.state_spec() if self.gate is not None else {})
 
 
-class HsnPreTrainedModel(RecurrentPreTrainedModel):
+class HsnPreTrainedModel(FamilyPreTrainedModel):
     config_class = HsnConfig
     block_class = HoloSpectralBlock
     _no_split_modules = ["HoloSpectralBlock"]
-    capabilities = frozenset({"causal", "bidirectional", "constant_state", "packing", "rollback"})
+    capabilities = frozenset({"causal", "bidirectional", "constant_state", "packing", "rollback", "strict_arguments"})
 
     @classmethod
     def state_spec(cls, config: HsnConfig) -> list[dict[str, tuple[int, ...]]]:

@@ -7,25 +7,17 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .base import (
-    MaskedLMHead,
-    RecurrentBackbone,
-    RecurrentForCausalLM,
-    RecurrentPreTrainedModel,
-    SequenceClassificationHead,
-    TokenClassificationHead,
-)
+from .backbone import RecurrentBackbone
 from .cache import RecurrentCache, RecurrentLayer
-from .configuration_base import RecurrentConfig  # noqa: F401 (for remote.py)
 from .configuration_resonance import ResonanceConfig
-from .configuration_vocabulary import lay_out_vocabulary  # noqa: F401 (for remote.py)
-from .layers import SpectralGate, TokenLayout, at_least_float32, init_residual_, make_channel_mix, make_norm
-from .loading import check_finite  # noqa: F401 (for remote.py)
+from .filters import SpectralGate
+from .heads import MaskedLMHead, RecurrentForCausalLM, SequenceClassificationHead, TokenClassificationHead
+from .layers import at_least_float32, init_residual_, make_channel_mix, make_norm
+from .layout import TokenLayout
 from .memory import PersistentMemory
-from .ops import exporting
-from .remote import with_code  # noqa: F401 (for remote.py)
+from .pretrained import FamilyPreTrainedModel
+from .recording import exporting
 from .resonators import ChunkContext, ResonatorBank
-from .vocabulary import make_embedding  # noqa: F401 (for remote.py)
 
 
 class Listener(nn.Module):
@@ -164,11 +156,11 @@ class ResonanceBlock(GradientCheckpointingLayer):
         return x + self.dropout(self.channel_mix(self.channel_norm(x)))
 
 
-class ResonancePreTrainedModel(RecurrentPreTrainedModel):
+class ResonancePreTrainedModel(FamilyPreTrainedModel):
     config_class = ResonanceConfig
     block_class = ResonanceBlock
     _no_split_modules = ["ResonanceBlock"]
-    capabilities = frozenset({"causal", "bidirectional", "constant_state", "packing", "rollback"})
+    capabilities = frozenset({"causal", "bidirectional", "constant_state", "packing", "rollback", "strict_arguments"})
 
     @classmethod
     def state_spec(cls, config: ResonanceConfig) -> list[dict[str, tuple[int, ...]]]:

@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .checkpoint import check_files, check_finite, check_offloaded, weight_files
 from .harmonics import HarmonicBasis, HoloLinear, named_seed
-from .loading import check_files, check_finite, check_offloaded, weight_files
 
 # How transformers marks a model that a quantizer has made, and its config.
 QUANTIZED = ("is_quantized", "hf_quantizer", "quantization_method", "quantization_config", "_pre_quantization_dtype")

@@ -18,9 +18,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from .cache import RecurrentLayer
-from .configuration_base import check_divides, check_frequencies, check_positive
-from .layers import TokenLayout, at_least_float32, init_copy_
-from .ops import drift_angles, exporting, interference_scan, short_causal_conv, single_token
+from .filters import short_causal_conv
+from .layers import at_least_float32, init_copy_
+from .layout import TokenLayout
+from .phases import drift_angles
+from .recording import exporting, single_token
+from .scans import interference_scan
+from .validation import check_divides, check_frequencies, check_positive
 
 SEGMENT = 512  # tokens handled by one FFT
 CHUNK = 64  # tokens handled by one matrix product where there is no FFT

@@ -22,7 +22,7 @@ from ..eval.conformance.checks import Violation
 from ..files import write_text
 from ..generation import generate_text
 from ..hub.card import write_card
-from ..modeling.loading import within_memory
+from ..modeling.checkpoint import within_memory
 from ..registry import preset_config
 from .arguments import DataArguments, Run, parse
 from .callbacks import LENGTHS, CausalityCallback
@@ -40,7 +40,7 @@ from .data import (
     text_splits,
 )
 from .masking import Masking, MaskingCollator, filled_sample, masked_splits
-from .optim import MuonAdamW
+from .optim import MuonAdamW, split_parameters
 from .report import RunReport, loss_line, plot_losses, write_metrics
 from .tokenizers import KINDS, add_mask, make_tokenizer, saved_tokenizer
 from .trainer import UNFINISHED, HoloTrainer, complete_checkpoints
@@ -255,8 +255,11 @@ def make_trainer(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     """Put model, data and optimizer together."""
     args = run.training
     args.eval_on_start |= run.data.data_format == "alpaca"  # the loss before training is part of the report
-    optimizer = None
-    if args.optimizer == "muon":
+    optimizer, uses_muon = None, args.optimizer == "muon"
+    if uses_muon and not split_parameters(model)["hidden"]:
+        uses_muon = False
+        PartialState().print("The blocks have no dense nn.Linear for Muon: everything is trained with AdamW (--optim).")
+    if uses_muon:
         betas = (args.adam_beta1, args.adam_beta2)
         optimizer = MuonAdamW.for_model(
             model, args.learning_rate, args.muon_lr_ratio, args.weight_decay, betas, args.adam_epsilon

@@ -23,7 +23,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..errors import HoloError
 from ..eval.metrics import LanguageScores
-from ..modeling.loading import check_files, check_finite, weight_files
+from ..modeling.checkpoint import check_files, check_finite, weight_files
 
 UNFINISHED = "unfinished"  # the folder beside the checkpoints of what is being written or deleted
 

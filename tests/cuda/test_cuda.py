@@ -23,7 +23,7 @@ from hf_holo.eval.conformance.generation import Speaker
 from hf_holo.eval.conformance.state import cache_tensors
 from hf_holo.eval.conformance.subject import main_output
 from hf_holo.eval.conformance.targets import family_subjects
-from hf_holo.modeling.base import Backbone
+from hf_holo.modeling.backbone import Backbone
 from hf_holo.modeling.harmonics import HoloLinear
 from hf_holo.modeling.memory import phasors
 from hf_holo.modeling.quantizer import checksum_of_bases

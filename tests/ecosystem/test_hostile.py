@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from hf_holo import HoloError, HoloSurgeryConfig, apply_surgery, architectures, cli
 from hf_holo.conversion.distill_arguments import parse as parse_distillation
-from hf_holo.modeling import loading
+from hf_holo.modeling import checkpoint as checkpoint_module
 from hf_holo.training.arguments import parse
 from hf_holo.training.tokenizers import character_tokenizer
 from hf_holo.training.train import main as train
@@ -332,7 +332,7 @@ def in_a_small_process(function, *arguments, seconds: int = 120):
     def run(sender) -> None:
         torch.set_num_threads(1)
         held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        loading.physical_memory = lambda: ALLOWED
+        checkpoint_module.physical_memory = lambda: ALLOWED
         resource.setrlimit(resource.RLIMIT_AS, (held + ALLOWED,) * 2)
         sender.send(function(*arguments))
 

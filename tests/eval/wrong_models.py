@@ -17,10 +17,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_holo.eval.conformance import GROUPS, Subject
-from hf_holo.modeling.base import RecurrentBackbone, RecurrentForCausalLM, RecurrentPreTrainedModel
+from hf_holo.modeling.backbone import RecurrentBackbone
 from hf_holo.modeling.cache import RecurrentCache
-from hf_holo.modeling.configuration_base import RecurrentConfig
+from hf_holo.modeling.configuration_base import FamilyConfig
+from hf_holo.modeling.heads import RecurrentForCausalLM
 from hf_holo.modeling.layers import LiteChannelMix, at_least_float32
+from hf_holo.modeling.pretrained import FamilyPreTrainedModel
 
 CHUNK, BLOCK = 32, 16
 TOY_SIZES = {
@@ -34,7 +36,7 @@ TOY_SIZES = {
 
 
 # ---------------------------------------------------------------------------------------------- the honest toy
-class ToyConfig(RecurrentConfig):
+class ToyConfig(FamilyConfig):
     model_type = "conformance-toy"
 
     def __init__(self, sublayers: Sequence[str] = ("Recurrence",), **kwargs):
@@ -110,7 +112,7 @@ class ToyBlock(GradientCheckpointingLayer):
         return x + self.channel_mix(self.norm(x))
 
 
-class ToyPreTrainedModel(RecurrentPreTrainedModel):
+class ToyPreTrainedModel(FamilyPreTrainedModel):
     config_class = ToyConfig
     block_class = ToyBlock
     _no_split_modules = ["ToyBlock"]

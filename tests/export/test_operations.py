@@ -5,28 +5,29 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_holo.modeling import ops
+from hf_holo.modeling import binding, filters, recording, scans
 
 
 @pytest.fixture
-def recording(monkeypatch):
+def in_a_graph(monkeypatch):
     """The operations take the form that they have in a graph."""
-    monkeypatch.setattr(ops, "exporting", lambda: True)
+    for module in (binding, filters, recording, scans):
+        monkeypatch.setattr(module, "exporting", lambda: True)
 
 
 @pytest.mark.parametrize("dim", [1, 2, 7, 32])
 @pytest.mark.parametrize("name", ["bind", "unbind"])
-def test_binding_by_products(recording, name, dim):
+def test_binding_by_products(in_a_graph, name, dim):
     a, b = torch.randn(3, 2, dim, dtype=torch.float64), torch.randn(2, dim, dtype=torch.float64)
-    expected = getattr(ops, f"{name}_naive")(a, b)
-    torch.testing.assert_close(getattr(ops, name)(a, b), expected, rtol=0, atol=1e-12)
+    expected = getattr(binding, f"{name}_naive")(a, b)
+    torch.testing.assert_close(getattr(binding, name)(a, b), expected, rtol=0, atol=1e-12)
 
 
 def test_inverse_of_a_triangle_is_stable():
     """The same key again and again, written at full strength, is the worst case: powers of `lower` reach 1e8."""
     lower = torch.ones(32, 32).tril(-1)
     expected = torch.eye(32) - torch.ones(31).diag(-1)
-    torch.testing.assert_close(ops._unit_lower_inverse(lower, 32), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(scans._unit_lower_inverse(lower, 32), expected, rtol=0, atol=1e-6)
 
 
 def scan_inputs(length: int, groups: int = 1):
@@ -39,13 +40,13 @@ def scan_inputs(length: int, groups: int = 1):
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 100])
 @pytest.mark.parametrize("scan", ["interference_scan", "cancelling_scan"])
-def test_scans_without_a_loop(recording, scan, length):
+def test_scans_without_a_loop(in_a_graph, scan, length):
     """Values and, for a compiler takes this form too, gradients."""
     inputs = [*scan_inputs(length, groups=2), torch.randn(2, 2, 6, 5, dtype=torch.float64)]
     for tensor in inputs:
         tensor.requires_grad_()
-    found = getattr(ops, scan)(*inputs)
-    expected = getattr(ops, f"{scan}_naive")(*inputs)
+    found = getattr(scans, scan)(*inputs)
+    expected = getattr(scans, f"{scan}_naive")(*inputs)
     weights = [torch.randn_like(output) for output in expected]
     gradients = (torch.autograd.grad(outputs, inputs, weights, materialize_grads=True) for outputs in (found, expected))
     for given, wanted in zip((*found, *next(gradients)), (*expected, *next(gradients)), strict=True):
@@ -65,22 +66,22 @@ class Sizes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("scan", ["interference_scan", "cancelling_scan"])
-def test_a_short_text_does_not_pay_for_the_longest(recording, scan):
+def test_a_short_text_does_not_pay_for_the_longest(in_a_graph, scan):
     with Sizes() as sizes:
-        getattr(ops, scan)(*scan_inputs(2))
-    assert sizes.largest == 2 * 2 * ops.CHUNK**2
+        getattr(scans, scan)(*scan_inputs(2))
+    assert sizes.largest == 2 * 2 * scans.CHUNK**2
 
 
-def test_too_many_chunks_give_nan_and_no_wrong_number(recording, monkeypatch):
-    monkeypatch.setattr(ops, "DOUBLINGS", 2)
-    y, state = ops.cancelling_scan(*scan_inputs(5 * ops.CHUNK))
-    assert y[:, :, : 5 * ops.CHUNK].isfinite().all()  # the output of chunk 5 reads the state behind chunk 4
+def test_too_many_chunks_give_nan_and_no_wrong_number(in_a_graph, monkeypatch):
+    monkeypatch.setattr(scans, "DOUBLINGS", 2)
+    y, state = scans.cancelling_scan(*scan_inputs(5 * scans.CHUNK))
+    assert y[:, :, : 5 * scans.CHUNK].isfinite().all()  # the output of chunk 5 reads the state behind chunk 4
     assert state.isnan().all()
 
 
 @pytest.mark.parametrize("taps", [1, 2, 5])
-def test_short_filters_without_a_function_of_their_own(recording, taps):
+def test_short_filters_without_a_function_of_their_own(in_a_graph, taps):
     x, kernel = torch.randn(2, 7, 3, dtype=torch.float64), torch.randn(3, taps, dtype=torch.float64)
     state = torch.randn(2, taps - 1, 3, dtype=torch.float64)
-    expected = ops.short_causal_conv_naive(x, kernel, state)
-    torch.testing.assert_close(ops.short_causal_conv(x, kernel, state), expected, rtol=0, atol=1e-12)
+    expected = filters.short_causal_conv_naive(x, kernel, state)
+    torch.testing.assert_close(filters.short_causal_conv(x, kernel, state), expected, rtol=0, atol=1e-12)

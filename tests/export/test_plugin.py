@@ -11,14 +11,16 @@ from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassif
 from hf_holo import HoloError, architectures, register_architecture, registry
 from hf_holo.cli import main
 from hf_holo.export.graph import Graph, states_of
-from hf_holo.modeling.base import RecurrentBackbone, RecurrentForCausalLM, RecurrentPreTrainedModel
-from hf_holo.modeling.configuration_base import RecurrentConfig
+from hf_holo.modeling.backbone import RecurrentBackbone
+from hf_holo.modeling.configuration_base import FamilyConfig
+from hf_holo.modeling.heads import RecurrentForCausalLM
 from hf_holo.modeling.layers import at_least_float32
+from hf_holo.modeling.pretrained import FamilyPreTrainedModel
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "pad_token_id": 0}
 
 
-class AverageConfig(RecurrentConfig):
+class AverageConfig(FamilyConfig):
     model_type = "export-average"
 
     def __init__(self, **kwargs):
@@ -46,7 +48,7 @@ class AverageBlock(nn.Module):
         return x + (total[..., :-1] / total[..., -1:].clamp_min(1)).to(x.dtype)
 
 
-class AveragePreTrainedModel(RecurrentPreTrainedModel):
+class AveragePreTrainedModel(FamilyPreTrainedModel):
     config_class = AverageConfig
     block_class = AverageBlock
     capabilities = frozenset({"causal", "constant_state"})

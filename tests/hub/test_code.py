@@ -18,11 +18,11 @@ from transformers.dynamic_module_utils import get_relative_import_files, get_rel
 import hf_holo
 from hf_holo import HoloError, HoloSurgeryConfig, HsnForCausalLM, apply_surgery, architectures, registry
 from hf_holo.hub.code import add_code, missing_code
-from hf_holo.modeling import remote
+from hf_holo.modeling import remote_code
 from hf_holo.registry import register_architecture
 
 TEXT = "a small text, seen by all"
-MODELING = Path(remote.__file__).parent
+MODELING = Path(remote_code.__file__).parent
 ENTRIES = [path for kind in ("configuration", "modeling", "tokenization") for path in MODELING.glob(f"{kind}_*.py")]
 
 LOAD = """
@@ -56,8 +56,11 @@ def forget(monkeypatch):
 
 
 @pytest.mark.parametrize("path", ENTRIES, ids=lambda path: path.stem)
-def test_what_an_auto_class_loads_imports_all_that_its_siblings_import(path):
-    assert {Path(file).stem for file in get_relative_import_files(path)} <= set(get_relative_imports(path))
+def test_the_copy_of_what_an_auto_class_loads_imports_all_that_its_siblings_import(path, tmp_path):
+    copy = tmp_path / path.name
+    copy.write_text(remote_code.code_of(path))
+    needed = {Path(file).stem for file in get_relative_import_files(path)} - {path.stem}
+    assert needed <= set(get_relative_imports(copy))
 
 
 def converted(tokenizer) -> LlamaForCausalLM:
@@ -151,10 +154,16 @@ def test_an_auto_map_names_all_heads(saved):
 def test_a_folder_of_an_earlier_release_is_completed(saved):
     before = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({k: v for k, v in before.items() if k != "auto_map"}))
-    (saved / "ops.py").unlink()
-    assert sorted(add_code(saved)) == ["config.json", "ops.py"]
+    (saved / "scans.py").unlink()
+    assert sorted(add_code(saved)) == ["config.json", "scans.py"]
     assert json.loads((saved / "config.json").read_text()) == before
     assert missing_code(saved) == {}
+
+
+def test_code_of_an_earlier_release_is_refreshed(saved):
+    (saved / "heads.py").write_text("# what an earlier release said\n")
+    assert add_code(saved) == ["heads.py"]
+    assert (saved / "heads.py").read_text() == (MODELING / "heads.py").read_text()
 
 
 def test_a_class_of_a_notebook_is_saved_with_a_warning(saved, tmp_path):

@@ -117,7 +117,7 @@ def test_what_is_pushed_from_python_has_code_and_a_card_of_facts(hub, run, saved
     cards = {name: repo["files"]["README.md"].decode() for name, repo in hub.repos.items()}
     for name in ("me/new", "me/saved", "me/earlier"):
         files = hub.repos[name]["files"]
-        assert {"config.json", "model.safetensors", "modeling_hsn.py", "ops.py"} <= set(files)
+        assert {"config.json", "model.safetensors", "modeling_hsn.py", "heads.py"} <= set(files)
         assert "AutoModelForMaskedLM" in json.loads(files["config.json"])["auto_map"]
         assert "| architecture | HsnForCausalLM |" in cards[name] and names(cards[name]) == {name}
         assert "More Information Needed" not in cards[name]

@@ -5,7 +5,7 @@ import torch
 
 import hf_holo
 from hf_holo import HolographicMixer, HoloSpectralBlock, HsnConfig, LiteChannelMix, RotaryEmbedding, SpectralGate
-from hf_holo.modeling import ops
+from hf_holo.modeling import binding
 
 
 def hidden(length: int, width: int = 32) -> torch.Tensor:
@@ -14,8 +14,8 @@ def hidden(length: int, width: int = 32) -> torch.Tensor:
 
 def test_the_original_names_of_binding_are_kept():
     a, b = hidden(3), hidden(1)
-    torch.testing.assert_close(hf_holo.fft_circular_conv(a, b), ops.bind_naive(a, b))
-    torch.testing.assert_close(hf_holo.fft_circular_corr(a, b), ops.unbind_naive(a, b))
+    torch.testing.assert_close(hf_holo.fft_circular_conv(a, b), binding.bind_naive(a, b))
+    torch.testing.assert_close(hf_holo.fft_circular_corr(a, b), binding.unbind_naive(a, b))
 
 
 @pytest.mark.parametrize("name", ["HolographicMixer", "SpectralGate", "LiteChannelMix", "RotaryEmbedding"])

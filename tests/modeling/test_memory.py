@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from hf_holo.modeling import memory as module
+from hf_holo.modeling.binding import bind
 from hf_holo.modeling.memory import HolographicMemory, phasors, recall_theory
-from hf_holo.modeling.ops import bind
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from hf_holo.modeling import ops
+from hf_holo.modeling import binding, filters, phases, recording, scans
 
 LENGTHS = (1, 7, 63, 64, 65, 200, 1100)
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
@@ -53,14 +53,14 @@ def documents(batch: int, length: int, generator: torch.Generator) -> torch.Tens
 def test_bind_and_unbind_equal_their_twins(width):
     torch.manual_seed(0)
     a, b = torch.randn(3, 5, width), torch.randn(3, 5, width)
-    assert_twins(ops.bind, ops.bind_naive, {"a": a, "b": b})
-    assert_twins(ops.unbind, ops.unbind_naive, {"c": a, "b": b})
+    assert_twins(binding.bind, binding.bind_naive, {"a": a, "b": b})
+    assert_twins(binding.unbind, binding.unbind_naive, {"c": a, "b": b})
 
 
 def test_bind_broadcasts_one_key_over_all_tokens():
     torch.manual_seed(0)
     x, key = torch.randn(2, 3, 8), torch.randn(8)
-    torch.testing.assert_close(ops.bind(x, key)[1, 2], ops.bind(x[1, 2], key))
+    torch.testing.assert_close(binding.bind(x, key)[1, 2], binding.bind(x[1, 2], key))
 
 
 @pytest.mark.parametrize("width", [7, 16])
@@ -69,7 +69,7 @@ def test_unbinding_with_a_unitary_key_is_exact(width):
     spectrum = torch.fft.rfft(torch.randn(width))
     key = torch.fft.irfft(spectrum / spectrum.abs(), n=width)
     x = torch.randn(4, width)
-    torch.testing.assert_close(ops.unbind(ops.bind(x, key), key), x, **TOLERANCE)
+    torch.testing.assert_close(binding.unbind(binding.bind(x, key), key), x, **TOLERANCE)
 
 
 # ---------------------------------------------------------------------------------------------- causal filters
@@ -78,19 +78,19 @@ def test_minimum_phase_kernel_equals_its_twin(bins):
     torch.manual_seed(0)
     coarse = torch.randn(3, 1, 5)
     smooth = torch.nn.functional.interpolate(coarse, size=bins, mode="linear", align_corners=True)[:, 0]
-    fast, naive = (kernel(smooth, 8) for kernel in (ops.minimum_phase_kernel, ops.minimum_phase_kernel_naive))
+    fast, naive = (kernel(smooth, 8) for kernel in (filters.minimum_phase_kernel, filters.minimum_phase_kernel_naive))
     torch.testing.assert_close(fast, naive, **TOLERANCE)
 
 
 def test_minimum_phase_kernel_has_the_magnitude_of_its_gate():
     logits = 1.5 * torch.cos(torch.linspace(0, math.pi, 65))
-    kernel = ops.minimum_phase_kernel(logits, 128)
+    kernel = filters.minimum_phase_kernel(logits, 128)
     response = torch.fft.rfft(kernel, n=128).abs()
     torch.testing.assert_close(response, torch.sigmoid(logits), rtol=1e-6, atol=1e-6)
 
 
 def test_minimum_phase_kernel_of_a_flat_gate_is_a_gain():
-    kernel = ops.minimum_phase_kernel(torch.full((17,), 0.3), 8)
+    kernel = filters.minimum_phase_kernel(torch.full((17,), 0.3), 8)
     expected = torch.zeros(8)
     expected[0] = torch.sigmoid(torch.tensor(0.3))
     torch.testing.assert_close(kernel, expected, **TOLERANCE)
@@ -100,7 +100,7 @@ def test_minimum_phase_kernel_delays_less_than_the_zero_phase_filter():
     """Of all causal filters with one magnitude response, its energy comes first: every partial sum is the largest."""
     torch.manual_seed(0)
     smooth = torch.nn.functional.interpolate(torch.randn(1, 1, 5), size=65, mode="linear", align_corners=True)[0, 0]
-    kernel = ops.minimum_phase_kernel(smooth, 128)
+    kernel = filters.minimum_phase_kernel(smooth, 128)
     linear_phase = torch.fft.irfft(torch.sigmoid(smooth)).roll(64)
     assert (kernel.square().cumsum(0) >= linear_phase.square().cumsum(0) - 1e-9).all()
 
@@ -112,32 +112,32 @@ def test_causal_convolutions_equal_their_twin(convolve, length, with_state):
     torch.manual_seed(0)
     inputs = {"x": torch.randn(2, length, 3), "kernel": torch.randn(3, 4)}
     inputs["state"] = torch.randn(2, 3, 3) if with_state else None
-    assert_twins(getattr(ops, convolve), ops.causal_conv_naive, inputs)
+    assert_twins(getattr(filters, convolve), filters.causal_conv_naive, inputs)
 
 
 def test_causal_convolution_with_a_kernel_longer_than_the_input():
     torch.manual_seed(0)
     inputs = {"x": torch.randn(2, 5, 3), "kernel": torch.randn(3, 40), "state": torch.randn(2, 39, 3)}
-    assert_twins(ops.causal_conv, ops.causal_conv_naive, inputs)
+    assert_twins(filters.causal_conv, filters.causal_conv_naive, inputs)
 
 
 def test_short_convolution_sees_no_other_document():
     torch.manual_seed(0)
     x, kernel, state = torch.randn(1, 9, 3), torch.randn(3, 4), torch.randn(1, 3, 3)
     document = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2]])
-    got = ops.short_causal_conv(x, kernel, state, document)
+    got = filters.short_causal_conv(x, kernel, state, document)
     pieces = zip(x.split((4, 2, 3), 1), (state, None, None), strict=True)
-    expected = torch.cat([ops.causal_conv_naive(piece, kernel, before) for piece, before in pieces], 1)
+    expected = torch.cat([filters.causal_conv_naive(piece, kernel, before) for piece, before in pieces], 1)
     torch.testing.assert_close(got, expected, **TOLERANCE)
     inputs = {"x": x, "kernel": kernel, "state": state}
-    assert_twins(ops.short_causal_conv, ops.short_causal_conv_naive, inputs, document=document)
+    assert_twins(filters.short_causal_conv, filters.short_causal_conv_naive, inputs, document=document)
 
 
 # ---------------------------------------------------------------------------------------------- phases
 def test_drift_angles_stay_exact_far_out():
     omega = torch.tensor([[0.1, 2.5]], dtype=torch.float32)
     tokens = torch.tensor([0, 1, 1_000_003])
-    angles = ops.drift_angles(omega, tokens)
+    angles = phases.drift_angles(omega, tokens)
     assert angles.shape == (3, 1, 2) and angles.dtype == torch.float32
     exact = (omega.double() * tokens[:, None, None]) % (2 * math.pi)
     torch.testing.assert_close(angles.double(), exact, rtol=0, atol=1e-6)
@@ -146,7 +146,7 @@ def test_drift_angles_stay_exact_far_out():
 def test_phase_features_equal_their_twin():
     torch.manual_seed(0)
     drift = torch.randn(7, 2, 3)
-    assert_twins(ops.phase_features, ops.phase_features_naive, {"theta": torch.randn(2, 7, 2, 3)}, drift=drift)
+    assert_twins(phases.phase_features, phases.phase_features_naive, {"theta": torch.randn(2, 7, 2, 3)}, drift=drift)
 
 
 def test_rotating_a_state_equals_rotating_the_query_back():
@@ -154,8 +154,8 @@ def test_rotating_a_state_equals_rotating_the_query_back():
     torch.manual_seed(0)
     theta, angle = torch.randn(1, 1, 2, 3), torch.randn(2, 3)
     state = torch.randn(1, 2, 6, 5)
-    rotated = ops.phase_features_naive(theta, torch.zeros(1, 2, 3)) @ ops.rotate_state(state, angle)
-    read = ops.phase_features_naive(theta, angle[None]) @ state
+    rotated = phases.phase_features_naive(theta, torch.zeros(1, 2, 3)) @ phases.rotate_state(state, angle)
+    read = phases.phase_features_naive(theta, angle[None]) @ state
     torch.testing.assert_close(rotated, read, **TOLERANCE)
 
 
@@ -183,7 +183,7 @@ SCANS = ("interference", "cancelling")
 
 
 def scan_pair(scan: str) -> tuple:
-    return getattr(ops, f"{scan}_scan"), getattr(ops, f"{scan}_scan_naive")
+    return getattr(scans, f"{scan}_scan"), getattr(scans, f"{scan}_scan_naive")
 
 
 @pytest.mark.parametrize("scan", SCANS)
@@ -213,7 +213,8 @@ def test_the_chunk_changes_no_result(scan, chunk):
 @pytest.mark.parametrize("with_documents", [False, True])
 def test_the_exported_scan_equals_the_twin(monkeypatch, scan, length, with_documents):
     """What is recorded into graphs: no loop over chunks, no autograd function, always padded to whole chunks."""
-    monkeypatch.setattr(ops, "exporting", lambda: True)
+    for module in (recording, scans):
+        monkeypatch.setattr(module, "exporting", lambda: True)
     generator = torch.Generator().manual_seed(length)
     inputs = scan_inputs(scan, length, 2, True, generator)
     document = documents(2, length, generator) if with_documents else None

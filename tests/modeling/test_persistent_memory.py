@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from hf_holo import ResonanceConfig, ResonanceModel
 from hf_holo.eval.conformance.subject import perturb
-from hf_holo.modeling import ops, resonators
-from hf_holo.modeling.layers import TokenLayout
+from hf_holo.modeling import filters, recording, resonators, scans
+from hf_holo.modeling import memory as memory_module
+from hf_holo.modeling.layout import TokenLayout
 from hf_holo.modeling.memory import HolographicMemory, PersistentMemory
 from hf_holo.modeling.resonators import FadingSum
 
@@ -41,7 +42,7 @@ def naive(memory, x):
 
 @pytest.mark.parametrize("export", [False, True], ids=["eager", "export"])
 def test_it_is_a_holographic_memory_written_to_chunk_by_chunk(monkeypatch, export):
-    for module in (ops, resonators):
+    for module in (filters, memory_module, recording, resonators, scans):
         monkeypatch.setattr(module, "exporting", lambda: export)
     memory, x = make(), noise(2, 33, DIM).requires_grad_()
     leaves = [x, *memory.parameters()]

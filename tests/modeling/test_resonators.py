@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_holo.modeling import resonators
-from hf_holo.modeling.layers import TokenLayout
+from hf_holo.modeling.layout import TokenLayout
 from hf_holo.modeling.resonators import MIN_DAMPING, ChunkContext, ResonatorBank, resonate, resonate_naive
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}

@@ -14,20 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 from hf_holo import ResonanceConfig, ResonanceForCausalLM, ResonanceForMaskedLM
 from hf_holo.eval.cost import info
-from hf_holo.modeling import base, vocabulary
+from hf_holo.modeling import hashing, heads, losses, vocabulary
 from hf_holo.modeling.configuration_vocabulary import lay_out_vocabulary
-from hf_holo.modeling.vocabulary import (
-    HashEmbedding,
-    check_ids,
-    collisions,
-    dense_token_losses,
-    gather_scores,
-    gather_scores_naive,
-    hash_codes,
-    language_loss,
-    language_loss_naive,
-    vocabulary_parameters,
-)
+from hf_holo.modeling.embeddings import check_ids
+from hf_holo.modeling.hashing import HashEmbedding, collisions, gather_scores, gather_scores_naive, hash_codes
+from hf_holo.modeling.losses import dense_token_losses, language_loss, language_loss_naive
+from hf_holo.modeling.vocabulary import vocabulary_parameters
 
 VOCAB_SIZE, WIDTH = 83, 16
 OPTIONS = {
@@ -188,7 +180,7 @@ def test_a_bfloat16_head_normalises_in_float32(embedding, hidden):
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("num_items", [None, 7, torch.tensor(7)])
 def test_loss_in_pieces_is_the_loss_at_once(embedding, hidden, labels, shift, num_items, monkeypatch):
-    monkeypatch.setattr(vocabulary, "SCORES_AT_ONCE", 4 * embedding.scores_per_token)
+    monkeypatch.setattr(losses, "SCORES_AT_ONCE", 4 * embedding.scores_per_token)
     got = language_loss(
         embedding.token_losses, embedding.scores_per_token, hidden, labels, shift, num_items_in_batch=num_items
     )
@@ -198,7 +190,7 @@ def test_loss_in_pieces_is_the_loss_at_once(embedding, hidden, labels, shift, nu
 
 
 def test_loss_of_a_dense_head_in_pieces(hidden, labels, monkeypatch):
-    monkeypatch.setattr(vocabulary, "SCORES_AT_ONCE", 4 * VOCAB_SIZE)
+    monkeypatch.setattr(losses, "SCORES_AT_ONCE", 4 * VOCAB_SIZE)
     head = torch.nn.Linear(WIDTH, VOCAB_SIZE, bias=False).double()
     got = language_loss(dense_token_losses(head), VOCAB_SIZE, hidden, labels, shift=True)
     expected = language_loss_naive(head(hidden), labels, shift=True)
@@ -232,7 +224,7 @@ def test_loss_never_holds_all_scores(strategy, monkeypatch):
     embedding = make(strategy, vocab_size)
     hidden = torch.randn(2, tokens // 2, WIDTH, requires_grad=True)
     labels = torch.randint(vocab_size, (2, tokens // 2))
-    monkeypatch.setattr(vocabulary, "SCORES_AT_ONCE", 16 * vocab_size)
+    monkeypatch.setattr(losses, "SCORES_AT_ONCE", 16 * vocab_size)
     with LargestTensor() as largest:
         language_loss(embedding.token_losses, embedding.scores_per_token, hidden, labels, True).backward()
     assert largest.numel <= 16 * vocab_size < tokens * vocab_size / 10
@@ -284,8 +276,8 @@ def test_hash_codes_are_the_same_everywhere():
     index, sign = hash_codes(torch.tensor(ids), 3, 1000)
     for ours, theirs in zip((index, sign), hash_codes(np.array(ids), 3, 1000), strict=True):
         assert ours.tolist() == theirs.tolist()
-    modulus = vocabulary.PRIME
-    for k, (a, b, c) in enumerate(vocabulary._coefficients(3)):
+    modulus = hashing.PRIME
+    for k, (a, b, c) in enumerate(hashing._coefficients(3)):
         codes = [(a * i * i + b * i + c) % modulus % 2000 for i in ids]  # in integers without bound
         assert index[:, k].tolist() == [code // 2 + 1000 * k for code in codes]
         assert sign[:, k].tolist() == [1 - 2 * (code % 2) for code in codes]
@@ -300,8 +292,8 @@ def test_hash_codes_do_not_overflow_in_narrow_integers(dtype):
 
 
 def test_the_modulus_is_the_prime_above_all_ids():
-    primes = [n for n in range(2**31 + 1, vocabulary.PRIME + 1) if all(n % d for d in range(2, math.isqrt(n) + 1))]
-    assert primes == [vocabulary.PRIME]
+    primes = [n for n in range(2**31 + 1, hashing.PRIME + 1) if all(n % d for d in range(2, math.isqrt(n) + 1))]
+    assert primes == [hashing.PRIME]
 
 
 def test_ids_up_to_two_to_the_31():
@@ -329,30 +321,30 @@ def test_a_head_that_this_machine_cannot_hold_is_refused_at_once(monkeypatch):
 def test_what_the_codes_take_is_what_is_reckoned(monkeypatch):
     tokens, hashes = 50_000, 3
     tracemalloc.start()
-    vocabulary._all_codes.__wrapped__(tokens, hashes, 500)
+    hashing._all_codes.__wrapped__(tokens, hashes, 500)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     monkeypatch.setattr(vocabulary, "physical_memory", lambda: 0.9 * peak)
     with pytest.raises(ValueError, match="vocab_size=50000"):
-        vocabulary._all_codes.__wrapped__(tokens, hashes, 500)
+        hashing._all_codes.__wrapped__(tokens, hashes, 500)
     monkeypatch.setattr(vocabulary, "physical_memory", lambda: 1.1 * peak)
-    vocabulary._all_codes.__wrapped__(tokens, hashes, 500)
+    hashing._all_codes.__wrapped__(tokens, hashes, 500)
 
 
 def test_codes_stay_on_the_device(hidden):
     embedding = make("hash", **OPTIONS["hash"]).double()
     sizes = hidden.device, VOCAB_SIZE, embedding.hashes, embedding.buckets
-    vocabulary._codes_on.cache_clear()
-    assert vocabulary._codes_on(*sizes)[0] is vocabulary._codes_on(*sizes)[0]
+    hashing._codes_on.cache_clear()
+    assert hashing._codes_on(*sizes)[0] is hashing._codes_on(*sizes)[0]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # as while a graph is recorded: its tensors must not stay
         embedding.logits(mode.from_tensor(hidden.detach()))
-    assert all(type(code) is torch.Tensor for code in vocabulary._codes_on(*sizes))
-    assert vocabulary._codes_on.cache_info().currsize == 1
+    assert all(type(code) is torch.Tensor for code in hashing._codes_on(*sizes))
+    assert hashing._codes_on.cache_info().currsize == 1
 
 
 def test_codes_first_needed_in_inference_mode_serve_training(hidden):
     embedding = make("hash", **OPTIONS["hash"]).double()
-    vocabulary._codes_on.cache_clear()
+    hashing._codes_on.cache_clear()
     with torch.inference_mode():
         embedding.logits(hidden)
     embedding.logits(hidden).sum().backward()
@@ -413,7 +405,7 @@ def test_a_large_evaluation_gives_logits_only_where_they_are_asked_for(config, l
     model = ResonanceForCausalLM(config).double().eval()
     ids = torch.randint(VOCAB_SIZE, (2, 9))
     whole = model(input_ids=ids, labels=labels)
-    monkeypatch.setattr(base, "LOGITS_WITH_A_LOSS", labels.numel() * VOCAB_SIZE - 1)
+    monkeypatch.setattr(heads, "LOGITS_WITH_A_LOSS", labels.numel() * VOCAB_SIZE - 1)
     large = model(input_ids=ids, labels=labels)
     assert large.logits is None
     torch.testing.assert_close(large.loss.float(), whole.loss)

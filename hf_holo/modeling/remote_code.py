@@ -3,19 +3,21 @@
 transformers copies the file of a class and, recursively, the files that it imports as `from .sibling import name`. A
 class takes part if it says which Auto class loads it (`_auto_class`).
 
-From a local folder, transformers 4.57 fetches only what the file of the class itself imports. So the files that Auto
-classes load (`configuration_*`, `modeling_*`, `tokenization_*`) import all that their siblings import, too.
+From a local folder, transformers 4.57 fetches only what the file of the class itself imports. So the copies of the
+files that Auto classes load (`configuration_*`, `modeling_*`, ...) import all that their siblings import, too:
+[`code_of`].
 """
 
+import ast
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import transformers
 from transformers import PreTrainedModel
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 card_writers: list[Callable[..., bool]] = []  # hf_holo puts its own here; without it, models have transformers' cards
 
@@ -39,6 +41,30 @@ def file_of(cls: type) -> Path | None:
     """Where a class is defined; None if in no file."""
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
     return None if file is None else Path(file)
+
+
+def code_of(file: Path) -> str:
+    """The text of a file that an Auto class loads, as it goes with a checkpoint: it imports something from every file
+    that the files which it imports need."""
+    needed = {Path(path) for path in get_relative_import_files(file)} - {file}
+    direct = get_relative_imports(file)
+    further = sorted(path for path in needed if path.stem not in direct)
+    lines = [f"from .{path.stem} import {_first_name(path)}  # noqa: F401\n" for path in further]
+    why = "\n# what the files above import: transformers 4.57 copies only what this one names\n" if lines else ""
+    return file.read_text(encoding="utf-8") + why + "".join(lines)
+
+
+def _first_name(file: Path) -> str:
+    """A name that a file defines."""
+    nodes = ast.parse(file.read_text(encoding="utf-8")).body
+    return next(node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef)))
+
+
+def complete_code(folder: Path, classes: Iterable[type]) -> None:
+    """Write the files of these classes, which transformers has copied into a folder, as [`code_of`] gives them."""
+    for file in {file_of(cls) for cls in classes}:
+        if (folder / file.name).is_file():
+            (folder / file.name).write_text(code_of(file), encoding="utf-8")
 
 
 def auto_map(model_class: type[PreTrainedModel]) -> dict[str, str]:

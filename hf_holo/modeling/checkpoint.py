@@ -52,7 +52,7 @@ def check_memory(build: Callable[[], nn.Module]) -> None:
 
 
 @contextmanager
-def clear_errors(name: object) -> Iterator[None]:
+def naming_the_checkpoint(name: object) -> Iterator[None]:
     """Make the errors of reading weights say which checkpoint they are about, and what is wrong with it.
 
     Args:
@@ -84,7 +84,7 @@ def check_files(files: Iterable[str | Path]) -> None:
     """
     for file in files:
         if str(file).endswith(".safetensors"):
-            with clear_errors(file), safe_open(file, "pt"):
+            with naming_the_checkpoint(file), safe_open(file, "pt"):
                 pass
 
 

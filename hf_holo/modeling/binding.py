@@ -1,0 +1,62 @@
+"""Binding by circular convolution, and unbinding by correlation, each beside its naive twin.
+
+Source: holographic reduced representations (Plate, 1995).
+"""
+
+import numpy as np
+import torch
+
+from .recording import exporting, fixed_table
+
+
+def bind(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Holographic binding: circular convolution along the last dimension, a ⊛ b.
+
+    Args:
+        a, b: `[..., D]`, broadcast against each other.
+
+    Returns:
+        `[..., D]` with c[n] = Σ_m a[m] b[(n - m) mod D].
+    """
+    if exporting():
+        return _bind_by_product(a, b, 1)
+    return torch.fft.irfft(torch.fft.rfft(a) * torch.fft.rfft(b), n=a.shape[-1])
+
+
+def bind_naive(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Twin of [`bind`]: the sum over m, one shift at a time."""
+    return sum(a[..., m, None] * b.roll(m, -1) for m in range(a.shape[-1]))
+
+
+def unbind(c: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Inverse of [`bind`] up to crosstalk: circular correlation of `c` with the key `b`, both `[..., D]`.
+
+    Exact when every frequency of `b` has magnitude one (a unitary key).
+    """
+    if exporting():
+        return _bind_by_product(c, b, -1)
+    return torch.fft.irfft(torch.fft.rfft(c) * torch.fft.rfft(b).conj(), n=c.shape[-1])
+
+
+def unbind_naive(c: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Twin of [`unbind`]: out[n] = Σ_m c[(n + m) mod D] b[m]."""
+    return sum(b[..., m, None] * c.roll(-m, -1) for m in range(c.shape[-1]))
+
+
+def _bind_by_product(a: torch.Tensor, b: torch.Tensor, sign: int) -> torch.Tensor:
+    """[`bind`] (sign 1) and [`unbind`] (-1) without an FFT: the Fourier transforms are products with fixed matrices."""
+    to_spectrum, from_spectrum = (torch.from_numpy(table).to(a) for table in _dft_tables(int(a.shape[-1])))
+    (a_real, a_imaginary), (b_real, b_imaginary) = ((x @ to_spectrum).chunk(2, -1) for x in (a, b))
+    b_imaginary = sign * b_imaginary
+    real, imaginary = a_real * b_real - a_imaginary * b_imaginary, a_real * b_imaginary + a_imaginary * b_real
+    return torch.cat([real, imaginary], -1) @ from_spectrum
+
+
+@fixed_table
+def _dft_tables(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers to real and imaginary parts of their spectrum, [n, 2R], and back, [2R, n], with R = n // 2 + 1."""
+    frequency, at = np.arange(n // 2 + 1), np.arange(n)
+    angle = 2 * np.pi / n * (at[:, None] * frequency % n)
+    weight = np.where((frequency == 0) | (2 * frequency == n), 1.0, 2.0)[:, None] / n  # both halves of a spectrum
+    to_spectrum = np.concatenate([np.cos(angle), -np.sin(angle)], 1)
+    return to_spectrum, np.concatenate([weight * np.cos(angle).T, -weight * np.sin(angle).T])

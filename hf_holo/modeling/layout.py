@@ -1,0 +1,156 @@
+"""Where the real tokens and the documents of a batch are: found once per forward pass, read by every layer."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .cache import RecurrentCache
+from .recording import exporting
+
+
+@dataclass
+class TokenLayout:
+    """Where the real tokens and the documents of a batch are. Computed once per forward pass, read by every layer.
+
+    The real tokens of a row stand in front of its padding (see [`arrange`]), so that position t is the t-th real
+    token and no causal layer meets a gap.
+
+    Attributes:
+        length: tokens T in a row, padding included.
+        valid: `[B, T]`, False at padding; None where every token is real.
+        lengths: `[B]` number of real tokens; None where every token is real.
+        document: `[B, T]` document index, 0 for the document that the cache holds; None for one document.
+        drift: `[T, H, P]` phase drift, filled by the first layer that needs it, since all layers share it.
+    """
+
+    length: int
+    valid: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+    document: torch.Tensor | None = None
+    drift: torch.Tensor | None = None
+
+    def first(self, tokens: int) -> "TokenLayout":
+        """The layout of the first `tokens` positions."""
+        cut = (None if x is None else x[:, :tokens] for x in (self.valid, self.document))
+        lengths = None if self.lengths is None else self.lengths.clamp(max=tokens)
+        drift = None if self.drift is None else self.drift[:tokens]
+        valid, document = cut
+        return TokenLayout(tokens, valid, lengths, document, drift)
+
+    def slice(self, start: int, stop: int) -> "TokenLayout":
+        """The layout of the positions from `start` up to `stop`, continued from the state behind those before."""
+        stop = min(stop, self.length)
+        valid = None if self.valid is None else self.valid[:, start:stop]
+        lengths = None if self.lengths is None else (self.lengths - start).clamp(0, stop - start)
+        document = self.document
+        if document is not None:
+            document = document[:, start:stop] - (document[:, start - 1 : start] if start else 0)
+        return TokenLayout(stop - start, valid, lengths, document)
+
+    def reversed(self) -> "TokenLayout":
+        """The layout of the rows read from the end: padding first, documents numbered from the end."""
+        valid = None if self.valid is None else self.valid.flip(1)
+        document = None if self.document is None else self.document[:, -1:] - self.document.flip(1)
+        return TokenLayout(self.length, valid, self.lengths, document, self.drift)
+
+    def last_real(self, x: torch.Tensor, count: int) -> torch.Tensor:
+        """The `count` rows of `x` `[B, count + T, D]` that end with the last real token: `[B, count, D]`."""
+        if self.lengths is None:
+            return x[:, self.length : self.length + count].clone()  # a view would keep all of x alive in the cache
+        index = self.lengths[:, None] + torch.arange(count, device=x.device)
+        return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+    def mask(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` `[B, T, D]` with zeros at padding."""
+        return x if self.valid is None else x * self.valid[..., None].to(x.dtype)
+
+
+def arrange(
+    x: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    seq_idx: torch.Tensor | None,
+    cache: RecurrentCache | None,
+) -> tuple[TokenLayout, torch.Tensor | None]:
+    """Find padding and documents, and where every token goes so that the real ones stand in front.
+
+    Returns:
+        The layout after the move, and the new position of every token `[B, T]`, None if none moves.
+
+    Raises:
+        ValueError: the mask calls tokens padding that the cache holds as real ones.
+    """
+    length = x.shape[1]
+    layout, order = TokenLayout(length), None
+    if attention_mask is not None:
+        _check_past(attention_mask, length, cache)
+        valid = attention_mask[:, -length:].bool()
+        if exporting() or not bool(valid.all()):
+            real = valid.long().cumsum(1)  # ONNX sums no booleans
+            layout.lengths = real[:, -1]
+            behind = layout.lengths[:, None] + (~valid).long().cumsum(1) - 1
+            order = torch.where(valid, real - 1, behind)
+            layout.valid = torch.arange(length, device=x.device) < layout.lengths[:, None]
+    fresh = cache is None or cache.is_empty  # then the first document needs no reset
+    if cache is not None:
+        _count_padding(layout, cache, x)
+    if seq_idx is not None:
+        starts = _changes(_reorder(seq_idx, order, layout), layout, cache)
+    elif position_ids is not None:
+        starts = _reorder(position_ids, order, layout) == 0
+    else:
+        return layout, order
+    if layout.valid is not None:
+        starts = starts & layout.valid
+    if exporting() or bool(starts[:, 1:].any()) or (bool(starts.any()) and not fresh):
+        layout.document = starts.long().cumsum(1)
+    return layout, order
+
+
+def _check_past(attention_mask: torch.Tensor, length: int, cache: RecurrentCache | None) -> None:
+    """A state cannot give back what it has taken: generate(), for one, feeds padding to rows that have ended."""
+    seen = 0 if cache is None else cache.get_seq_length()
+    if exporting() or not seen or attention_mask.shape[1] == length:
+        return
+    padding = seen - attention_mask[:, :seen].bool().sum(1)  # [B]
+    held = cache.layers[0].get("padding")
+    wrong = padding != (torch.zeros_like(padding) if held is None else held)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"attention_mask: row {row} has {int(padding[row])} pads among the {seen} tokens that the cache has seen, "
+            f"which took {0 if held is None else int(held[row])} as padding; a state cannot give tokens back. After "
+            "rows that ended early, continue each from a cache of its own text, or mask what was fed after the end "
+            "when it is fed"
+        )
+
+
+def _count_padding(layout: TokenLayout, cache: RecurrentCache, x: torch.Tensor) -> None:
+    """Note how many pads every row has been fed, `[B]`, for [`_check_past`]."""
+    held = cache.layers[0].get("padding")
+    before = torch.zeros(x.shape[0], dtype=torch.long, device=x.device) if held is None else held
+
+    def replay(tokens: int) -> torch.Tensor:
+        return before if layout.lengths is None else before + tokens - layout.lengths.clamp(max=tokens)
+
+    cache.layers[0].put("padding", replay(layout.length), layout.length, replay)
+
+
+def _reorder(labels: torch.Tensor, order: torch.Tensor | None, layout: TokenLayout) -> torch.Tensor:
+    """`labels` `[B or 1, T]` in the new order of tokens."""
+    if order is None:
+        return labels
+    return torch.zeros_like(order).scatter(1, order, labels.expand_as(order).to(order.dtype))
+
+
+def _changes(seq_idx: torch.Tensor, layout: TokenLayout, cache: RecurrentCache | None) -> torch.Tensor:
+    """True `[B, T]` where `seq_idx` differs from the token before, which the cache remembers across calls."""
+    before = cache.layers[0].get("seq_idx") if cache is not None else None  # [B, 1]
+    labels = torch.cat([seq_idx[:, :1] if before is None else before, seq_idx], 1)  # [B, 1 + T]
+    if cache is not None:
+
+        def replay(tokens: int) -> torch.Tensor:
+            return layout.first(tokens).last_real(labels[..., None], 1)[..., 0]
+
+        cache.layers[0].put("seq_idx", replay(layout.length), layout.length, replay)
+    return labels[:, 1:] != labels[:, :-1]

@@ -1,0 +1,89 @@
+"""Losses of language models that never hold [tokens × vocabulary] numbers in one piece."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .embeddings import check_ids
+from .layers import at_least_float32
+from .recording import has_values
+
+IGNORED = -100  # the label of a token without a loss, as in transformers
+SCORES_AT_ONCE = 2**24  # numbers of one piece of the loss: 64 MiB in float32
+TokenLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def check_labels(
+    labels: torch.Tensor, size: int, among: str = "the vocabulary of", ignore_index: int = IGNORED
+) -> None:
+    """[`check_ids`] of labels, of which `ignore_index` may be one."""
+    check_ids("labels", labels.masked_fill(labels == ignore_index, 0), size, among)
+
+
+def true_rows(mask: torch.Tensor) -> torch.Tensor:
+    """Indices of the True ones of a mask `[N]`; of all where their number cannot be known."""
+    return mask.nonzero()[:, 0] if has_values(mask) else torch.arange(len(mask), device=mask.device)
+
+
+def dense_token_losses(head: nn.Module) -> TokenLosses:
+    """The losses of a head that is called for its scores `[..., V]`, as [`CompressedEmbedding.token_losses`]."""
+
+    def token_losses(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        scores = head(hidden)
+        return F.cross_entropy(scores.to(at_least_float32(scores.dtype)), labels, reduction="none")
+
+    return token_losses
+
+
+def language_loss(
+    token_losses: TokenLosses,
+    scores_per_token: int,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    shift: bool,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = IGNORED,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """Cross entropy of a language model in pieces of tokens, computed again in the backward pass.
+
+    Args:
+        token_losses: nats of labels `[N]` after hidden states `[N, D]`; it is never called with `ignore_index`.
+        scores_per_token: how many numbers it holds for a token; a piece holds at most `SCORES_AT_ONCE`.
+        hidden: `[B, T, D]`.
+        labels: `[B, T]`, `ignore_index` where no loss is wanted.
+        shift: whether a token predicts the next label, else its own.
+        num_items_in_batch: what to divide the sum by; default: the number of labels that count.
+        shift_labels: labels that are shifted already, `[B, T]`; they take the place of `labels`.
+        kwargs: what else Trainer says; it changes nothing.
+
+    Returns:
+        The loss, a scalar.
+    """
+    if shift:
+        labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels
+    labels = labels.flatten().to(hidden.device)
+    rows = true_rows(labels != ignore_index)
+    hidden, labels = hidden.flatten(0, 1)[rows], labels[rows]
+    counted = labels != ignore_index
+    labels = labels.where(counted, 0)
+    tokens = max(1, SCORES_AT_ONCE // scores_per_token)
+    pieces = zip(hidden.split(tokens), labels.split(tokens), strict=True)
+    losses = [checkpoint(token_losses, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    total = torch.cat(losses).where(counted, 0).sum()
+    return total / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def language_loss_naive(
+    logits: torch.Tensor, labels: torch.Tensor, shift: bool, num_items_in_batch: int | None = None
+) -> torch.Tensor:
+    """The same from the scores of all tokens `[B, T, V]`."""
+    if shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction=reduction)
+    return loss / (num_items_in_batch or 1)

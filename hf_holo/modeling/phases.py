@@ -1,0 +1,119 @@
+"""Phases: how they drift with the position, the real features that they give, and how a state is turned.
+
+Sizes in the shape tags: B batch, T tokens, H heads, P phases, F = 2P real features, V value width.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from .recording import exporting
+
+
+def drift_angles(omega: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Phase drift ω·t modulo 2π, taken in float64 so that it stays exact at any length.
+
+    Args:
+        omega: `[H, P]` radians a token.
+        tokens: integer counts `[...]`.
+
+    Returns:
+        `[..., H, P]` in the dtype of `omega`.
+    """
+    turns = tokens.double()[..., None, None] * (omega.double() / (2 * math.pi))
+    return ((turns - turns.floor()) * (2 * math.pi)).to(omega.dtype)
+
+
+def phase_features(theta: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
+    """Real features of phasors, [cos, sin] of (theta + drift), heads first.
+
+    Args:
+        theta: `[B, T, H, P]`.
+        drift: `[T, H, P]`, fixed (gets no gradient).
+
+    Returns:
+        `[B, H, T, 2P]`. The product of two such features is Σ_p cos(θ_p - θ'_p): interference.
+    """
+    return (phase_features_naive if exporting() else _PhaseFeatures.apply)(theta, drift)
+
+
+def phase_features_naive(theta: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
+    """Twin of [`phase_features`], by autograd."""
+    angle = (theta + drift).transpose(1, 2)
+    return torch.cat([angle.cos(), angle.sin()], -1)
+
+
+class _PhaseFeatures(torch.autograd.Function):
+    """Autograd would take every cosine and sine twice; the features are their own derivatives."""
+
+    @staticmethod
+    def forward(ctx, theta, drift):
+        angle = (theta + drift).transpose(1, 2)
+        features = angle.new_empty(*angle.shape[:-1], 2 * angle.shape[-1])
+        cos, sin = features.chunk(2, -1)
+        torch.cos(angle, out=cos)  # written in place: one pass less than joining them
+        torch.sin(angle, out=sin)
+        ctx.save_for_backward(features)
+        return features
+
+    @staticmethod
+    def backward(ctx, grad):
+        (features,) = ctx.saved_tensors
+        cos, sin = features.chunk(2, -1)
+        d_cos, d_sin = grad.chunk(2, -1)
+        return torch.addcmul(d_sin * cos, d_cos, sin, value=-1).transpose(1, 2), None
+
+
+def rotate_state(state: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+    """Multiply the phasors of a state by e^{-i angle}.
+
+    Args:
+        state: `[B, H, 2P, V]`, cosine rows above sine rows.
+        angle: `[B, H, P]` or broadcastable.
+    """
+    cos, sin = angle.cos()[..., None].to(state.dtype), angle.sin()[..., None].to(state.dtype)
+    real, imaginary = state.chunk(2, -2)
+    return torch.cat([real * cos + imaginary * sin, imaginary * cos - real * sin], -2)
+
+
+def rotate_pairs(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (i, i + V/2) of queries or keys by an angle, as Llama does.
+
+    Args:
+        x: `[..., V]`.
+        angle: `[..., V/2]` or broadcastable.
+    """
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+class RotaryEmbedding(nn.Module):
+    """Fixed phase drift of holographic keys: rotary positions (Su et al., 2021) without parameters or buffers.
+
+    The frequencies fall from 1 radian a token to 1/base, evenly in the logarithm; neighbouring heads interleave.
+
+    Args:
+        heads: key heads H.
+        phases: phases P per head.
+        base: ratio of the quickest to the slowest frequency.
+    """
+
+    def __init__(self, heads: int, phases: int, base: float = 1000.0):
+        super().__init__()
+        self.heads, self.phases, self.base = heads, phases, base
+
+    def omega(self, device: torch.device | None = None) -> torch.Tensor:
+        """Radians a token `[H, P]`, in float64: computed anew, so that no cast or meta device can spoil them."""
+        count = self.heads * self.phases
+        exponent = torch.arange(count, dtype=torch.float64, device=device) / count
+        return torch.exp(-math.log(self.base) * exponent).view(self.phases, self.heads).T
+
+    def angles(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Drift over `tokens` `[...]` tokens, modulo 2π: `[..., H, P]`, float64."""
+        return drift_angles(self.omega(tokens.device), tokens)
+
+    def forward(self, length: int, device: torch.device | None = None) -> torch.Tensor:
+        """Drift at the positions 0 to `length` - 1: `[T, H, P]`, float64."""
+        return self.angles(torch.arange(length, device=device))

@@ -1,0 +1,312 @@
+"""Scans: a decaying state that tokens write to and read from, in chunks of matrix products.
+
+Every fast operation `f` stands beside a naive twin `f_naive` that says in a loop what `f` means; the tests compare
+values and gradients in float64. Sizes in the shape tags: B batch, T tokens, H key heads, G query heads per key head,
+P phases, F = 2P real features, V value width, C tokens in a chunk, N chunks.
+
+Sources: the chunked form of linear attention with decay (Sun et al., 2023, RetNet; Yang et al., 2024, GLA); the delta
+rule in chunks (Yang et al., 2024, DeltaNet).
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .recording import exporting, fixed_table, single_token
+
+CHUNK = 32  # tokens handled by one masked product; the quickest of 32, 64 and 128 on two CPU cores
+DOUBLINGS = 12  # so an exported cancelling scan takes up to 2^12 chunks, 131,072 tokens, in one call
+
+
+def interference_scan(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    log_write: torch.Tensor,
+    state: torch.Tensor | None = None,
+    document: torch.Tensor | None = None,
+    chunk: int = CHUNK,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bundle key-value pairs into a decaying state and read it, in chunks of matrix products.
+
+    M_t = λ_t M_{t-1} + w_t k_t ⊗ v_t and y_t = q_t M_t, where log λ = `log_decay` and log w = `log_write`.
+
+    Args:
+        q: `[B, H·G, T, F]`; G neighbouring query heads read one key head.
+        k: `[B, H, T, F]`.
+        v: `[B, H, T, V]`.
+        log_decay, log_write: `[B, H, T]`; a padded token has 0 and -inf.
+        state: `[B, H, F, V]` or None for zeros.
+        document: `[B, T]` document index that starts at 0 for the document of `state` and rises by at least one where
+            a new document begins; a new document begins with an empty state. None: one document.
+        chunk: tokens handled by one masked product; changes the time, not the result.
+
+    Returns:
+        y `[B, H·G, T, V]` and the state after the last token `[B, H, F, V]`.
+    """
+    length, heads, groups = q.shape[2], k.shape[1], q.shape[1] // k.shape[1]
+    if not exporting() or single_token(length):
+        chunk = min(chunk, length)
+    q = _to_chunks(q, chunk).unflatten(1, (heads, groups)).transpose(2, 3).flatten(3, 4)  # [B, H, N, G·C, F]
+    k, v = _to_chunks(k, chunk), _to_chunks(v, chunk)
+    log_decay = _to_chunks(log_decay[..., None], chunk)[..., 0]
+    log_write = _to_chunks(log_write[..., None], chunk, fill=float("-inf"))[..., 0]
+    if document is not None:
+        document = _to_chunks(document[:, None, :, None], chunk, fill=None)[..., 0]  # [B, 1, N, C]
+    if state is None:
+        state = k.new_zeros(k.shape[0], heads, k.shape[-1], v.shape[-1])
+    run = _chunked_scan if exporting() else _ChunkedScan.apply
+    y, state = run(q, k, v, log_decay, log_write, state, document)
+    y = y.unflatten(3, (groups, chunk)).transpose(2, 3).flatten(1, 2).flatten(2, 3)  # [B, H·G, N·C, V]
+    return y[:, :, :length], state
+
+
+def interference_scan_naive(q, k, v, log_decay, log_write, state=None, document=None):
+    """Twin of [`interference_scan`]: the recurrence, token by token."""
+
+    def write(t: int, state: torch.Tensor) -> torch.Tensor:
+        return log_write[:, :, t, None, None].exp() * k[:, :, t, :, None] * v[:, :, t, None, :]
+
+    return _recurrence(q, k, v, log_decay, write, state, document)
+
+
+def _recurrence(q, k, v, log_decay, write, state, document):
+    """The loop of the naive twins: forget at a border of documents, decay, add `write(t, state)`, read."""
+    if state is None:
+        state = k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])
+    current = torch.zeros(k.shape[0], dtype=torch.long, device=k.device)
+    rows = []
+    for t in range(k.shape[2]):
+        if document is not None:
+            state = state * (document[:, t] == current).to(state.dtype)[:, None, None, None]
+            current = document[:, t]
+        state = state * log_decay[:, :, t, None, None].exp()
+        state = state + write(t, state)
+        rows.append(q[:, :, t, None] @ state.repeat_interleave(q.shape[1] // k.shape[1], 1))
+    return torch.cat(rows, 2), state
+
+
+def _to_chunks(x: torch.Tensor, chunk: int, fill: float | None = 0.0) -> torch.Tensor:
+    """[B, H, T, X] to [B, H, N, C, X]; the last chunk is padded with `fill` (None: with the last token)."""
+    missing = (chunk - x.shape[2] % chunk) % chunk
+    if exporting() or missing:
+        if fill is None:
+            last = x[:, :, -1:]
+            x = torch.cat([x, last.expand(-1, -1, chunk, -1)], 2)[:, :, : x.shape[2] + missing]
+        else:
+            x = F.pad(x, (0, 0, 0, missing), value=fill)
+    return x.reshape(*x.shape[:2], -1, chunk, x.shape[-1])
+
+
+def _decays(log_decay, log_write, document):
+    """Weights inside a chunk, from its start, to its end and across it: [..., C, C], [..., C], [..., C], [...]."""
+    total = log_decay.cumsum(-1)  # [B, H, N, C]
+    source = total - log_write
+    chunk = total.shape[-1]
+    # a future token has weight exp(-inf) = 0; the mask is applied to the logarithm, where nothing can overflow
+    future = torch.ones(chunk, chunk, dtype=torch.bool, device=total.device).triu(1)
+    hidden = future
+    if document is not None:
+        before = F.pad(document[..., -1], (1, 0))[..., :-1, None]  # the document that the carried state belongs to
+        hidden = future | (document[..., :, None] != document[..., None, :])
+    between = (total[..., :, None] - source[..., None, :]).masked_fill(hidden, float("-inf")).exp()
+    from_start, to_end, across = total.exp(), (total[..., -1:] - source).exp(), total[..., -1].exp()
+    if document is not None:
+        from_start = from_start * (document == before)
+        to_end = to_end * (document == document[..., -1:])
+        across = across * (document[..., -1] == before[..., 0])
+    return between, from_start, to_end, across
+
+
+def _carry(written, across, state):
+    """State before every chunk, and after the last: [B, H, N, F, V] and [B, H, F, V]."""
+    if exporting():
+        return _carry_by_product(written, across, state)
+    before = torch.empty_like(written)
+    for n in range(written.shape[2]):
+        before[:, :, n] = state
+        state = torch.addcmul(written[:, :, n], state, across[:, :, n, None, None])
+    return before, state
+
+
+def _carry_by_product(written, across, state):
+    """Twin of the loop in [`_carry`] as one masked product over chunks: quadratic in their number, but loop-free."""
+    total = across.clamp_min(1e-30).log().cumsum(-1)  # [B, H, N]
+    chunks = total.shape[-1]
+    future = torch.ones(chunks, chunks, dtype=torch.bool, device=total.device).triu(1)
+    between = (total[..., :, None] - total[..., None, :]).masked_fill(future, float("-inf")).exp()
+    after = between @ written.flatten(3) + total.exp()[..., None] * state.flatten(2)[:, :, None]
+    after = after.unflatten(-1, written.shape[3:])
+    return torch.cat([state[:, :, None], after], 2)[:, :, :-1], after[:, :, -1]
+
+
+def _spread(weights: torch.Tensor, rows: int) -> torch.Tensor:
+    """[..., C, X] weights to [..., G·C, X]: the query heads of a group share them."""
+    groups = rows // weights.shape[-2]
+    return weights if groups == 1 else weights.repeat(*[1] * (weights.dim() - 2), groups, 1)
+
+
+def _chunked_scan(q, k, v, log_decay, log_write, state, document):
+    """q [B, H, N, G·C, F], k [B, H, N, C, F] and v [B, H, N, C, V] to y [B, H, N, G·C, V] and the last state."""
+    return _chunked_scan_parts(q, k, v, log_decay, log_write, state, document)[:2]
+
+
+def _chunked_scan_parts(q, k, v, log_decay, log_write, state, document):
+    between, from_start, to_end, across = _decays(log_decay, log_write, document)
+    rows = q.shape[-2]
+    between, from_start, to_end = _spread(between, rows), _spread(from_start[..., None], rows), to_end[..., None]
+    scores = (q @ k.mT) * between
+    written = (k * to_end).mT @ v
+    before, final = _carry(written, across, state)
+    y = scores @ v + (q * from_start) @ before
+    return y, final, (scores, between, from_start, to_end, across, before)
+
+
+class _ChunkedScan(torch.autograd.Function):
+    """[`_chunked_scan`] with its gradient written out.
+
+    The decays enter only as e^{±total} beside q and k, so their gradients are row sums of q·dq and k·dk, and no
+    [C, C] tensor has to be differentiated (the identity of GLA, Yang et al., 2024, section 4.3).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, log_decay, log_write, state, document):
+        y, final, parts = _chunked_scan_parts(q, k, v, log_decay, log_write, state, document)
+        ctx.save_for_backward(q, k, v, final, *parts)
+        return y, final
+
+    @staticmethod
+    def backward(ctx, dy, d_final):
+        q, k, v, final, scores, between, from_start, to_end, across, before = ctx.saved_tensors
+        d_final = torch.zeros_like(final) if d_final is None else d_final
+        dy = dy.contiguous()
+        d_before = (q * from_start).mT @ dy
+        d_written, d_state = _carry_backward(d_before, across, d_final)
+        d_scores = (dy @ v.mT).mul_(between)
+        dq = d_scores @ k + (dy @ before.mT) * from_start
+        dk = d_scores.mT @ q + (v @ d_written.mT) * to_end
+        dv = scores.mT @ dy + (k * to_end) @ d_written
+        d_write = (k * dk).sum(-1)  # [B, H, N, C]
+        d_total = (q * dq).sum(-1).unflatten(-1, (-1, k.shape[-2])).sum(-2) - d_write
+        d_total[:, :, -1, -1] += (final * d_final).sum((-1, -2))
+        d_decay = d_total.flatten(2).flip(-1).cumsum(-1).flip(-1).view_as(d_total)
+        return dq, dk, dv, d_decay, d_write, d_state, None
+
+
+def _carry_backward(d_before, across, d_final):
+    """Gradients with respect to what every chunk wrote and to the first state, from the last chunk to the first."""
+    d_written = torch.empty_like(d_before)
+    d_state = d_final
+    for n in reversed(range(d_before.shape[2])):
+        d_written[:, :, n] = d_state
+        d_state = torch.addcmul(d_before[:, :, n], d_state, across[:, :, n, None, None])
+    return d_written, d_state
+
+
+def cancelling_scan(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    strength: torch.Tensor,
+    state: torch.Tensor | None = None,
+    document: torch.Tensor | None = None,
+    chunk: int = CHUNK,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`interference_scan`] that subtracts what a key already recalls before it writes (the delta rule).
+
+    M_t = λ_t M_{t-1} + β_t k_t ⊗ (v_t - λ_t k_t M_{t-1}) and y_t = q_t M_t, for keys of unit norm.
+
+    Args:
+        strength: β `[B, H, T]` in [0, 1]; a padded token has 0.
+        others: as for [`interference_scan`].
+
+    Returns:
+        y `[B, H·G, T, V]` and the state after the last token `[B, H, F, V]`.
+    """
+    length, heads, groups = q.shape[2], k.shape[1], q.shape[1] // k.shape[1]
+    if not exporting() or single_token(length):
+        chunk = min(chunk, length)
+    q = _to_chunks(q, chunk).unflatten(1, (heads, groups))  # [B, H, G, N, C, F]
+    k, v, strength = (_to_chunks(x, chunk) for x in (k, v, strength[..., None]))
+    log_decay = _to_chunks(log_decay[..., None], chunk)[..., 0]
+    if document is not None:
+        document = _to_chunks(document[:, None, :, None], chunk, fill=None)[..., 0]
+    between, from_start, to_end, across = _decays(log_decay, torch.zeros_like(log_decay), document)
+    earlier = (strength * (k @ k.mT) * between).tril(-1)  # how much of a write a later key takes back
+    wanted = torch.cat([strength * v, strength * from_start[..., None] * k], -1)
+    if exporting():
+        solved = _unit_lower_inverse(earlier, chunk) @ wanted
+    else:  # (1 + earlier)^-1 wanted
+        solved = torch.linalg.solve_triangular(earlier, wanted, upper=False, unitriangular=True)
+    fresh, recalled = solved.split([v.shape[-1], k.shape[-1]], -1)
+    inside = (q @ k.mT[:, :, None]) * between[:, :, None]
+    read, leave = q * from_start[:, :, None, :, :, None], (k * to_end[..., None]).mT
+    if state is None:
+        state = k.new_zeros(k.shape[0], heads, k.shape[-1], v.shape[-1])
+    if exporting():
+        before, state = _compose_chunks(across, leave, fresh, recalled, state)
+        written = fresh - recalled @ before  # [B, H, N, C, V]
+        y = read @ before[:, :, None] + inside @ written[:, :, None]
+        return y.flatten(3, 4).flatten(1, 2)[:, :, :length], state
+    rows = []
+    for n in range(k.shape[2]):
+        written = fresh[:, :, n] - recalled[:, :, n] @ state  # [B, H, C, V]
+        rows.append(read[:, :, :, n] @ state[:, :, None] + inside[:, :, :, n] @ written[:, :, None])
+        state = state * across[:, :, n, None, None] + leave[:, :, n] @ written
+    y = torch.cat(rows, 3).flatten(1, 2)  # [B, H·G, N·C, V]
+    return y[:, :, :length], state
+
+
+def _unit_lower_inverse(lower: torch.Tensor, size: int) -> torch.Tensor:
+    """(1 + lower)^-1 for strictly lower triangular `[..., C, C]`: inverses of blocks, joined to ever larger ones.
+
+    As stable as substitution, row by row, but in log C products. C = `size` is a power of two.
+    """
+    inverse = torch.from_numpy(_identity(size)).to(lower)
+    for joined in _joined_blocks(size):
+        inverse = inverse - inverse @ (lower * torch.from_numpy(joined).to(lower)) @ inverse
+    return inverse
+
+
+@fixed_table
+def _identity(size: int) -> np.ndarray:
+    return np.eye(size)
+
+
+@fixed_table
+def _joined_blocks(size: int) -> tuple[np.ndarray, ...]:
+    """For blocks of 1, 2, 4, ... rows, where a `[C, C]` matrix couples the second of two neighbours to the first."""
+    blocks = [np.arange(size) >> level for level in range(size.bit_length() - 1)]
+    return tuple((block[:, None] % 2 == 1) & (block == block[:, None] - 1) for block in blocks)
+
+
+def _compose_chunks(across, leave, fresh, recalled, state):
+    """Twin of the loop in [`cancelling_scan`]: the state before every chunk [B, H, N, F, V], and after the last.
+
+    A chunk takes the state M to (λ - K R) M + K W, and two of those in a row are another one. So `DOUBLINGS` steps,
+    each of which joins every chunk with the ones before it, reach 2^DOUBLINGS chunks back; a longer text gives NaN.
+    """
+    identity = torch.from_numpy(_identity(int(leave.shape[-2]))).to(state)
+    turn = across[..., None, None] * identity - leave @ recalled  # [B, H, N, F, F]
+    shift = leave @ fresh  # [B, H, N, F, V]
+    number = torch.arange(shift.shape[2], device=shift.device)  # of every chunk
+    for level in range(DOUBLINGS):
+        at = number - 2**level
+        joined, at = (at >= 0)[:, None, None], at.clamp_min(0)
+        shift = shift + (turn @ shift.index_select(2, at)).masked_fill(~joined, 0.0)
+        turn = torch.where(joined, turn @ turn.index_select(2, at), turn)
+    after = turn @ state[:, :, None] + shift
+    after = after.masked_fill((number >= 2**DOUBLINGS)[:, None, None], float("nan"))
+    return torch.cat([state[:, :, None], after], 2)[:, :, :-1], after[:, :, -1]
+
+
+def cancelling_scan_naive(q, k, v, log_decay, strength, state=None, document=None):
+    """Twin of [`cancelling_scan`]: the recurrence, token by token."""
+
+    def write(t: int, state: torch.Tensor) -> torch.Tensor:
+        surprise = v[:, :, t, None] - k[:, :, t, None] @ state  # [B, H, 1, V]
+        return strength[:, :, t, None, None] * k[:, :, t, :, None] * surprise
+
+    return _recurrence(q, k, v, log_decay, write, state, document)

@@ -1,0 +1,62 @@
+"""A test of a few milliseconds before the first generation of a process: does the cache reach the model?
+
+transformers hands it over by name. A release that renames it would feed every model one token at a time, without a
+word; a fine-looking text of nonsense is all that a user would see.
+"""
+
+import torch
+from transformers import GenerationConfig, GenerationMixin
+
+from .recording import exporting
+from .versions import REMEDY, in_use
+
+ALLOWED = 1e-3  # difference of logits, relative to their spread, that rounding explains
+ALLOWED_ROUNDED = 0.05  # the same in half precision and with quantised weights
+_tested: set[type] = set()
+
+
+def check_decoding(model: GenerationMixin) -> None:
+    """Decode two tokens with a cache and without, once for each class of models.
+
+    A model in training mode (dropout makes its own differences), or whose inputs another package prepares, is left
+    alone.
+
+    Raises:
+        RuntimeError: the logits differ; the message names the versions and the remedy.
+    """
+    kind = type(model)
+    if kind in _tested or model.training or exporting() or "prepare_inputs_for_generation" in vars(model):
+        return
+    _tested.add(kind)
+    try:
+        with_cache, without = (_second_logits(model, use_cache) for use_cache in (True, False))
+        fits = not _difference(with_cache, without) > _allowed(model)  # NaN says nothing about the cache
+    except (TypeError, ValueError) as error:
+        _tested.discard(kind)
+        raise RuntimeError(_message(kind, f"generation fails: {error}")) from error
+    if not fits:
+        _tested.discard(kind)
+        raise RuntimeError(_message(kind, "decoding with a cache is not what it is without"))
+
+
+def _second_logits(model: GenerationMixin, use_cache: bool) -> torch.Tensor:
+    """The logits `[1, V]` of the second token that follows two others."""
+    ids = torch.arange(2, device=model.device)[None] % model.config.vocab_size
+    options = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "num_beams": 1, "pad_token_id": 0}
+    config = GenerationConfig(use_cache=use_cache, output_logits=True, return_dict_in_generate=True, **options)
+    mask = torch.ones_like(ids)
+    return GenerationMixin.generate(model, ids, attention_mask=mask, generation_config=config).logits[-1]
+
+
+def _difference(got: torch.Tensor, expected: torch.Tensor) -> float:
+    got, expected = got.double(), expected.double()
+    return ((got - expected).norm() / (expected - expected.mean()).norm()).item()
+
+
+def _allowed(model: GenerationMixin) -> float:
+    exact = model.dtype in (torch.float32, torch.float64) and getattr(model, "hf_quantizer", None) is None
+    return ALLOWED if exact else ALLOWED_ROUNDED
+
+
+def _message(kind: type, what: str) -> str:
+    return f"{kind.__name__}: {what}: {in_use()} do not fit together; {REMEDY}"
