@@ -41,6 +41,8 @@ TINY = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 4e-3}  # a cha
 OVER_ROUNDING = 30  # times what such a change moves is no rounding
 DRAWS = 3  # other suffixes that must all show what might be rounding
 LOSSES = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 0.03}  # relative; losses are computed in float32
+# Relative movement that proves nothing in a batch of Trainer, in float32 and in half precision.
+OUTPUTS_IN_BATCHES, LOSSES_IN_BATCHES = (1e-3, 0.05), (2e-5, 5e-3)
 USUAL_LENGTHS = (128, 256, 257, 512, 768, 1024, 1536, 2048)  # powers of two, and what else a batch may be cut to
 LONGEST = 4096  # tokens, of the text that is as long as the model takes
 SIZES = ("block", "chunk", "window", "segment")  # words in the names of config fields that hold a length
@@ -267,6 +269,7 @@ def _exchange(
     given = {} if mask is None else subject.masked(mask)
     real = torch.ones(length, dtype=torch.bool) if mask is None else mask[0] > 0
     at_once = max(1, BATCH_OUTPUTS // (length * subject.output_width) - 1)
+    leaks = False
     for how, size in CHANGES.items():
         if size is not None and "inputs_embeds" not in subject.arguments:
             continue
@@ -283,7 +286,9 @@ def _exchange(
                 influence = (row[:cut] / allowed).where(real[:cut], 0.0)
                 seeing = (~(influence <= NEGLIGIBLE)).nonzero()  # NaN is an influence
                 leak = None
-                if len(seeing) and _stands_out(subject, subject.model, {"input_ids": ids, **given}, cut, size):
+                inputs = {"input_ids": ids, **given}
+                if len(seeing) and (leaks or _stands_out(subject, subject.model, inputs, cut, size)):
+                    leaks = True
                     position = seeing[0].item()
                     phrase = f"{how} {'the suffix' if size else ''}".strip()
                     leak = Leak(position, cut - position, influence[position].item(), f"{phrase} from {cut} on")
@@ -353,7 +358,7 @@ def _setting_point(subject: Subject, model: nn.Module, setting: Setting, cut: in
     if before.outputs is not None:
         _assert_finite(before.outputs)
         after = read(model, changed)
-        moved = movement(before.outputs, after.outputs)  # [T]
+        moved = movement(before.outputs, after.outputs).amax(0)  # [T]
         seeing = (~(moved[:cut] <= _limit(moved, before.outputs, cut))).nonzero()
         leak = None
         if len(seeing) and (leaks or _stands_out(subject, model, inputs, cut)):
@@ -361,7 +366,7 @@ def _setting_point(subject: Subject, model: nn.Module, setting: Setting, cut: in
             size = (moved[position] / moved[cut:].max()).item()
             leak = Leak(position, cut - position, size, f"other tokens from {cut} on, {setting}")
         yield Point(setting.length, leak)
-    if before.loss is not None and "labels" in inputs and cut > 1:
+    if before.loss is not None and cut > 1:
         yield Point(setting.length, _loss_leak(model, setting, cut, inputs, changed, later))
 
 
@@ -433,9 +438,52 @@ def _moved_before(
 ) -> tuple[float, float]:
     """How far outputs moved before a cut where tokens are real, and how far after, relative to the largest output."""
     before, after = (read(model, given).outputs for given in (inputs, changed))
-    moved = movement(before, after) * (real > 0).any(0)
+    moved = movement(before, after).amax(0) * (real > 0).any(0)
     scale = before.abs().max().double().clamp_min(1e-30)
     return (moved[:cut].max() / scale).item(), (moved[cut:].max() / scale).item()
+
+
+# ---------------------------------------------------------------------------------------------- a suffix, in a batch
+def probe_batch(model: nn.Module, inputs: dict[str, Any], half: bool = False) -> Point:
+    """Exchange the second half of every text in a batch; nothing before it may move.
+
+    The model runs as it is, in its mode, precision and place, without gradients; buffers are put back. Random numbers
+    are drawn.
+
+    Args:
+        model: a causal language model, bare or wrapped.
+        inputs: what Trainer calls it with: `input_ids` `[B, T]` and whatever else.
+        half: whether it computes in half precision.
+    """
+    ids = inputs.get("input_ids")
+    if ids is None or ids.dim() != 2:
+        return Point(0, untested="a batch without input_ids of [rows, tokens]")
+    mask, length = inputs.get("attention_mask"), ids.shape[1]
+    real = mask > 0 if mask is not None and mask.shape == ids.shape else torch.ones_like(ids, dtype=torch.bool)
+    count = real.cumsum(1)
+    later = real & (count > count[:, -1:] // 2)
+    earlier = real & ~later
+    known = ids.unique()
+    if not earlier.any() or len(known) < 2:
+        return Point(length, untested="a batch of texts that are too short to be cut, or of one token only")
+    others = known[(torch.searchsorted(known, ids) + 1) % len(known)]
+    changed = with_other_suffix(inputs, later, others)
+    before = read(model, inputs)
+    if before.outputs is not None:
+        moved = movement(before.outputs, read(model, changed).outputs) / before.outputs.abs().max()
+        seeing = (earlier & (moved > OUTPUTS_IN_BATCHES[half])).nonzero()  # NaN is no look-ahead
+        if not len(seeing):
+            return Point(length)
+        row, position = seeing[0].tolist()
+        ahead = later[row].nonzero()[0].item() - position
+        return Point(length, Leak(position, ahead, moved[row, position].item(), "other tokens in a batch of this run"))
+    if before.loss is None or inputs.get("labels") is None:
+        return Point(length, untested="a batch for which the model gives neither one output per token nor a loss")
+    cut = later.int().argmax(1).max().item()
+    old, new = (read(model, with_prefix_labels(given, later)).loss for given in (inputs, changed))
+    size = ((new - old).abs() / old.abs().clamp_min(1e-6)).item()
+    leak = Leak(max(cut - 2, 0), 2, size, "the loss in a batch of this run")
+    return Point(length, leak if size > LOSSES_IN_BATCHES[half] else None)
 
 
 # ---------------------------------------------------------------------------------------------- derivatives, prefixes

@@ -108,7 +108,7 @@ def with_prefix_labels(inputs: dict[str, Any], later: torch.Tensor) -> dict[str,
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model gave for a batch: outputs `[B, T, D]` and the loss; None where there is none."""
+    """What a model gave for a batch: outputs `[B, T, D]`, or where it gives none of every token, its loss."""
 
     outputs: torch.Tensor | None
     loss: torch.Tensor | None
@@ -121,8 +121,9 @@ def read(model: nn.Module, inputs: dict[str, Any], seed: int = 0) -> Reading:
     with buffers_kept(model):
         output = model(**inputs)
     outputs = main_output(output)
-    whole = outputs is not None and outputs.shape[:-1] == inputs_shape(inputs)
-    return Reading(outputs if whole else None, output.get("loss") if isinstance(output, dict) else None)
+    if outputs is not None and outputs.shape[:-1] == inputs_shape(inputs):
+        return Reading(outputs, None)
+    return Reading(None, output.get("loss") if isinstance(output, dict) else None)
 
 
 def inputs_shape(inputs: dict[str, Any]) -> torch.Size:
@@ -143,5 +144,6 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
 
 def movement(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """How far outputs `[B, T, D]` moved, per position: `[T]`, the farthest over rows and channels."""
-    return (after.double() - before.double()).abs().amax((0, 2))
+    """How far outputs `[B, T, D]` moved, the farthest over channels: `[B, T]` in float64."""
+    rows = zip(before, after, strict=True)  # one at a time, since the logits of a whole batch are large
+    return torch.stack([(new.double() - old.double()).abs().amax(-1) for old, new in rows])

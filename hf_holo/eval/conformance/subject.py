@@ -141,7 +141,7 @@ class Subject:
     def features(self) -> frozenset[str]:
         """Everything that a check may ask for: see `FEATURES`."""
         text = self.model_class.main_input_name == "input_ids"
-        features = set(self.arguments | (self.capabilities & set(CAPABILITIES)))
+        features = set(self.arguments.difference(CACHE_NAMES) | (self.capabilities & set(CAPABILITIES)))
         features.add("causal" if self.causal else "bidirectional")
         if text:
             features.add("text")
