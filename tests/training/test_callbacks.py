@@ -199,7 +199,7 @@ class PeekInTheLoss(PeekAtThisLength):
 @pytest.mark.parametrize("model_class", [PeekAtThisLength, PeekInTheLoss])
 def test_the_batches_of_the_run_are_probed(tmp_path, model_class):
     torch.manual_seed(0)
-    model = model_class(PeekConfig())
+    model = model_class(PeekConfig(gate=50.0))
     CausalityCallback(lengths=(17,)).probe(model, move_weights=True)
     run = trainer(model, tmp_path)
     with pytest.raises(HoloError, match=r"sees \d ahead .* in a batch of this run"):

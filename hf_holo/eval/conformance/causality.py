@@ -366,7 +366,7 @@ def _setting_point(subject: Subject, model: nn.Module, setting: Setting, cut: in
             size = (moved[position] / moved[cut:].max()).item()
             leak = Leak(position, cut - position, size, f"other tokens from {cut} on, {setting}")
         yield Point(setting.length, leak)
-    if before.loss is not None and cut > 1:
+    if before.loss is not None:
         yield Point(setting.length, _loss_leak(model, setting, cut, inputs, changed, later))
 
 
@@ -383,7 +383,7 @@ def _loss_leak(
     size = ((after - before).abs() / before.abs().clamp_min(1e-6)).item()
     if size <= LOSSES[setting.dtype]:
         return None
-    return Leak(cut - 2, 2, size, f"the loss of what stands before {cut}, {setting}")
+    return Leak(cut - 1, 1, size, f"the loss of what stands before {cut}, {setting}")
 
 
 def _later(inputs: dict[str, Any], cut: int) -> torch.Tensor:
@@ -482,7 +482,7 @@ def probe_batch(model: nn.Module, inputs: dict[str, Any], half: bool = False) ->
     cut = later.int().argmax(1).max().item()
     old, new = (read(model, with_prefix_labels(given, later)).loss for given in (inputs, changed))
     size = ((new - old).abs() / old.abs().clamp_min(1e-6)).item()
-    leak = Leak(max(cut - 2, 0), 2, size, "the loss in a batch of this run")
+    leak = Leak(cut - 1, 1, size, "the loss in a batch of this run")
     return Point(length, leak if size > LOSSES_IN_BATCHES[half] else None)
 
 

@@ -102,13 +102,17 @@ def with_other_suffix(inputs: dict[str, Any], later: torch.Tensor, others: torch
 
 
 def with_prefix_labels(inputs: dict[str, Any], later: torch.Tensor) -> dict[str, Any]:
-    """The inputs without the labels of the places `later` `[B, T]`: the loss of what stands before."""
-    return inputs | {"labels": inputs["labels"].masked_fill(later, IGNORED)}
+    """The inputs without the labels that the places `later` `[B, T]` predict: the loss of what stands before them.
+
+    The first of these places keeps its label, since the place before it predicts that.
+    """
+    return inputs | {"labels": inputs["labels"].masked_fill(later & later.roll(1, 1), IGNORED)}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model gave for a batch: outputs `[B, T, D]`, or where it gives none of every token, its loss."""
+    """What a model gave for a batch: outputs `[B, T, D]`, or where it gives none of every token, the loss of a model
+    that generates: its labels are shifted."""
 
     outputs: torch.Tensor | None
     loss: torch.Tensor | None
@@ -123,7 +127,8 @@ def read(model: nn.Module, inputs: dict[str, Any], seed: int = 0) -> Reading:
     outputs = main_output(output)
     if outputs is not None and outputs.shape[:-1] == inputs_shape(inputs):
         return Reading(outputs, None)
-    return Reading(None, output.get("loss") if isinstance(output, dict) else None)
+    shifts = isinstance(output, dict) and getattr(model, "can_generate", lambda: False)()
+    return Reading(None, output.get("loss") if shifts else None)
 
 
 def inputs_shape(inputs: dict[str, Any]) -> torch.Size:
