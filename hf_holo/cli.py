@@ -10,7 +10,10 @@ from .errors import HoloError, unknown
 VERBS = {
     "train": ("hf_holo.training.train", "train a model; without arguments the recipe `quickstart`"),
     "generate": ("hf_holo.generation", "write text with a trained model"),
-    "check": ("hf_holo.eval.conformance.command", "prove that a model does what it claims: causality, caches, saving"),
+    "check": (
+        "hf_holo.eval.conformance.command",
+        "test what a model claims: causality, caches, saving and more",
+    ),
     "convert": ("hf_holo.conversion.convert", "make linear layers or attention of a language model holographic"),
     "distill": ("hf_holo.conversion.distill", "a student learns from its teacher, in stages"),
     "export": ("hf_holo.export.command", "ONNX, torch.export, TorchScript and int8, each measured against PyTorch"),

@@ -34,6 +34,7 @@ GRADIENT_COSINE = 0.9  # measured on honest models: 0.97 and more
 HALF_TOLERANCES = {torch.bfloat16: 0.1, torch.float16: 0.02}  # relative error of all outputs, for two layers
 TWIN_TOLERANCE = 1e-9
 POSITION = ("position",)
+FOREIGN = ("cache_params", "past", "inputs_ids", "token_types")  # no forward of these models knows them
 FLOAT32_LOSS = 1e-5  # transformers computes losses in float32
 
 
@@ -280,6 +281,32 @@ def loss(subject: Subject) -> str:
             what += ": the labels are not shifted"
         remark = assert_same(got, expected, what, FLOAT32_LOSS)
     return remark
+
+
+@check("equivalence", "text", "strict_arguments")
+def unknown_arguments(subject: Subject) -> str:
+    """An argument that is misspelt or foreign raises an error that names it, and what forward names is taken."""
+    ids = subject.ids(2, 8)
+    given = {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(8).expand_as(ids)}
+    given |= {"use_cache": False, "output_hidden_states": True, "return_dict": True}
+    subject.model(input_ids=ids, **{name: value for name, value in given.items() if name in subject.arguments})
+    names = [*FOREIGN, *(name[:-1] for name in subject.arguments), "output_attentions"]
+    documented = any("output_attentions" in (vars(c)["forward"].__doc__ or "") for c in _forward_classes(subject))
+    names = [n for n in names if n not in subject.arguments and not (n == "output_attentions" and documented)]
+    for name in sorted(names):
+        value = True if name == "output_attentions" else ids
+        try:
+            subject.model(input_ids=ids, **{name: value})
+        except (TypeError, ValueError) as error:
+            if name not in str(error):
+                raise Violation(f"the error for the unknown argument {name!r} does not name it: {error}") from error
+        else:
+            raise Violation(f"the unknown argument {name!r} is swallowed")
+    return f"{len(names)} unknown arguments are refused"
+
+
+def _forward_classes(subject: Subject) -> list[type]:
+    return [cls for cls in subject.model_class.__mro__ if "forward" in vars(cls)]
 
 
 @check("equivalence", "text", "logits_to_keep", "token outputs")

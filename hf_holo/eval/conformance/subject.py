@@ -226,6 +226,10 @@ class Subject:
         """A model of one's own with the same weights, in evaluation mode."""
         return copied(self._weights).to(dtype)
 
+    def drawn_again(self, seed: int) -> "Subject":
+        """The same model with weights and inputs by another seed."""
+        return Subject(self._source, self._given_config, self.name, self._capabilities, seed, self._move_weights)
+
     @cached_property
     def output_width(self) -> int:
         """Numbers per token in the output."""
