@@ -21,10 +21,11 @@ from .exchange import (
     Setting,
     every_setting,
     movement,
+    prefix_losses,
     read,
+    size_of,
     training_settings,
     with_other_suffix,
-    with_prefix_labels,
 )
 from .subject import EXACT, Subject
 
@@ -36,7 +37,7 @@ JACOBIAN_LENGTHS = (17, 40, 70)
 PREFIX_LENGTH = 40
 CHANGES = {"other tokens": None, "a tiny change of": 1e-3, "a large change of": 1e3}  # of embeddings, in their norms
 NEGLIGIBLE, ROUNDING = 1e-10, 1e-5  # influence of the future that proves nothing: exact models, float32 inside
-FLOORS = {torch.float64: 0.0, torch.float32: 2e-6, torch.bfloat16: 0.03}  # the same relative to the outputs: some ulps
+FLOORS = {torch.float64: 0.0, torch.float32: 2e-6, torch.bfloat16: 0.01}  # the same relative to the outputs: some ulps
 TINY = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 4e-3}  # a change of embeddings that only rounds anew
 OVER_ROUNDING = 30  # times what such a change moves is no rounding
 DRAWS = 3  # other suffixes that must all show what might be rounding
@@ -420,8 +421,8 @@ def _loss_leak(
     later: torch.Tensor,
 ) -> Leak | None:
     """What the loss of the tokens before a cut shows, where the suffix is exchanged and has no labels."""
-    before, after = (read(model, with_prefix_labels(given, later)).loss for given in (inputs, changed))
-    size = ((after - before).abs() / before.abs().clamp_min(1e-6)).item()
+    before, after = prefix_losses(model, inputs, changed, later)
+    size = abs(after - before) / max(abs(before), 1e-6)
     if size <= LOSSES[setting.dtype]:
         return None
     return Leak(cut - 1, 1, size, f"the loss of what stands before {cut}, {setting}")
@@ -434,7 +435,7 @@ def _later(inputs: dict[str, Any], cut: int) -> torch.Tensor:
 
 def _limit(moved: torch.Tensor, outputs: torch.Tensor, cut: int) -> torch.Tensor:
     """What outputs may move before a cut, when those after it moved by `moved` `[T]`."""
-    return NEGLIGIBLE * moved[cut:].max() + FLOORS[outputs.dtype] * outputs.abs().max()
+    return NEGLIGIBLE * moved[cut:].max() + FLOORS[outputs.dtype] * size_of(outputs)
 
 
 def _stands_out(
@@ -480,7 +481,7 @@ def _moved_before(
     """How far outputs moved before a cut where tokens are real, and how far after, relative to the largest output."""
     before, after = (read(model, given).outputs for given in (inputs, changed))
     moved = movement(before, after).amax(0) * (real > 0).any(0)
-    scale = before.abs().max().double().clamp_min(1e-30)
+    scale = size_of(before)
     return (moved[:cut].max() / scale).item(), (moved[cut:].max() / scale).item()
 
 
@@ -511,7 +512,7 @@ def probe_batch(model: nn.Module, inputs: dict[str, Any], half: bool = False) ->
     changed = with_other_suffix(inputs, later, others)
     before = read(model, inputs)
     if before.outputs is not None:
-        moved = movement(before.outputs, read(model, changed).outputs) / before.outputs.abs().max()
+        moved = movement(before.outputs, read(model, changed).outputs) / size_of(before.outputs)
         seeing = (earlier & (moved > OUTPUTS_IN_BATCHES[half])).nonzero()  # NaN is no look-ahead
         if not len(seeing):
             return Point(length)
@@ -521,8 +522,8 @@ def probe_batch(model: nn.Module, inputs: dict[str, Any], half: bool = False) ->
     if before.loss is None or inputs.get("labels") is None:
         return Point(length, untested="a batch for which the model gives neither one output per token nor a loss")
     cut = later.int().argmax(1).max().item()
-    old, new = (read(model, with_prefix_labels(given, later)).loss for given in (inputs, changed))
-    size = ((new - old).abs() / old.abs().clamp_min(1e-6)).item()
+    old, new = prefix_losses(model, inputs, changed, later)
+    size = abs(new - old) / max(abs(old), 1e-6)
     leak = Leak(cut - 1, 1, size, "the loss in a batch of this run")
     return Point(length, leak if size > LOSSES_IN_BATCHES[half] else None)
 

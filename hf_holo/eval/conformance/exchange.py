@@ -101,12 +101,16 @@ def with_other_suffix(inputs: dict[str, Any], later: torch.Tensor, others: torch
     return changed
 
 
-def with_prefix_labels(inputs: dict[str, Any], later: torch.Tensor) -> dict[str, Any]:
-    """The inputs without the labels that the places `later` `[B, T]` predict: the loss of what stands before them.
+def prefix_losses(
+    model: nn.Module, inputs: dict[str, Any], changed: dict[str, Any], later: torch.Tensor
+) -> tuple[float, float]:
+    """The loss of what stands before the places `later` `[B, T]`, with what stood there and with what was put there.
 
     The first of these places keeps its label, since the place before it predicts that.
     """
-    return inputs | {"labels": inputs["labels"].masked_fill(later & later.roll(1, 1), IGNORED)}
+    labels = inputs["labels"].masked_fill(later & later.roll(1, 1), IGNORED)
+    before, after = (read(model, given | {"labels": labels}).loss.item() for given in (inputs, changed))
+    return before, after
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,14 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
 
 def movement(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """How far outputs `[B, T, D]` moved, the farthest over channels: `[B, T]` in float64."""
+    """How far outputs `[B, T, D]` moved, the root mean square over channels: `[B, T]` in float64.
+
+    Not the largest channel: rounding moves a few channels, what a model sees moves them all.
+    """
     rows = zip(before, after, strict=True)  # one at a time, since the logits of a whole batch are large
-    return torch.stack([(new.double() - old.double()).abs().amax(-1) for old, new in rows])
+    return torch.stack([(new.double() - old.double()).square().mean(-1).sqrt() for old, new in rows])
+
+
+def size_of(outputs: torch.Tensor) -> torch.Tensor:
+    """The root mean square of outputs, in float64."""
+    return torch.stack([row.double().square().mean() for row in outputs]).mean().sqrt().clamp_min(1e-30)
