@@ -382,9 +382,9 @@ class UnmaskedForCausalLM(ToyForCausalLM):
 
 
 class UnmaskedLlama(LlamaForCausalLM):
-    """Attention that sees the padding."""
+    """Attention that sees the padding. From positions alone transformers would tell it apart."""
 
-    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
         return super().forward(input_ids=input_ids, **kwargs)
 
 
