@@ -259,7 +259,7 @@ def test_three_lines_test_a_third_party_architecture(tmp_path, honest):
     peek = "pass" if honest else "output.logits = output.logits + output.logits[:, -1:]"
     code = THIRD_PARTY.replace("SIZES", repr(SIZES)).replace("PEEK", peek)
     (tmp_path / "test_mine.py").write_text(code)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "padding and suffix or zero", tmp_path]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "zero", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
     assert done.returncode == (0 if honest else 1), done.stdout
     assert ("passed" in done.stdout) == honest

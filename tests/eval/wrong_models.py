@@ -129,8 +129,8 @@ class ToyPreTrainedModel(FamilyPreTrainedModel):
 class ToyModel(ToyPreTrainedModel, RecurrentBackbone):
     cache_class = RecurrentCache
 
-    def _cache(self, past_key_values, use_cache):
-        return super()._cache(self.cache_class(self.config) if past_key_values is None else past_key_values, use_cache)
+    def new_cache(self):
+        return self.cache_class(self.config)
 
 
 class ToyForCausalLM(ToyPreTrainedModel, RecurrentForCausalLM):
