@@ -129,8 +129,8 @@ class ToyPreTrainedModel(FamilyPreTrainedModel):
 class ToyModel(ToyPreTrainedModel, RecurrentBackbone):
     cache_class = RecurrentCache
 
-    def _cache(self, past_key_values, use_cache):
-        return super()._cache(self.cache_class(self.config) if past_key_values is None else past_key_values, use_cache)
+    def new_cache(self):
+        return self.cache_class(self.config)
 
 
 class ToyForCausalLM(ToyPreTrainedModel, RecurrentForCausalLM):
@@ -382,9 +382,9 @@ class UnmaskedForCausalLM(ToyForCausalLM):
 
 
 class UnmaskedLlama(LlamaForCausalLM):
-    """Attention that sees the padding."""
+    """Attention that sees the padding. From positions alone transformers would tell it apart."""
 
-    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
         return super().forward(input_ids=input_ids, **kwargs)
 
 
