@@ -3,30 +3,40 @@ PYTHON ?= python3
 VENV := .venv
 VENV5 := .venv-5x
 PYTEST_FLAGS ?=
+SUITE ?= quick
+# One thread each: two threads beside another busy process wait for each other most of the time.
+TEST := -m pytest -n auto
+ONE_THREAD := OMP_NUM_THREADS=1
 
 # Optimum's exporter holds these at the versions of transformers 4.57.
 ONLY_4 := transformers|huggingface_hub|tokenizers|optimum|optimum-onnx
 
-.PHONY: setup setup-5x quickstart test test-all test-5x lint format clean
+.PHONY: setup setup-5x quickstart test test-all test-5x benchmarks lint format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.stamp
+# The newest transformers 5 of the day, whatever an earlier set-up has found.
 setup-5x: $(VENV5)/.stamp
+	$(VENV5)/bin/pip install -q -U 'transformers>=5,<6'
 
 quickstart: setup
 	$(VENV)/bin/hf-holo train --overwrite
 
 test: lint
-	$(VENV)/bin/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+	$(ONE_THREAD) $(VENV)/bin/python $(TEST) -m "not slow" $(PYTEST_FLAGS)
 
 # With both major versions of transformers, also where the first fails.
 test-all: lint setup-5x
 	failed=0; for env in $(VENV) $(VENV5); do \
-		$$env/bin/python -m pytest --what-works=docs/what-works.md $(PYTEST_FLAGS) || failed=1; \
+		$(ONE_THREAD) $$env/bin/python $(TEST) --what-works=docs/what-works.md $(PYTEST_FLAGS) || failed=1; \
 	done; exit $$failed
 
 test-5x: setup-5x
-	$(VENV5)/bin/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+	$(ONE_THREAD) $(VENV5)/bin/python $(TEST) -m "not slow" $(PYTEST_FLAGS)
+
+# SUITE=quick|all; RESULTS names another folder than benchmarks/results, and inputs are variables (benchmarks/README.md).
+benchmarks: setup
+	$(VENV)/bin/python benchmarks/run.py $(SUITE) $(if $(RESULTS),--results $(RESULTS))
 
 lint: setup
 	$(VENV)/bin/ruff check .

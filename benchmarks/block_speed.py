@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from report import RESULTS, interleaved_medians, keep_freed_memory, print_footer, print_table, write_report
+from common.report import RESULTS, interleaved_medians, keep_freed_memory, print_footer, print_table, write_report
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
@@ -34,13 +34,13 @@ def hsn_block(width: int, **options) -> torch.nn.Module:
 
 def llama_block(width: int) -> tuple[torch.nn.Module, LlamaRotaryEmbedding]:
     """A decoder layer with the MLP width and the number of heads of the HSN block, and its rotary embedding."""
-    twin = hsn_config(width)
+    hsn = hsn_config(width)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=width,
-        intermediate_size=twin.intermediate_size,
+        intermediate_size=hsn.intermediate_size,
         num_hidden_layers=1,
-        num_attention_heads=twin.num_heads,
+        num_attention_heads=hsn.num_heads,
     )
     config._attn_implementation = "sdpa"
     return LlamaDecoderLayer(config, layer_idx=0), LlamaRotaryEmbedding(config)
@@ -115,6 +115,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds = time.perf_counter() - start
     figures = {"against_llama": comparison, "time_per_token": growth}
     print_footer(write_report("block_speed", figures, seed=0, seconds=seconds, folder=args.results), seconds)
+
+
+def sentence(result: dict) -> str:
+    f = result["figures"]
+    rows = [f"{r['time_ratio']:.2f} ({r['tokens']:,} tokens, width {r['width']})" for r in f["against_llama"]]
+    growth = [row["relative"] for row in f["time_per_token"]]
+    lengths = [row["tokens"] for row in f["time_per_token"]]
+    return (
+        f"time of a training step of one block, Llama's being 1: {', '.join(rows)}; time per token between "
+        f"{lengths[0]:,} and {lengths[-1]:,} tokens: {min(growth):.2f} to {max(growth):.2f} of the first; medians, "
+        "PyTorch without compilation"
+    )
 
 
 if __name__ == "__main__":

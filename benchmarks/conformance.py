@@ -8,6 +8,7 @@ check that applies. Both for many seeds of weights and inputs; the slow checks f
 
 import argparse
 import importlib
+import inspect
 import re
 import sys
 import textwrap
@@ -15,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from report import RESULTS, print_footer, print_table, write_report
+from common.report import RESULTS, markdown_table, measured_on, print_footer, print_table, write_report
 from tqdm.auto import tqdm
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
@@ -93,6 +94,57 @@ def measure(models: dict) -> Iterator[dict]:
         for check in tqdm(select(None, quick=False), desc=name):
             result = run_check(check, subject)
             yield {"model": name, "check": check.name, "status": result.status, "detail": result.detail}
+
+
+def sentence(result: dict) -> str:
+    f = result["figures"]
+    wrong, right = {row["wrong model"] for row in f["wrong"]}, f["right"]
+    missed = {row["wrong model"] for row in f["wrong"] if row["caught"] < row["seeds"]}
+    return (
+        f"{len(wrong - missed)} of {len(wrong)} models that are wrong on purpose caught with every one of {f['seeds']} "
+        f"seeds; {sum(row['accused'] for row in right)} of {sum(row['checks run'] for row in right):,} checks failed "
+        f"on {len(right)} right ones"
+    )
+
+
+def table(result: dict) -> str:
+    """What the kit finds on wrong models, on right ones and on Mamba."""
+    f = result["figures"]
+    failed = [row for row in f["measured"] if row["status"] == "failed"]
+    passed = [row["model"] for row in f["measured"] if row["status"] == "passed"]
+    counts = ", ".join(f"{model} {passed.count(model)}" for model in dict.fromkeys(passed))
+    return "\n".join(
+        [
+            markdown_table(
+                ("wrong on purpose", "caught by", ">seeds", ">caught"),
+                ((r["wrong model"], r["check"], r["seeds"], r["caught"]) for r in f["wrong"]),
+            ),
+            "",
+            markdown_table(
+                ("right", ">seeds", ">checks run", ">failed"),
+                ((r["right model"], r["seeds"], f"{r['checks run']:,}", r["accused"]) for r in f["right"]),
+            ),
+            "",
+            "What transformers' own recurrent models show, checks that they fail only:",
+            "",
+            markdown_table(
+                ("model", "check", "what was seen"),
+                ((r["model"], r["check"], textwrap.shorten(r["detail"].replace("|", "/"), 160)) for r in failed),
+            ),
+            "",
+            f"Checks that they pass: {counts}. `python benchmarks/conformance.py` took {result['seconds']:.0f} seconds "
+            f"on: {measured_on(result)}.",
+        ]
+    )
+
+
+def table_of_checks() -> str:
+    """The checks of the kit, from their own descriptions."""
+    rows = []
+    for check in select(None, quick=False):
+        name = f"{check.name} (slow)" if check.slow else check.name
+        rows.append((check.group, name, inspect.getdoc(check.function), ", ".join(check.needs)))
+    return markdown_table(("group", "check", "what holds", "needs"), rows)
 
 
 if __name__ == "__main__":

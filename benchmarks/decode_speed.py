@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from report import RESULTS, interleaved_medians, print_footer, print_table, write_report
+from common.report import RESULTS, interleaved_medians, print_footer, print_table, write_report
 
 from hf_holo import hsn_tiny
 
@@ -58,6 +58,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds = time.perf_counter() - start
     figures = {"model": "hsn-tiny", "parameters": model.num_parameters(), "rows": rows}
     print_footer(write_report("decode_speed", figures, seed=0, seconds=seconds, folder=args.results), seconds)
+
+
+def sentence(result: dict) -> str:
+    first, last = result["figures"]["rows"][0], result["figures"]["rows"][-1]
+    return (
+        f"time per token after {last['context']:,} tokens is {last['relative']:.2f} of that after {first['context']:,} "
+        f"(`{result['figures']['model']}` with random weights, medians)"
+    )
+
+
+def headline(result: dict) -> str:
+    first, last = result["figures"]["rows"][0], result["figures"]["rows"][-1]
+    return (
+        f"a token after {last['context']:,} tokens takes {last['relative']:.2f} times as long as one after "
+        f"{first['context']:,}"
+    )
 
 
 if __name__ == "__main__":

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from characters import CharacterText, windowed_loss
-from fitting import Fit, fit
-from report import (
+from common.characters import CharacterText, windowed_loss
+from common.fitting import Fit, fit
+from common.report import (
     RESULTS,
     earlier_rows,
     interleaved_medians,
+    markdown_table,
+    measured_on,
     print_footer,
     print_table,
     report_name,
@@ -100,7 +102,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     variants = VARIANTS[args.family]
     for variant in args.variants or ():
         if variant not in variants:
-            parser.error(f"--variants: {variant!r} is no variant of {args.family}; choose from {', '.join(variants)}")
+            parser.error(
+                f"--variants: {variant!r} is not a variant of {args.family}; choose from {', '.join(variants)}"
+            )
 
     name = report_name("design_choices", args.family)
     text = CharacterText(args.text)
@@ -134,6 +138,40 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     print_table(runs)
     print_footer(args.results / f"{name}.json", seconds)
+
+
+def sentence(result: dict) -> str:
+    f = result["figures"]
+    seed, settings = f["runs"][0]["seed"], f["settings"]
+    rows = [f"{row['variant']} {row['loss']:.3f}" for row in f["runs"] if row["seed"] == seed]
+    budget = f"{settings['steps']} steps" if "steps" in settings else f"{settings['seconds']:.0f} seconds"
+    return f"validation loss after {budget} of training: {', '.join(rows)}; seed {seed}, one learning rate"
+
+
+def table(result: dict) -> str:
+    """What each variant is worth in training on a text."""
+    f = result["figures"]
+    settings, taken = f["settings"], f["step_seconds"]
+    default = {run["seed"]: run["loss"] for run in f["runs"] if run["variant"] == "default"}
+    rows = []
+    for variant in taken:
+        runs = [run for run in f["runs"] if run["variant"] == variant]
+        losses = ", ".join(f"{run['loss']:.3f}" for run in runs)
+        above = ", ".join(f"{round(run['loss'] - default[run['seed']], 3) + 0.0:+.3f}" for run in runs)  # no "-0.000"
+        cost = taken[variant] / taken["default"]
+        rows.append((variant, f"{runs[0]['parameters']:,}", losses, above, f"{cost:.2f}"))
+    return "\n".join(
+        [
+            markdown_table(
+                ("", ">parameters", ">nats per character, per seed", ">above the default", ">time of a step"), rows
+            ),
+            "",
+            f"{settings['steps']} steps of {settings['rows']}×{settings['length']} characters of tinyshakespeare with "
+            f"Muon, width {settings['width']}, depth {settings['depth']}, one learning rate, seeds "
+            f"{', '.join(map(str, sorted(default)))}; the loss is that of the whole validation split, the time that of "
+            f"a forward and a backward pass. {result['seconds']:,.0f} seconds for all on: {measured_on(result)}.",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -6,59 +6,40 @@
 
 Every student is trained with `hf-holo distill` on the part of the texts that calibrated it (distill-surgery, or
 distill-attention where attention alone was converted), and its perplexity is measured on the windows that surgery.json
-names. The seconds are those of training, without scoring. What lies in `--folder` is used again, and rows that the
-result file holds already are not measured anew.
+names. The seconds are those of training, without scoring. Models that are in `--folder` already are used again,
+and rows that the result file holds already are not measured again.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from report import RESULTS, earlier_rows, flags, print_footer, print_table, read_report, write_report
-from surgery import CALIBRATED, NOT_REFITTED, Trial, ratios
+from common.distilling import distil
+from common.report import RESULTS, earlier_rows, print_footer, print_table, read_report, write_report
+from surgery import CALIBRATED, NOT_REFITTED, SCOPE_NAMES, Trial, ratios
 from transformers import AutoModelForCausalLM
 
 from hf_holo.conversion.convert_arguments import ConvertArguments
-from hf_holo.conversion.distill import main as distill
-from hf_holo.conversion.evaluation import perplexity
-from hf_holo.conversion.sources import Source, Text, load_texts, load_tokenizer
+from hf_holo.conversion.sources import Source, Text, calibration_texts, load_tokenizer
 
 CHOSEN = {"all": CALIBRATED, "attention": NOT_REFITTED}  # the conversion that is better after distillation
 RECIPES = {"all": "distill-surgery", "attention": "distill-attention"}
 GLANCE = 2  # held-out windows that the distillation itself scores; here they are scored on many more
 
 
-def distil(recipe: str, student: Path, folder: Path, args: argparse.Namespace, **more: object) -> dict:
-    """`hf-holo distill` on the texts of `args`, unless that has been done, and its report."""
-    if not (folder / "model.safetensors").exists():
-        arguments = {
-            "teacher": args.model,
-            "student": student,
-            "output_dir": folder,
-            "train_files": args.text,
-            "validation_fraction": args.held_out,
-            "overwrite": "true",
-            "bf16": args.bf16,
-            "use_cpu": not torch.cuda.is_available(),  # transformers asks for it before it takes bf16 there
-            "seed": args.seed,
-        }
-        distill([recipe, *flags(arguments | more)])
-    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
-
-
 def distilled(recipe: str, student: Path, folder: Path, window: int, args: argparse.Namespace) -> dict:
     """Train this student, and return what its report says about the training."""
-    steps = {"max_steps": args.steps} if args.steps else {}
-    report = distil(recipe, student, folder, args, block_size=window, evaluation_windows=GLANCE, **steps)
+    options = {"validation_fraction": args.held_out, "block_size": window, "eval_windows": GLANCE}
+    options |= {"bf16": args.bf16, "seed": args.seed} | ({"max_steps": args.steps} if args.steps else {})
+    report = distil(recipe, args.model, student, folder, args.text, **options)
     (stage,) = report["stages"]
     return {"recipe": recipe, **{key: stage[key] for key in ("trained", "steps", "tokens", "seconds")}}
 
 
 def measured(folder: Path, texts: Sequence[Text]) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return {text.name: perplexity(model, text.held_out, text.name) for text in texts}
+    return {text.name: text.perplexity(model, text.name) for text in texts}
 
 
 def trained_seconds(rows: Sequence[dict]) -> float:
@@ -81,11 +62,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     before = read_report("surgery", args.results)["figures"]
     if not before:
-        parser.error(f"{args.results} holds no surgery.json: run benchmarks/surgery.py with --students first")
-    sizes = dict.fromkeys(("window", "tokens", "fisher_tokens"), before["window"])  # nothing is calibrated here
+        parser.error(f"{args.results} does not hold surgery.json: run benchmarks/surgery.py with --students first")
+    sizes = dict.fromkeys(("block_size", "tokens", "fisher_tokens"), before["window"])  # nothing is calibrated here
     windows = max(before["held_out_windows"].values())
-    options = ConvertArguments(text=args.text, held_out=args.held_out, eval_windows=windows, **sizes)
-    texts = load_texts(options, load_tokenizer(args.model), Source.find(args.model))
+    options = ConvertArguments(train_file=args.text, validation_fraction=args.held_out, eval_windows=windows, **sizes)
+    texts = calibration_texts(options, load_tokenizer(args.model), Source.find(args.model))
     teacher, *converted = before["rows"]
     settings = {"bf16": args.bf16, "teacher": teacher}
     rows, _ = earlier_rows("distillation", settings, args.results)
@@ -108,6 +89,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"{args.students} holds none of the models in surgery.json")
     print_table(rows)
     print_footer(args.results / "distillation.json", trained_seconds(rows))
+
+
+def sentence(result: dict) -> str:
+    rows = []
+    for row in result["figures"]["rows"]:
+        texts = [key.removesuffix(", ratio") for key in row if key.endswith(", ratio")]
+        after = " / ".join(f"{row[text + ', ratio']:.3g}" for text in texts)
+        before = " / ".join(f"{row[text + ', ratio before']:.3g}" for text in texts)
+        rows.append(
+            f"{row['kept']:.0%} of {SCOPE_NAMES[row['scope']]} kept: {after} (before: {before}) "
+            f"after {row['seconds'] / 60:.0f} minutes, {row['tokens'] / 1e3:.0f} k tokens"
+        )
+    return f"the same perplexities after distillation: {'; '.join(rows)}; one seed"
 
 
 if __name__ == "__main__":

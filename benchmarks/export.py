@@ -15,14 +15,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from report import RESULTS, print_footer, print_table, write_report
+from common.report import RESULTS, print_footer, print_table, write_report
 from tqdm.auto import tqdm
 
 from hf_holo import hsn_small
+from hf_holo.data.documents import split_documents
 from hf_holo.errors import HoloError
 from hf_holo.export.command import export
 from hf_holo.export.formats import FORMATS, Source
-from hf_holo.training.data import split_documents
 
 
 def row_of(name: str, record: dict) -> dict[str, object]:
@@ -82,6 +82,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures["int8_of_float32"] = size["onnx-int8"] / size["onnx"]
     name, seconds = "export_trained" if trained else "export_hsn_small", time.perf_counter() - start
     print_footer(write_report(name, figures, seed=0, seconds=seconds, folder=args.results), seconds)
+
+
+def sentence(result: dict) -> str:
+    rows = []
+    for row in result["figures"]["rows"]:
+        rise = f", perplexity {row['perplexity_rise']:+.2%}" if "perplexity_rise" in row else ""
+        rows.append(
+            f"{row['format']} {row['of_the_weights']:.2f} of the float32 weights, "
+            f"{row['of_eager_pytorch']:.2f} of eager PyTorch's time per token, {row['equal_tokens']:.0%} of the "
+            f"generated tokens equal{rise}"
+        )
+    return (
+        f"a model of {result['figures']['parameters']:,} parameters out of Python, one seed, median times: "
+        f"{'; '.join(rows)}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Gradient norms of resonator banks over depth and length: weights in magnitude and phase beside plain complex ones.
+"""Gradient norms of resonator banks over depth and length: weights in magnitude and phase against plain complex ones.
 
     python benchmarks/gradient_norms.py
 
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common.report import RESULTS, image_path, print_footer, print_table, write_report
 from matplotlib.figure import Figure
-from report import RESULTS, print_footer, print_table, write_report
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -25,7 +25,6 @@ from hf_holo.files import replacing, write_csv
 from hf_holo.modeling.resonators import ResonatorBank, resonate
 
 NAME = "gradient_norms"
-IMAGE = Path(__file__).parents[1] / "docs" / "images" / f"{NAME}.png"
 DEPTHS, LENGTHS = (1, 2, 4, 8, 16, 24), (64, 256, 1024, 4096)
 WEIGHTS = {"magnitude and phase": ("magnitude", "phase"), "real and imaginary": ("real", "imaginary")}
 
@@ -115,8 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--modes", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
-    parser.add_argument("--image", type=Path, default=IMAGE, help="the figure, as PNG")
+    parser.add_argument("--image", type=Path, help="the figure, as PNG; default: where the results belong")
     args = parser.parse_args(argv)
+    args.image = args.image or image_path(NAME, args.results)
 
     start = time.perf_counter()
     depth, length = args.depths[len(args.depths) // 2], args.lengths[min(1, len(args.lengths) - 1)]
@@ -134,6 +134,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_csv(points, path.with_suffix(".csv"))
     plot(points, depth, length, args.image)
     print_footer(path, seconds)
+
+
+def sentence(result: dict) -> str:
+    rows = [
+        f"{row['varies_over_depth']:.2f} over depth and {row['varies_over_length']:.2f} over length with weights as "
+        f"{row['weights']}"
+        for row in result["figures"]["rows"]
+    ]
+    seeds = result["figures"]["settings"]["seeds"]
+    return f"the largest gradient of the first block, divided by the smallest: {'; '.join(rows)}; mean of {seeds} seeds"
+
+
+def table(result: dict) -> str:
+    """The sentence as a line of its own."""
+    told = sentence(result)
+    return f"{told[0].upper()}{told[1:]}."
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 Layers take turns in one process; the figures are medians, freed memory is kept for reuse, and every step is measured
 with one thread and with all. `largest` is the largest tensor that forward and backward make, in units of tokens times
 max(harmonics, outputs). Decoding compares a dense language model with one whose layers are converted: by default
-random weights in the shapes of SmolLM2-135M and 80 % of the numbers kept, or the checkpoints that are named.
+random weights in the shapes of SmolLM2-135M and 80 % of the values kept, or the checkpoints that are named.
 """
 
 import argparse
@@ -14,7 +14,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from report import RESULTS, interleaved_medians, keep_freed_memory, print_footer, print_table, write_report
+from common.report import (
+    RESULTS,
+    in_threads,
+    interleaved_medians,
+    keep_freed_memory,
+    print_footer,
+    print_table,
+    write_report,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -37,14 +45,14 @@ SMOLLM2 = {
 
 
 class Largest(TorchDispatchMode):
-    """The most numbers in any tensor that an operation makes."""
+    """The most values in any tensor that an operation makes."""
 
-    numbers = 0
+    values = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         tensors = (x for x in tree_leaves(result) if isinstance(x, torch.Tensor))
-        self.numbers = max([self.numbers, *(x.untyped_storage().nbytes() // x.itemsize for x in tensors)])
+        self.values = max([self.values, *(x.untyped_storage().nbytes() // x.itemsize for x in tensors)])
         return result
 
 
@@ -73,7 +81,7 @@ def compare_layers(width: int, harmonics: int, tokens: int, repeats: int) -> lis
     for name, step in steps.items():
         with Largest() as largest:
             step()
-        sizes[name] = largest.numbers / (tokens * max(harmonics, width))
+        sizes[name] = largest.values / (tokens * max(harmonics, width))
     rows = []
     all_threads = torch.get_num_threads()
     for threads in sorted({1, all_threads}):
@@ -174,6 +182,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds = time.perf_counter() - start
     figures = {"layers": layers, "decoding": decoding, "checkpoints": args.teacher is not None}
     print_footer(write_report("holo_speed", figures, seed=0, seconds=seconds, folder=args.results), seconds)
+
+
+def sentence(result: dict) -> str:
+    f = result["figures"]
+    first = f["layers"][0]
+    layers = [
+        f"{row['layer']} {row['times_quicker']:.1f} ({in_threads(row['threads'])})"
+        for row in f["layers"]
+        if row["layer"] != first["layer"]
+    ]
+    decoding = [f"{row['factors']} {row['time_ratio']:.2f}" for row in f["decoding"]]
+    return (
+        f"a training step of HoloLinear {first['width']}→{first['width']} with {first['harmonics']} harmonics, "
+        f"{first['tokens']} tokens, is faster than nn.Linear's by the factors: {', '.join(layers)}; decoding with "
+        f"{f['decoding'][0]['kept']:.0%} of the stored values kept, time per token of the dense model being 1: "
+        f"{', '.join(decoding)}; medians"
+    )
 
 
 if __name__ == "__main__":

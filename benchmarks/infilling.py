@@ -19,9 +19,9 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from apart import peak_gib
-from fitting import make_optimizer
-from report import RESULTS, earlier_rows, print_footer, print_table, write_report
+from common.fitting import OPTIMIZERS, make_optimizer
+from common.own_process import peak_gib
+from common.report import RESULTS, earlier_rows, markdown_table, measured_on, print_footer, print_table, write_report
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import (
@@ -33,10 +33,12 @@ from transformers import (
 )
 
 from hf_holo import preset_model
+from hf_holo.data.documents import hold_out_documents, python_stdlib
+from hf_holo.data.masking import Masking, MaskingCollator, masked_splits
+from hf_holo.data.tokenizers import make_tokenizer
+from hf_holo.data.windows import Collator, Splits
 from hf_holo.eval.metrics import summed_scores
-from hf_holo.training.data import IGNORED, Collator, Splits, hold_out_documents, python_stdlib
-from hf_holo.training.masking import Masking, MaskingCollator, masked_splits
-from hf_holo.training.tokenizers import make_tokenizer
+from hf_holo.modeling.losses import IGNORED
 
 NAME = "infilling"
 PRESET = "python-code"
@@ -109,7 +111,7 @@ def load(files: int | None, vocab_size: int, length: int, windows: int) -> tuple
 
 
 def batches(data: Splits, collator: Collator, rows: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches for ever, in an order that depends on the seed alone."""
+    """Batches without end, in an order that depends on the seed alone."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from DataLoader(data.train, rows, shuffle=True, drop_last=True, collate_fn=collator, generator=generator)
@@ -155,7 +157,7 @@ def hidden_tokens(validation: Subset) -> list[int]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
+    parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="muon")
     parser.add_argument("--learning_rates", nargs="+", type=float, default=(0.001, 0.002, 0.004))
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--rows", type=int, default=16)
@@ -197,7 +199,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     print_table(rows)
     figures = summarise(settings, rows)
-    print(f"always the commonest token: {figures['commonest_token']:.1%} of {figures['hidden_tokens']:,} hidden tokens")
+    print(
+        f"always the most common token: {figures['commonest_token']:.1%} of {figures['hidden_tokens']:,} hidden tokens"
+    )
     if figures["advantage"] is not None:
         print(f"resonance is right {100 * figures['advantage']:+.1f} points more often than bert")
     print_footer(args.results / f"{NAME}.json", seconds)
@@ -208,6 +212,45 @@ def summarise(settings: dict, rows: list[dict]) -> dict:
     best = {name: max((r["accuracy"] for r in rows if r["model"] == name), default=None) for name in MODELS}
     advantage = None if None in best.values() else best["resonance"] - best["bert"]
     return {**settings, "rows": rows, "best": best, "advantage": advantage}
+
+
+def caveat(figures: dict) -> str:
+    """What a reader must know before comparing the two models."""
+    begun = figures["best"]["bert"]
+    if begun is None or begun > 2 * figures["commonest_token"]:
+        return ""
+    return f"; {figures['steps']} steps are few: BERT has barely begun to learn"
+
+
+def sentence(result: dict) -> str:
+    f = result["figures"]
+    rows = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in f["best"].items() if accuracy is not None)
+    return (
+        f"masked tokens of held-out Python files that are filled right, after {f['steps']} steps of "
+        f"{f['windows_a_step']}×{f['length']} at equal parameters, each at its best learning rate, one seed: {rows}; "
+        f"always the most common token {f['commonest_token']:.1%}{caveat(f)}"
+    )
+
+
+def table(result: dict) -> str:
+    """How many masked tokens both models fill right, at each learning rate."""
+    f, long_file = result["figures"], result["figures"]["long_file"]
+    head = ("model", ">parameters", ">learning rate", ">nats per hidden token", ">filled right")
+    rows = [
+        (r["model"], f"{r['parameters']:,}", r["learning_rate"], f"{r['loss']:.3f}", f"{r['accuracy']:.1%}")
+        for r in f["rows"]
+    ]
+    return "\n".join(
+        [
+            markdown_table(head, rows),
+            "",
+            f"{f['steps']} steps of {f['windows_a_step']}×{f['length']} with {OPTIMIZERS[f['optimizer']]}, "
+            f"{f['vocab_size']:,} tokens of BPE, {f['hidden_tokens']:,} gaps in held-out files; always the most common "
+            f"token: {f['commonest_token']:.1%}. One seed{caveat(f)}. The pipeline fills a gap in a file of "
+            f"{long_file['tokens']:,} tokens in {long_file['seconds']:.0f} seconds and {long_file['peak_gib']:.1f} "
+            f"GiB. {result['seconds']:,.0f} seconds for all runs on: {measured_on(result)}.",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from report import RESULTS, flags, print_footer, write_report
+from common.report import RESULTS, flags, print_footer, write_report
 from transformers import Phi3Config, Phi3ForCausalLM, set_seed
 
-from hf_holo.training.tokenizers import make_tokenizer
+from hf_holo.data.tokenizers import make_tokenizer
 
 NAME = "large_conversion"
 
@@ -65,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     teacher, student = str(args.folder / "teacher"), str(args.folder / "student")
     settings = {key: getattr(args, key) for key in ("ratio", "window", "tokens", "fisher_tokens", "memory")}
     modules = rf"layers\.({'|'.join(map(str, range(args.blocks)))})\."
-    options = {**settings, "modules": modules, "text": args.text, "eval_windows": 1, "sample_tokens": 1}
+    options = {key: getattr(args, key) for key in ("ratio", "tokens", "fisher_tokens", "memory")}
+    options |= {"modules": modules, "train_file": args.text, "block_size": args.window}
+    options |= {"eval_windows": 1, "sample_tokens": 1}
     try:
         with ProcessPoolExecutor(1, get_context("spawn")) as apart:  # a process starts with the peak of its parent
             model = apart.submit(make_teacher, teacher, args.text, args.config, args.seed).result()
@@ -76,6 +78,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds = result["parts"]["total"]
     print(f"{model['weights_gib']:.2f} GiB of weights, at most {result['peak_gib']:.2f} GiB of memory")
     print_footer(write_report(NAME, figures, seed=args.seed, seconds=seconds, folder=args.results), seconds)
+
+
+def sentence(result: dict) -> str:
+    f = result["figures"]
+    return (
+        f"converting {f['blocks']} of the {f['depth']} blocks of a Phi-3 with {f['parameters']:,} parameters in "
+        f"bfloat16 ({f['weights_gib']:.1f} GiB), statistics of {f['memory']:g} GiB at a time, takes at most "
+        f"{f['peak_gib']:.1f} GiB of memory (random weights: the memory does not depend on the seed)"
+    )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/leaking_gate.py tinyshakespeare.txt
 
 Two character models differ in one layer. The circular gate scales the Fourier bins of each chunk of 32 tokens, as in
-the original HoloSpectralNet: that is a circular filter, and every token of a chunk hears all the others. The
+HoloSpectralNet's reference code: that is a circular filter, and every token of a chunk hears all the others. The
 minimum-phase gate of hf_holo has the same kind of response and hears the past only. Over training, both are asked to
 predict the same characters of the validation split twice: with the whole window in view (teacher-forced, as in every
 training loop), and with nothing but the characters before (as when writing).
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from characters import CharacterText
-from fitting import Fit, fit
+from common.characters import CharacterText
+from common.fitting import Fit, fit
+from common.report import RESULTS, image_path, markdown_table, measured_on, print_footer, print_table, write_report
 from matplotlib.figure import Figure
-from report import RESULTS, print_footer, print_table, write_report
 from torch import nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
@@ -31,7 +31,6 @@ from hf_holo.files import replacing, write_csv
 from hf_holo.modeling.filters import interpolate_gate
 
 NAME = "leaking_gate"
-IMAGE = Path(__file__).parents[1] / "docs" / "images" / f"{NAME}.png"
 CHUNK = 32  # tokens that the circular gate filters at once, and taps of the causal one
 WINDOWS, ENDS = 16, 24  # windows of the validation split, and positions in each, to predict
 
@@ -70,7 +69,7 @@ class GatedConfig(PretrainedConfig):
 
 
 class Block(nn.Module):
-    """Gate over the tokens, then channel mix, each behind a norm and beside a residual path."""
+    """Gate over the tokens, then channel mix, each after a norm and with a residual path."""
 
     def __init__(self, config: GatedConfig):
         super().__init__()
@@ -204,8 +203,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
-    parser.add_argument("--image", type=Path, default=IMAGE, help="the figure, as PNG")
+    parser.add_argument("--image", type=Path, help="the figure, as PNG; default: where the results belong")
     args = parser.parse_args(argv)
+    args.image = args.image or image_path(NAME, args.results)
 
     start = time.perf_counter()
     text = CharacterText(args.text)
@@ -228,6 +228,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_csv(points, path.with_suffix(".csv"))
     plot(points, text.vocab_size, args.image)
     print_footer(path, seconds)
+
+
+def sentence(result: dict) -> str:
+    f = result["figures"]
+    rows = [
+        f"{row['gate']} gate {row['teacher_forced']:.2f} with the whole window in view, "
+        f"{row['prefix_only']:.2f} with only the past"
+        for row in f["models"]
+    ]
+    steps, guessing = f["settings"]["steps"], f["guessing"]
+    return f"nats per character after {steps:,} steps: {'; '.join(rows)}; guessing {guessing:.2f}; one seed"
+
+
+def table(result: dict) -> str:
+    """Both losses of both gates."""
+    f = result["figures"]
+    head = ("gate", ">whole window in view", ">only the past in view", ">`check_causality(model).lookahead`")
+    rows = [
+        (row["gate"], f"{row['teacher_forced']:.2f}", f"{row['prefix_only']:.2f}", f"{row['lookahead']} tokens")
+        for row in f["models"]
+    ]
+    return "\n".join(
+        [
+            markdown_table(head, rows),
+            "",
+            f"Nats per character after {f['settings']['steps']:,} steps, over {f['settings']['predictions']} "
+            f"predictions; guessing has {f['guessing']:.2f}. One seed.",
+            f"It took {result['seconds']:.0f} seconds for both models on: {measured_on(result)}.",
+        ]
+    )
 
 
 if __name__ == "__main__":

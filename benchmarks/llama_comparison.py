@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from characters import CharacterText, windowed_loss
-from fitting import Fit, fit
-from report import RESULTS, earlier_rows, print_footer, print_table, write_report
+from common.characters import CharacterText, windowed_loss
+from common.fitting import OPTIMIZERS, Fit, fit
+from common.report import RESULTS, earlier_rows, print_footer, print_table, write_report
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_holo import HsnConfig, HsnForCausalLM
@@ -23,9 +23,9 @@ NAME = "llama_comparison"
 LEARNING_RATES = {"muon": (0.002, 0.004, 0.008), "adamw": (0.001, 0.002, 0.004)}
 
 
-def build_hsn(vocab_size: int, width: int, depth: int) -> HsnForCausalLM:
-    config = HsnConfig(vocab_size=vocab_size, hidden_size=width, num_hidden_layers=depth, channel_mix="gated")
-    return HsnForCausalLM(config)
+def build_hsn(vocab_size: int, width: int, depth: int, **options) -> HsnForCausalLM:
+    sizes = {"vocab_size": vocab_size, "hidden_size": width, "num_hidden_layers": depth}
+    return HsnForCausalLM(HsnConfig(**sizes, channel_mix="gated", **options))
 
 
 def small_llama(vocab_size: int, width: int, depth: int, intermediate_size: int) -> LlamaForCausalLM:
@@ -119,6 +119,28 @@ def summarise(settings: dict, runs: list[dict]) -> dict:
     best = {run["model"]: min(r["loss"] for r in runs if r["model"] == run["model"]) for run in runs}
     advantage = best["llama"] - best["hsn"] if len(best) == 2 else None
     return {"settings": settings, "runs": runs, "best": best, "advantage": advantage}
+
+
+def sentence(result: dict) -> str:
+    settings, best = result["figures"]["settings"], result["figures"]["best"]
+    rates = sorted({run["learning_rate"] for run in result["figures"]["runs"]})
+    chosen = f"each at its best of the learning rates {rates}" if len(rates) > 1 else f"learning rate {rates[0]}"
+    return (
+        f"{best['hsn']:.3f} nats, Llama of the same size {best['llama']:.3f}, after {settings['steps']} steps of "
+        f"{settings['rows']}×{settings['length']} with {OPTIMIZERS[settings['optimizer']]}, {chosen}, one seed; the "
+        "Llama has no short filter over the tokens, hsn has one (`llama_filter` gives it one)"
+    )
+
+
+def headline(result: dict, filtered: dict) -> str:
+    """With what the Llama reaches in as many steps if it has the filter, from the result of llama_filter.py."""
+    best, steps = result["figures"]["best"], result["figures"]["settings"]["steps"]
+    runs = filtered["figures"]["runs"]
+    (loss,) = (run["loss"] for run in runs if (run["model"], run["steps"]) == ("llama with filter", steps))
+    return (
+        f"{best['hsn']:.2f} nats per character, a Llama of the same size {best['llama']:.2f} after equal training "
+        f"({loss:.2f} with hsn's short filter before its attention; one seed, one learning rate)"
+    )
 
 
 if __name__ == "__main__":

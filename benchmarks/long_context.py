@@ -4,7 +4,7 @@
     python benchmarks/long_context.py --preset hsn-small --parts reading speed decoding
 
 Every part runs in a process of its own, so that its peak of memory is nobody else's; `--parts` measures some of them
-anew and leaves the others of an earlier run with the same settings as they are. Weights are random: no figure here
+again and leaves the others of an earlier run with the same settings as they are. Weights are random: no figure here
 depends on their values.
 
 - reading: one forward pass over the whole context, logits of the last position only
@@ -22,23 +22,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from apart import measured_apart, peak_gib
-from report import (
+from common.own_process import in_own_process, peak_gib
+from common.report import (
     RESULTS,
     interleaved_medians,
     keep_freed_memory,
+    markdown_table,
+    measured_on,
     print_footer,
     print_table,
     read_report,
     write_report,
 )
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from hf_holo.registry import preset_model
 
 PIECE = 4096  # tokens fed at once where a context is built up
-MARKS = (0.001, 0.01, 0.1, 0.3, 1.0)  # where along the text the stability is looked at
+MARKS = (0.001, 0.01, 0.1, 0.3, 1.0)  # where along the text the state is looked at
 
 
 def make(preset: str, vocab_size: int) -> PreTrainedModel:
@@ -60,8 +62,14 @@ def feed(model: PreTrainedModel, ids: torch.Tensor, piece: int = PIECE, keep: in
     return cache, torch.cat(logits, 1)
 
 
-def state_bytes(cache) -> int:
-    return sum(state.nbytes for states in cache for state in states if torch.is_tensor(state))
+def states_of(cache: Cache) -> list[torch.Tensor]:
+    """What a cache keeps in all its layers: named states, or the keys and values of attention."""
+    kept = (layer.states.values() if hasattr(layer, "states") else (layer.keys, layer.values) for layer in cache.layers)
+    return [state for states in kept for state in states]
+
+
+def state_bytes(cache: Cache) -> int:
+    return sum(state.nbytes for state in states_of(cache))
 
 
 # ---------------------------------------------------------------------------------------------- the parts
@@ -163,7 +171,7 @@ def stability(model: PreTrainedModel, stability_tokens: int) -> list[dict]:
     for mark in MARKS:
         stop = max(start + 1, round(mark * stability_tokens))
         cache, logits = feed(model, ids[:, start:stop], cache=cache)
-        states = torch.cat([state.flatten() for states in cache for state in states if torch.is_tensor(state)])
+        states = torch.cat([state.flatten() for state in states_of(cache)])
         rows.append(
             {
                 "tokens": stop,
@@ -206,27 +214,95 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--stability_tokens", type=int, default=300_000)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
-    parser.add_argument("--apart", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--own_process", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.apart is not None:
-        print(json.dumps(run_part(**args.apart)))
+    if args.own_process is not None:
+        print(json.dumps(run_part(**args.own_process)))
         return
 
     name = "long_context" if args.preset == parser.get_default("preset") else f"long_context_{args.preset}"
-    settings = {key: value for key, value in vars(args).items() if key not in ("parts", "results", "apart")}
+    settings = {key: value for key, value in vars(args).items() if key not in ("parts", "results", "own_process")}
     earlier = read_report(name, args.results)
     same = earlier["figures"].get("settings") == settings
     figures, seconds = (earlier["figures"], earlier["seconds"]) if same else ({"settings": settings}, 0.0)
     for part in args.parts:
         start = time.perf_counter()
         arguments = {key: settings[key] for key in ("preset", "vocab_size", *PARTS[part][1])}
-        figures |= measured_apart(__file__, part=part, **arguments)
+        figures |= in_own_process(__file__, part=part, **arguments)
         seconds += time.perf_counter() - start
         rows = figures[part]
         print(part, flush=True)
         print_table(rows if isinstance(rows, list) else [rows])
         path = write_report(name, figures, seed=0, seconds=seconds, folder=args.results)
     print_footer(path, seconds)
+
+
+def sentence(result: dict) -> str:
+    f = result["figures"]
+    parts = {
+        "reading": lambda r: f"reading {r['tokens']:,} tokens takes {r['seconds']:.0f} s and {r['peak_gib']:.2f} GiB",
+        "speed": lambda r: f"time per token there {r[-1]['relative']:.2f} of that at {r[0]['tokens']:,}",
+        "training": lambda r: f"a training step over {r['tokens']:,} takes {r['peak_gib']:.2f} GiB",
+        "pieces": lambda r: f"in pieces the logits differ by {max(x['fed_in_pieces'] for x in r):.0e} at most",
+        "decoding": lambda r: (
+            f"a token after {r[-1]['context']:,} takes {r[-1]['relative']:.2f} of one after {r[0]['context']:,}"
+        ),
+        "stability": lambda r: f"the largest state after {r[-1]['tokens']:,} tokens is {r[-1]['largest_state']:.3g}",
+    }
+    told = "; ".join(say(f[part]) for part, say in parts.items() if part in f)
+    return f"`{f['settings']['preset']}` with random weights, one seed: {told}"
+
+
+def headline(result: dict) -> str:
+    read, (short, long) = result["figures"]["reading"], result["figures"]["speed"]
+    return (
+        f"`{result['figures']['settings']['preset']}` reads {read['tokens']:,} tokens in {read['seconds']:.0f} s and "
+        f"{read['peak_gib']:.2f} GiB on a CPU; time per token is {long['relative']:.2f} times that at "
+        f"{short['tokens']:,} (random weights: this is cost, not recall)"
+    )
+
+
+def table(result: dict) -> str:
+    """What long texts cost."""
+    f = result["figures"]
+    (short, long), (early, late), read, step = f["speed"], f["decoding"], f["reading"], f["training"]
+
+    def row(what: str, tokens: int, memory: str, time: str) -> tuple[str, str, str, str]:
+        return what, f"{tokens:,}", memory, time
+
+    rows = [
+        row(
+            "reading, logits of the last position",
+            read["tokens"],
+            f"{read['peak_gib']:.2f} GiB",
+            f"{read['seconds']:.0f} s",
+        ),
+        row("the same, per token", short["tokens"], "", f"{short['us_per_token']:.0f} µs"),
+        row("", long["tokens"], "", f"{long['us_per_token']:.0f} µs"),
+        row(
+            "a training step with gradient checkpointing",
+            step["tokens"],
+            f"{step['peak_gib']:.2f} GiB",
+            f"{step['seconds']:.0f} s",
+        ),
+        row(
+            "one more token after",
+            early["context"],
+            f"state {early['state_bytes']:,} B",
+            f"{early['ms_per_token']:.1f} ms",
+        ),
+        row("", late["context"], f"state {late['state_bytes']:,} B", f"{late['ms_per_token']:.1f} ms"),
+    ]
+    return "\n".join(
+        [
+            markdown_table(("", ">tokens", ">peak memory", ">time"), rows),
+            "",
+            f"Segments and pieces of {', '.join(str(row['piece']) for row in f['pieces'])} tokens change the logits of "
+            f"{f['pieces'][0]['tokens']:,} tokens by at most {max(row['fed_in_pieces'] for row in f['pieces']):.0e}. "
+            f"Memory includes Python and its packages, {read['before_gib']:.2f} GiB. `{f['settings']['preset']}` with "
+            f"random weights, {result['seconds']:,.0f} seconds for all on: {measured_on(result)}.",
+        ]
+    )
 
 
 if __name__ == "__main__":

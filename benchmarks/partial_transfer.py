@@ -3,8 +3,8 @@
     python benchmarks/partial_transfer.py MODEL --text wikitext2-valid.txt tinyshakespeare.txt --held_out 0.5 0.1
 
 MODEL is the folder of a Llama, Mistral or Phi-3 with its tokenizer. Perplexities are measured on evenly spaced windows
-of the held-out part of each text. The seconds are those of training; scoring is not counted. What lies in `--folder` is
-used again.
+of the held-out part of each text. The seconds are those of training; scoring is not counted. Models that are in
+`--folder` already are used again.
 """
 
 import argparse
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from distillation import distil
-from report import RESULTS, print_footer, print_table, write_report
+from common.distilling import distil, shortened
+from common.report import RESULTS, print_footer, print_table, write_report
 from transfer import figures
 from transformers import AutoConfig
 
@@ -34,10 +34,9 @@ def replaced(args: argparse.Namespace, layers: list[int]) -> dict:
     if not (folder / "model.safetensors").exists():
         torch.manual_seed(args.seed)
         transfer_to_hsn(Source.find(args.model).load(), layers).save_pretrained(student)
-    sizes = {"block_size": args.window, "evaluation_windows": args.eval_windows}
-    if args.stage_steps:
-        sizes |= {"max_steps": args.stage_steps, "warmup_steps": 1}
-    return distil("distill-hsn-part", student, folder, args, **sizes)
+    options = {"validation_fraction": args.held_out, "block_size": args.window, "eval_windows": args.eval_windows}
+    options |= {"bf16": args.bf16, "seed": args.seed} | shortened(args.stage_steps)
+    return distil("distill-hsn-part", args.model, student, folder, args.text, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,6 +70,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = settings | {"ratios": ratios, "texts": texts}
     path = write_report("partial_transfer", found, seed=args.seed, seconds=seconds, folder=args.results)
     print_footer(path, seconds)
+
+
+def sentence(result: dict) -> str:
+    f = result["figures"]
+    (first, *_) = f["texts"].values()
+    ratios = ", ".join(f"{ratio:.3f} ({text})" for text, ratio in f["ratios"].items())
+    return (
+        f"{len(f['layers'])} of the {f['depth']} attention layers of a model with {first['teacher_parameters']:,} "
+        f"parameters replaced by holographic mixers: perplexity divided by the teacher's {ratios} after "
+        f"{first['steps']} steps of distillation ({first['seconds'] / 60:.0f} minutes); one seed"
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The recipes for code, and the example that goes on from one of them: what they reach on held-out files.
+"""The recipes for code, and the example that continues from one of them: what they reach on held-out files.
 
     python benchmarks/python_code.py
 
 Trains by python-code and python-code-completion, then examples/classify_python_files.py from the model that fills. A
 finished run below `--runs` is read, not repeated; a row of the result file is not measured again, so that the parts can
 be run one at a time (`--parts filling`). The seconds of a recipe are those between the first file of the run, written
-ahead of the first step, and the last one, written after the final evaluation.
+before the first step, and the last one, written after the final evaluation.
 """
 
 import argparse
@@ -13,9 +13,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from example_scripts import example
-from recipe_runs import figures, seconds, seed, train_once
-from report import RESULTS, earlier_rows, print_footer, print_table, write_report
+from common.example_scripts import example
+from common.recipe_runs import figures, seconds, seed, train_once
+from common.report import RESULTS, earlier_rows, markdown_table, measured_on, print_footer, print_table, write_report
 
 NAME = "python_code"
 RECIPES = {"filling": "python-code", "completion": "python-code-completion"}
@@ -62,6 +62,42 @@ def main(argv: Sequence[str] | None = None) -> None:
     for row in rows:
         print_table([{key: value for key, value in row.items() if not isinstance(value, dict)}])
     print_footer(args.results / f"{NAME}.json", taken)
+
+
+def sentence(result: dict) -> str:
+    rows = {row["part"]: row for row in result["figures"]["rows"]}
+    parts = [
+        f"{recipe} {rows[part]['validation_loss']:.3f} nats per token, {rows[part]['validation_accuracy']:.1%} right"
+        for part, recipe in RECIPES.items()
+        if part in rows
+    ]
+    if "classification" in rows:
+        shares = [f"{name} {share:.1%}" for name, share in rows["classification"]["accuracies"].items()]
+        parts.append(f"package of a file: {', '.join(shares)}")
+    return f"on held-out files of Python's standard library: {'; '.join(parts)}; one seed"
+
+
+def table(result: dict) -> str:
+    """What the recipes reach, and what the example that classifies files does."""
+    rows = {row["part"]: row for row in result["figures"]["rows"]}
+    recipes = []
+    for part, recipe in RECIPES.items():
+        row = rows[part]
+        sizes = f"{row['parameters']:,}", f"{row['tokens']:,}"
+        scores = f"{row['validation_loss']:.3f}", f"{row['validation_accuracy']:.1%}"
+        recipes.append((recipe, *sizes, *scores, f"{row['seconds'] / 60:.0f}"))
+    head = ("recipe", ">parameters", ">tokens read", ">nats per token", ">right at first guess", ">minutes")
+    accuracies = [(name, f"{share:.1%}") for name, share in rows["classification"]["accuracies"].items()]
+    minutes = rows["classification"]["seconds"] / 60
+    return "\n".join(
+        [
+            markdown_table(head, recipes),
+            "",
+            markdown_table(("package of a file", ">right"), accuracies),
+            "",
+            f"The classifier started from python-code and took {minutes:.0f} minutes. One seed; {measured_on(result)}.",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -3,17 +3,17 @@
     python benchmarks/shakespeare.py tinyshakespeare.txt
     python benchmarks/shakespeare.py tinyshakespeare.txt --family resonance --steps 1500
 
-The tiny preset of the family takes the place of the recipe's. A finished run in `--output_dir` is read, not repeated.
-The seconds are those between the first file of the run, written ahead of the first step, and the last one, written
-after the final evaluation.
+hsn is the model of the recipe. Another family trains its tiny preset as it is, since a preset on the command line takes
+the place of the recipe's model. A finished run in `--output_dir` is read, not repeated. The seconds are those between
+the first file of the run, written before the first step, and the last one, written after the final evaluation.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipe_runs import figures, seconds, seed, train_once
-from report import RESULTS, print_footer, print_table, report_name, write_report
+from common.recipe_runs import figures, seconds, seed, train_once
+from common.report import RESULTS, in_threads, print_footer, print_table, report_name, write_report
 
 RECIPE = "shakespeare-char"
 
@@ -28,11 +28,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     run = args.output_dir or Path("runs") / f"{RECIPE}-{args.family}"
-    train_once(RECIPE, run, args.steps, preset=f"{args.family}-tiny", train_file=args.text)
+    model = {} if args.family == "hsn" else {"preset": f"{args.family}-tiny"}  # the recipe's own is hsn's
+    train_once(RECIPE, run, args.steps, train_file=args.text, **model)
     found, taken = figures(run), seconds(run)
     print_table([found])
     name = report_name("shakespeare", args.family)
     print_footer(write_report(name, found, seed=seed(run), seconds=taken, folder=args.results), taken)
+
+
+def sentence(result: dict) -> str:
+    f = result["figures"]
+    return (
+        f"{f['validation_loss']:.3f} nats per character over the whole validation split of tinyshakespeare "
+        f"({f['parameters']:,} parameters, {f['tokens'] / 1e6:.1f} M tokens, windows of {f['window']}; one seed)"
+    )
+
+
+def headline(result: dict) -> str:
+    f, threads = result["figures"], in_threads(result["machine"]["threads"])
+    return (
+        f"{f['validation_loss']:.2f} nats per character on held-out text after {result['seconds'] / 60:.0f} minutes on "
+        f"{threads} of a CPU, {f['parameters'] / 1e6:.1f} M parameters (one seed)"
+    )
 
 
 if __name__ == "__main__":

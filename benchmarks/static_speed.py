@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from block_speed import hsn_block, training_step
-from report import RESULTS, interleaved_medians, print_footer, print_table, write_report
+from common.report import RESULTS, interleaved_medians, print_footer, print_table, write_report
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -42,6 +42,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds = time.perf_counter() - start
     figures = {"width": args.width, "rows": rows}
     print_footer(write_report("static_speed", figures, seed=0, seconds=seconds, folder=args.results), seconds)
+
+
+def sentence(result: dict) -> str:
+    first, last = result["figures"]["rows"][0], result["figures"]["rows"][-1]
+    return (
+        f"static binding: {last['tokens'] / first['tokens']:.0f} times the tokens ({last['tokens']:,}) "
+        f"take {last['times_time']:.2f} times the time (medians)"
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from report import RESULTS, print_footer, print_table, write_report
+from common.report import RESULTS, print_footer, print_table, write_report
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_holo  # noqa: F401 (registers the families with the Auto classes)
@@ -59,6 +59,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_table([figures])
     seconds = time.perf_counter() - start
     print_footer(write_report("stepwise_loss", figures, seed=0, seconds=seconds, folder=args.results), seconds)
+
+
+def sentence(result: dict) -> str:
+    f = result["figures"]
+    return (
+        f"loss one token at a time {f['stepwise']:.5f}, over the whole window {f['teacher_forced']:.5f} "
+        f"(one trained model, {f['tokens']:,} tokens)"
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Perplexity after layer surgery without any training: the calibrated conversion beside what one would try first.
+"""Perplexity after layer surgery without any training: the calibrated conversion compared with what one tries first.
 
     python benchmarks/surgery.py MODEL --text wikitext2-valid.txt tinyshakespeare.txt --held_out 0.5 0.1
 
 MODEL is the folder of a causal language model with its tokenizer. At a ratio all methods keep the same share of the
-numbers of the converted layers, counted on disk with the bases, and start from the same calibration windows; their
+values of the converted layers, counted on disk with the bases, and start from the same calibration windows; their
 perplexity is measured on the same windows of the held-out part of each text. With `--students` the converted models
-are kept, to be distilled (`benchmarks/distillation.py`), and what lies there is used again. Rows that the result file
-holds already are not measured anew. The seconds are those of what the run itself did.
+are kept, to be distilled (`benchmarks/distillation.py`), and those that are there already are used again. Rows that the
+result file holds already are not measured again. The seconds are those of what the run itself did.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from report import RESULTS, earlier_rows, print_footer, print_table, write_report
+from common.report import RESULTS, earlier_rows, markdown_table, measured_on, print_footer, print_table, write_report
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -37,10 +37,10 @@ from hf_holo.conversion.calibration import (
     surgery_plan,
 )
 from hf_holo.conversion.convert_arguments import ConvertArguments
-from hf_holo.conversion.evaluation import numbers_on_disk, perplexity
 from hf_holo.conversion.refit import refit
-from hf_holo.conversion.sources import Source, Text, load_texts, load_tokenizer, mixed
+from hf_holo.conversion.sources import Source, Text, calibration_texts, load_tokenizer, mixed
 from hf_holo.conversion.surgery import choose
+from hf_holo.modeling.checkpoint import values_on_disk
 
 Method = Callable[[PreTrainedModel, float], None]  # converts in place, to this ratio
 CALIBRATED, NOT_REFITTED, PER_MATRIX, PLAIN, RANDOM = (
@@ -51,11 +51,12 @@ CALIBRATED, NOT_REFITTED, PER_MATRIX, PLAIN, RANDOM = (
     "random basis",
 )
 SCOPES = {"all": None, "attention": ["attn|attention"]}  # patterns of the linear layers that are converted
+SCOPE_NAMES = {"all": "all linear layers", "attention": "those of attention"}
 
 
 def factors_of(model: PreTrainedModel, sites: Sequence[Site], statistics: Sequence[Statistics]) -> list[Factors]:
     pairs = zip(tqdm(sites, desc="factors", unit="site"), statistics, strict=True)
-    return [factorise(site, stacked_weight(model, site), numbers) for site, numbers in pairs]
+    return [factorise(site, stacked_weight(model, site), measured) for site, measured in pairs]
 
 
 def calibrated(
@@ -68,7 +69,7 @@ def calibrated(
         if windows is None:
             finish(student, sites, factors, ranks, pivoted=True)
         else:
-            refit(student, sites, ranks, [numbers.fisher for numbers in statistics], windows)
+            refit(student, sites, ranks, [measured.fisher for measured in statistics], windows)
             student.config.quantization_config = surgery_with(sites, ranks, pivoted=True)
 
     return convert
@@ -91,16 +92,16 @@ def grams_per_matrix(
     """The second moments of every layer alone, in the order of its sites, from those of the shared sites."""
     single = {site.layers[0]: site for site in find_sites(model, HoloSurgeryConfig())}
     grams = {}
-    for site, numbers in zip(sites, statistics, strict=True):
+    for site, measured in zip(sites, statistics, strict=True):
         borders = [0, *accumulate(site.widths)]
         for name, begin, end in zip(site.layers, borders, borders[1:], strict=False):
             if site.projects_outputs:
-                grams[name] = numbers.gram[begin:end, begin:end]
+                grams[name] = measured.gram[begin:end, begin:end]
             elif single[name].projects_outputs:
                 weight = stacked_weight(model, single[name])
-                grams[name] = weight @ numbers.gram @ weight.T
+                grams[name] = weight @ measured.gram @ weight.T
             else:
-                grams[name] = numbers.gram
+                grams[name] = measured.gram
     return [grams[name] for name in single]
 
 
@@ -122,9 +123,9 @@ def finish(
     ranks: Sequence[int | None],
     pivoted: bool,
 ) -> None:
-    for site, numbers, rank in zip(sites, factors, ranks, strict=True):
+    for site, fitted, rank in zip(sites, factors, ranks, strict=True):
         if rank is not None:
-            install(student, site, numbers, rank, pivoted)
+            install(student, site, fitted, rank, pivoted)
     student.config.quantization_config = surgery_with(sites, ranks, pivoted)
 
 
@@ -133,7 +134,7 @@ def surgery_with(sites: Sequence[Site], ranks: Sequence[int | None], pivoted: bo
 
 
 class Trial(NamedTuple):
-    """A method, the layers that it is used on, and the share of their numbers that it keeps."""
+    """A method, the layers that it is used on, and the share of their values that it keeps."""
 
     method: str
     scope: str  # a key of SCOPES
@@ -169,14 +170,14 @@ def surgery_of(scope: str, **options: Any) -> HoloSurgeryConfig:
 
 
 def kept_on_disk(model: PreTrainedModel, folder: Path, scope: str) -> float:
-    """Share of the numbers of the linear layers in this scope that the files of the student hold."""
+    """Share of the values of the linear layers in this scope that the files of the student hold."""
     names = choose(model, surgery_of(scope))
     dense = sum(p.numel() for name in names for p in model.get_submodule(name).parameters())
-    return numbers_on_disk(folder, names) / dense
+    return values_on_disk(folder, names) / dense
 
 
 def measured(model: PreTrainedModel, texts: Sequence[Text]) -> dict[str, float]:
-    return {text.name: perplexity(model, text.held_out, text.name) for text in texts}
+    return {text.name: text.perplexity(model, text.name) for text in texts}
 
 
 def convert_all(
@@ -215,11 +216,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     start = time.perf_counter()
-    own = ("model", "ratios", "attention_ratios", "baseline_ratios", "students", "results")
-    options = ConvertArguments(**{k: v for k, v in vars(args).items() if k not in own})
+    sizes = {key: getattr(args, key) for key in ("tokens", "fisher_tokens", "eval_windows", "seed")}
+    options = ConvertArguments(train_file=args.text, validation_fraction=args.held_out, block_size=args.window, **sizes)
     options.check()
     source, tokenizer = Source.find(args.model), load_tokenizer(args.model)
-    texts = load_texts(options, tokenizer, source)
+    texts = calibration_texts(options, tokenizer, source)
     model = source.load()
     settings = settings_of(model, texts, options)
     rows, spent = earlier_rows("surgery", settings, args.results)
@@ -259,12 +260,61 @@ def settings_of(model: PreTrainedModel, texts: Sequence[Text], options: ConvertA
     return {
         "model": model.config.model_type,
         "parameters": model.num_parameters(),
-        "window": options.window,
+        "window": options.block_size,
         "calibration_tokens": options.tokens,
         "fisher_tokens": options.fisher_tokens,
-        "held_out": options.held_out,
+        "held_out": options.validation_fraction,
         "held_out_windows": {text.name: len(text.held_out) for text in texts},
     }
+
+
+def sentence(result: dict) -> str:
+    f = result["figures"]
+    texts = list(f["held_out_windows"])
+    rows = []
+    for row in f["rows"][1:]:  # the first is the teacher itself
+        quotients = " / ".join(f"{row[text + ', ratio']:.3g}" for text in texts)
+        rows.append(f"{row['method']}, {row['kept']:.0%} of {SCOPE_NAMES[row['scope']]} kept: {quotients}")
+    windows = " / ".join(f"{count} windows of {text}" for text, count in f["held_out_windows"].items())
+    return (
+        f"perplexity after converting linear layers of a {f['model']} with {f['parameters']:,} parameters, "
+        f"not trained afterwards, divided by the teacher's, on {windows}: {'; '.join(rows)}; one seed"
+    )
+
+
+def headline(result: dict, distilled: dict) -> str:
+    """The calibrated conversion that keeps most of all linear layers and was distilled afterwards."""
+    f, rows = result["figures"], [row for row in distilled["figures"]["rows"] if row["scope"] == "all"]
+    row = max(rows, key=lambda row: row["kept"])
+    texts = [name.split("-")[0].removesuffix(".txt") for name in f["held_out_windows"]]
+    after = " / ".join(f"{row[text + ', ratio']:.2f}" for text in f["held_out_windows"])
+    before = " / ".join(f"{row[text + ', ratio before']:.2f}" for text in f["held_out_windows"])
+    return (
+        f"{row['kept']:.0%} of the linear layers of a {f['parameters'] / 1e6:.0f} M {f['model'].title()} kept, "
+        f"{row['seconds'] / 60:.0f} minutes of distillation: perplexity {after} times the teacher's on "
+        f"{' / '.join(texts)}, {before} without (one seed)"
+    )
+
+
+def table(result: dict, distilled: dict) -> str:
+    """Perplexities after surgery and, where `distilled` (of distillation.py) has them, after distillation."""
+    f, texts = result["figures"], result["figures"]["held_out_windows"]
+    later = {(r["method"], r["scope"], r["ratio"]): r for r in distilled["figures"].get("rows", [])}
+    rows = []
+    for row in f["rows"][1:]:  # the first is the teacher itself
+        after = later.get((row["method"], row["scope"], row["ratio"]))
+        cells = [f"{row[f'{text}, ratio']:.4g}" for text in texts]
+        cells += [f"{after[f'{text}, ratio']:.4g}" if after else "" for text in texts]
+        rows.append((row["method"], SCOPE_NAMES[row["scope"]], f"{row['kept']:.0%}", *cells))
+    head = ("method", "layers", ">kept", *(f">{text}" for text in texts), *(f">distilled: {text}" for text in texts))
+    windows = ", ".join(f"{count} windows of {text}" for text, count in texts.items())
+    lines = [markdown_table(head, rows), ""]
+    lines.append(f"Perplexity divided by the teacher's, on {windows} that nothing was fitted to; one seed.")
+    if later:
+        minutes = max(row["seconds"] for row in later.values()) / 60
+        tokens = max(row["tokens"] for row in later.values())
+        lines.append(f"Distilled: {minutes:.0f} minutes at most, {tokens:,} tokens, on: {measured_on(distilled)}.")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

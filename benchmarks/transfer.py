@@ -2,23 +2,22 @@
 
     python benchmarks/transfer.py tinyshakespeare.txt
 
-All losses are over the whole validation split, in windows of 128. What lies in `--folder` is used again: a teacher
-that was trained before is not trained anew. The seconds are those of training; scoring is not counted.
+All losses are over the whole validation split, in windows of 128. Models that are in `--folder` already are used
+again, the teacher too. The seconds are those of training; scoring is not counted.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from report import RESULTS, flags, print_footer, print_table, write_report
+from common.distilling import distil, shortened
+from common.report import RESULTS, flags, print_footer, print_table, write_report
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from hf_holo.conversion.distill import main as distill
 from hf_holo.conversion.transfer import transfer_to_hsn
-from hf_holo.training.data import read_documents, split_documents
-from hf_holo.training.tokenizers import make_tokenizer
+from hf_holo.data.documents import read_documents, split_documents
+from hf_holo.data.tokenizers import make_tokenizer
 from hf_holo.training.train import main as train
 
 WINDOW = 128  # tokens, of training and of scoring
@@ -63,23 +62,15 @@ def train_teacher(text: Path, folder: Path, steps: int, seed: int) -> None:
     train(flags(arguments))
 
 
-def distill_student(text: Path, folder: Path, stage_steps: int | None, seed: int) -> None:
-    """Transfer the weights of the teacher, and distil with the recipe `distill-hsn`."""
-    teacher = Phi3ForCausalLM.from_pretrained(folder / "teacher")
-    torch.manual_seed(seed)
-    transfer_to_hsn(teacher).save_pretrained(folder / "student")
-    arguments = {
-        "teacher": folder / "teacher",
-        "student": folder / "student",
-        "train_files": text,
-        "block_size": WINDOW,
-        "output_dir": folder / "distilled",
-        "overwrite": "true",
-        "seed": seed,
-    }
-    if stage_steps:
-        arguments |= {"max_steps": stage_steps, "warmup_steps": 1}
-    distill(["distill-hsn", *flags(arguments)])
+def replaced(text: Path, folder: Path, stage_steps: int | None, seed: int) -> dict:
+    """Transfer the weights of the teacher and distil, unless that has been done, and return the report."""
+    teacher, student, distilled = (folder / name for name in ("teacher", "student", "distilled"))
+    if not (distilled / "model.safetensors").exists():
+        model = Phi3ForCausalLM.from_pretrained(teacher)
+        torch.manual_seed(seed)
+        transfer_to_hsn(model).save_pretrained(student)
+    options = {"block_size": WINDOW, "seed": seed} | shortened(stage_steps)
+    return distil("distill-hsn", teacher, student, distilled, [text], **options)
 
 
 def figures(report: dict, text: str) -> dict:
@@ -113,14 +104,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if not (args.folder / "teacher" / "sample.txt").exists():  # the last file that a run writes
         train_teacher(args.text, args.folder, args.teacher_steps, args.seed)
-    if not (args.folder / "distilled" / "model.safetensors").exists():
-        distill_student(args.text, args.folder, args.stage_steps, args.seed)
-    report = json.loads((args.folder / "distilled" / "report.json").read_text(encoding="utf-8"))
+    report = replaced(args.text, args.folder, args.stage_steps, args.seed)
     found = figures(report, args.text.stem) | {"window": WINDOW, "teacher_steps": args.teacher_steps}
     print_table(found["stages"])
     print(f"teacher {found['teacher_loss']:.4f}, student {found['loss']:.4f}: {found['excess']:+.2%}")
     path = write_report("transfer", found, seed=args.seed, seconds=found["seconds"], folder=args.results)
     print_footer(path, found["seconds"])
+
+
+def sentence(result: dict) -> str:
+    f = result["figures"]
+    return (
+        f"a Phi-3 ({f['teacher_parameters']:,} parameters) whose attention is all replaced by holographic mixers: "
+        f"{f['loss']:.4f} nats per character after {f['steps']} steps of distillation ({f['seconds']:.0f} s), the "
+        f"teacher has {f['teacher_loss']:.4f} ({f['excess']:+.2%}); one seed"
+    )
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 A byte-level BPE of 32,768 tokens is trained on the first nine tenths of the text. Then one small Resonance model for
 each strategy sees the same windows in the same order with the same optimizer. The losses are in nats per token, over
-the same held-out tokens; the excess over dense is that of the first strategy. The last table is one training step of
-2 × 256 tokens at width 768 with the hash strategy, measured in a process of its own.
+the same held-out tokens; the excess is that over the first strategy, which is dense. The last table is one training
+step of 2 × 256 tokens at width 768 with the hash strategy, measured in a process of its own.
 """
 
 import argparse
@@ -16,19 +16,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from apart import measured_apart, peak_gib
-from characters import windowed_loss
-from fitting import make_optimizer
-from report import RESULTS, print_footer, print_table, write_report
+from common.characters import windowed_loss
+from common.fitting import make_optimizer
+from common.own_process import in_own_process, peak_gib
+from common.report import RESULTS, markdown_table, measured_on, print_footer, print_table, write_report
 from tqdm import trange
 from transformers import PreTrainedModel
 
 from hf_holo import ResonanceConfig, ResonanceForCausalLM
+from hf_holo.data.tokenizers import bpe_tokenizer
+from hf_holo.data.windows import encode
 from hf_holo.modeling.configuration_vocabulary import STRATEGIES
 from hf_holo.modeling.hashing import collisions
 from hf_holo.modeling.vocabulary import vocabulary_parameters
-from hf_holo.training.data import encode
-from hf_holo.training.tokenizers import bpe_tokenizer
 
 
 def read_tokens(path: Path, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,16 +139,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--large_width", type=int, default=768)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
-    parser.add_argument("--apart", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--own_process", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.apart is not None:
-        print(json.dumps(large_step(**args.apart)))
+    if args.own_process is not None:
+        print(json.dumps(large_step(**args.own_process)))
         return
     if args.text is None:
         parser.error("a text file is needed")
 
     start = time.perf_counter()
-    large = measured_apart(__file__, vocab_size=args.large_vocab_size, width=args.large_width, rows=2, length=256)
+    large = in_own_process(__file__, vocab_size=args.large_vocab_size, width=args.large_width, rows=2, length=256)
     print_table([flat(large)])
     train, validation = read_tokens(args.text, args.vocab_size)
     names = ("steps", "learning_rate", "width", "depth", "rows", "length", "vocab_size", "validation_tokens")
@@ -162,6 +162,35 @@ def main(argv: Sequence[str] | None = None) -> None:
         path = write_report("vocabulary", figures, seed=args.seed, seconds=seconds, folder=args.results)
     print_table([flat(run) for run in runs])
     print_footer(path, seconds)
+
+
+def sentence(result: dict) -> str:
+    settings, large = result["figures"]["settings"], result["figures"]["large_step"]
+    runs = [f"{run['strategy']} {run['loss']:.3f}" for run in result["figures"]["runs"]]
+    return (
+        f"nats per token with {settings['vocab_size']:,} tokens, {settings['steps']} steps, so hardly trained yet, one "
+        f'seed: {", ".join(runs)}; "hash" at {large["vocab_size"]:,}×{large["width"]}: 1/{large["compression"]:.1f} of '
+        f"the dense parameters, a training step of {large['tokens']} tokens peaks at {large['peak_gib']:.2f} GiB"
+    )
+
+
+def table(result: dict) -> str:
+    """Losses of all strategies after equal training."""
+    settings = result["figures"]["settings"]
+    head = ("strategy", ">parameters of the vocabulary", ">of the dense ones", ">nats per token", ">above dense")
+    rows = []
+    for run in result["figures"]["runs"]:
+        share = f"1/{run['compression']:.1f}" if run["compression"] > 1 else "all"
+        rows.append((run["strategy"], f"{run['parameters']:,}", share, f"{run['loss']:.3f}", f"{run['excess']:+.3f}"))
+    return "\n".join(
+        [
+            markdown_table(head, rows),
+            "",
+            f"{settings['steps']} steps of {settings['rows']}×{settings['length']}, so hardly trained yet, with "
+            f"{settings['vocab_size']:,} tokens of BPE, width {settings['width']}, depth {settings['depth']}, one "
+            f"learning rate, one seed, {result['seconds']:,.0f} seconds for all on: {measured_on(result)}.",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -39,9 +39,9 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from hf_holo import HsnConfig, ResonanceConfig
+from hf_holo.data.tokenizers import bpe_tokenizer
 from hf_holo.eval.metrics import accuracy, of_classes
 from hf_holo.files import write_text
-from hf_holo.training.tokenizers import bpe_tokenizer
 
 MODELS = ("hsn", "resonance", "modernbert")
 WORDS = "TF-IDF"

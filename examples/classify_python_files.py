@@ -31,8 +31,8 @@ from transformers import (
 )
 
 from hf_holo import ResonanceConfig
-from hf_holo.training.data import stdlib_sources
-from hf_holo.training.tokenizers import make_tokenizer
+from hf_holo.data.documents import stdlib_sources
+from hf_holo.data.tokenizers import make_tokenizer
 
 FEWEST = 12  # files of a package that is worth a class
 ACCUMULATED = 4  # files a step; one at a time goes through the model, so that none has to be padded or cut

@@ -8,12 +8,15 @@ import importlib
 import warnings
 from typing import Any
 
-from .adapters import offer_adapters
-from .conversion import surgery  # noqa: F401  (it registers the quantizer "holo" with transformers)
-from .hub import saving  # noqa: F401  (it gives the models of this package their cards)
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+from . import peft_defaults
+from .conversion.surgery import HoloQuantizer, HoloSurgeryConfig
+from .hub.saving import write_missing_card
 from .modeling.configuration_holo import HoloConfig
 from .modeling.configuration_hsn import HsnConfig
 from .modeling.configuration_resonance import ResonanceConfig
+from .modeling.remote_code import card_writers
 from .modeling.tokenization_holo import HoloTokenizer
 from .modeling.versions import REMEDY, VERSION, in_use, is_newer_than_tested
 from .registry import PRESETS, VARIANTS, architectures, load_plugins, preset_model, register_architecture
@@ -38,13 +41,24 @@ def _register_text_family(name: str, config: type) -> None:
     )
 
 
-_register_text_family("hsn", HsnConfig)
-_register_text_family("holo", HoloConfig)
-_register_text_family("resonance", ResonanceConfig)
+def install() -> None:
+    """Tell transformers and PEFT what is in this package: all that its import changes elsewhere. Twice is as once."""
+    _register_text_family("hsn", HsnConfig)
+    _register_text_family("holo", HoloConfig)
+    _register_text_family("resonance", ResonanceConfig)
 
-offer_adapters("hsn", outputs=["k_proj", "v_proj"], inputs=["up_proj", "down_proj"])
-offer_adapters("holo", outputs=["k_proj", "v_proj"], inputs=["down_proj"])
-offer_adapters("resonance", outputs=["in_proj"], inputs=["up_proj", "down_proj"])
+    peft_defaults.offer_adapters("hsn", outputs=["k_proj", "v_proj"], inputs=["up_proj", "down_proj"])
+    peft_defaults.offer_adapters("holo", outputs=["k_proj", "v_proj"], inputs=["down_proj"])
+    peft_defaults.offer_adapters("resonance", outputs=["in_proj"], inputs=["up_proj", "down_proj"])
+    peft_defaults.install()
+
+    AUTO_QUANTIZATION_CONFIG_MAPPING["holo"] = HoloSurgeryConfig  # in place of those of a checkpoint's own code, too
+    AUTO_QUANTIZER_MAPPING["holo"] = HoloQuantizer
+    if write_missing_card not in card_writers:
+        card_writers.append(write_missing_card)
+
+
+install()
 
 # Public names that are imported when first asked for, by module. The registry adds the model classes and, for each
 # preset, a function that makes its model: `hsn_tiny(vocab_size=...)`.
@@ -54,10 +68,19 @@ _LAZY = {
     "conversion.transfer": ["transfer_to_hsn"],
     "errors": ["HoloError"],
     "eval.conformance": ["check_causality"],
+    "export.onnx_runtime": ["HoloORTModelForCausalLM"],
+    "modeling.backbone": ["RecurrentBackbone"],
     "modeling.binding": ["bind", "unbind"],
     "modeling.cache": ["RecurrentCache"],
+    "modeling.configuration_base": ["FamilyConfig"],
     "modeling.harmonics": ["HoloLinear", "SineActivation", "harmonic_basis"],
     "modeling.filters": ["SpectralGate"],
+    "modeling.heads": [
+        "MaskedLMHead",
+        "RecurrentForCausalLM",
+        "SequenceClassificationHead",
+        "TokenClassificationHead",
+    ],
     "modeling.layers": ["GatedChannelMix", "LiteChannelMix"],
     "modeling.memory": ["HolographicMemory", "PersistentMemory"],
     "modeling.modeling_holo": ["HoloAttention", "HoloTransformerBlock"],
@@ -69,8 +92,11 @@ _LAZY = {
         "fft_circular_corr",
     ],
     "modeling.phases": ["PhaseDrift", "RotaryEmbedding"],
+    "modeling.pretrained": ["FamilyPreTrainedModel"],
+    "modeling.scans": ["cancelling_scan", "interference_scan"],
     "modeling.resonators": ["ChunkContext", "ResonatorBank"],
     "modeling.vocabulary": ["AdaptiveEmbedding", "FrequencyCompressedEmbedding", "HashEmbedding"],
+    "peft_defaults": ["offer_adapters"],
     "registry": ["Architecture", "Preset", "get_architecture", "preset_config", "presets"],
     "training.callbacks": ["CausalityCallback"],
     "training.optim": ["MuonAdamW", "WhitenedAdamW"],

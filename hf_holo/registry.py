@@ -137,7 +137,7 @@ def register_architecture(
     """
     _check_class("config", config, PretrainedConfig)
     if name != config.model_type:
-        raise HoloError(f"name={name!r} differs from {config.__name__}.model_type={config.model_type!r}: use one name")
+        raise HoloError(f"name: {name!r} differs from {config.__name__}.model_type={config.model_type!r}: use one name")
     _check_models(models, config)
     if tokenizer is not None:
         _check_class("tokenizer", tokenizer, PreTrainedTokenizerBase)
@@ -212,6 +212,17 @@ def preset_model(preset: str, **overrides: Any) -> PreTrainedModel:
     return get_architecture(config.model_type).model_for(config)(config)
 
 
+def capabilities_of(model_class: type[PreTrainedModel], config: PretrainedConfig) -> frozenset[str] | None:
+    """What a model class claims for a config: what its method `capabilities_of` says, else its registration, else its
+    attribute `capabilities`; None if nothing says it."""
+    if hasattr(model_class, "capabilities_of"):
+        return model_class.capabilities_of(config)
+    architecture = _ARCHITECTURES.get(config.model_type)
+    if architecture is not None:
+        return architecture.capabilities
+    return getattr(model_class, "capabilities", None)
+
+
 def load_plugins() -> None:
     """Load every entry point of the group `hf_holo.architectures`.
 
@@ -239,10 +250,10 @@ def _check_class(argument: str, value: Any, base: type) -> None:
 
 def _check_models(models: Mapping[str, type[PreTrainedModel] | str], config: type[PretrainedConfig]) -> None:
     if not models:
-        raise HoloError(f"models={models!r} must name at least one model class")
+        raise HoloError(f"models: {models!r} must name at least one model class")
     for auto_name, model in models.items():
         if not hasattr(getattr(transformers, auto_name, None), "_model_mapping"):
-            raise HoloError(f"models: {auto_name!r} is no Auto class for models; one is 'AutoModelForCausalLM'")
+            raise HoloError(f"models: {auto_name!r} is not an Auto class for models; one is 'AutoModelForCausalLM'")
         if isinstance(model, str) and ":" in model:
             continue
         _check_class(f"models[{auto_name!r}]", model, PreTrainedModel)
@@ -253,7 +264,7 @@ def _check_models(models: Mapping[str, type[PreTrainedModel] | str], config: typ
 def _read_presets(source: Mapping[str, dict[str, Any]] | Path | None) -> dict[str, dict[str, Any]]:
     if isinstance(source, Path):
         if not source.is_dir():
-            raise HoloError(f"presets={str(source)!r} is no folder; give one with a JSON file for each preset")
+            raise HoloError(f"presets: {str(source)!r} is not a folder; give one with a JSON file for each preset")
         source = {path.stem: _read_json(path) for path in sorted(source.glob("*.json"))}
     return _check_mappings("presets", source or {})
 
@@ -261,7 +272,7 @@ def _read_presets(source: Mapping[str, dict[str, Any]] | Path | None) -> dict[st
 def _read_variants(source: Mapping[str, dict[str, Any]] | Path | None) -> dict[str, dict[str, Any]]:
     if isinstance(source, Path):
         if not source.is_file():
-            raise HoloError(f"variants={str(source)!r} is no file; give a JSON file")
+            raise HoloError(f"variants: {str(source)!r} is not a file; give a JSON file")
         source = _read_json(source)
     source = _check_mappings("variants", source or {})
     first = next(iter(source.values()), {})
@@ -281,7 +292,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise HoloError(f"{str(path)!r} is no valid JSON: {error}") from error
+        raise HoloError(f"{str(path)!r} is not valid JSON: {error}") from error
 
 
 def _check_clashes(new: Architecture) -> None:

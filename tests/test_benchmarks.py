@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_holo import preset_model
-from hf_holo.training.data import stdlib_sources
-from hf_holo.training.tokenizers import make_tokenizer
+from hf_holo.data.documents import stdlib_sources
+from hf_holo.data.tokenizers import make_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks live in the repository only")
@@ -27,10 +28,21 @@ def run(monkeypatch, tmp_path, capsys):
     def run(script: str, *argv: object, report: str | None = None) -> tuple[dict, str]:
         importlib.import_module(script).main([*map(str, argv), "--results", str(tmp_path)])
         name, readme = report or script, importlib.import_module("readme")
-        assert name not in readme.ROWS or f"| `{name}` |" in readme.table(tmp_path)
+        assert name not in readme.SUITE or f"| `{name}` |" in readme.table(tmp_path)
         return json.loads((tmp_path / f"{name}.json").read_text()), capsys.readouterr().out
 
     return run
+
+
+def modules() -> list[str]:
+    """Names of all scripts that measure something."""
+    return sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in ("readme", "run"))
+
+
+@pytest.fixture
+def suite(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("common.suite")
 
 
 @pytest.fixture
@@ -63,14 +75,14 @@ def test_timings_take_turns(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     order = []
     tasks = {name: lambda name=name: order.append(name) for name in "ab"}
-    medians = importlib.import_module("report").interleaved_medians(tasks, repeats=3, warmup=1)
+    medians = importlib.import_module("common.report").interleaved_medians(tasks, repeats=3, warmup=1)
     assert order == ["a", "b", *"ababab"] and medians.keys() == {"a", "b"}
 
 
 def test_windowed_loss_scores_every_character_once(monkeypatch, text):
     """A model that always says the same: the loss is the mean of one log-probability per scored character."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    characters = importlib.import_module("characters")
+    characters = importlib.import_module("common.characters")
     data = characters.CharacterText(text)
     logits = torch.randn(data.vocab_size, generator=torch.Generator().manual_seed(0))
 
@@ -212,6 +224,8 @@ def test_the_shakespeare_recipe_reports_its_last_loss(run, text, tmp_path):
     first, _ = run("shakespeare", text, "--output_dir", folder, "--steps", 2)
     assert first["figures"]["steps"] == 2 and first["figures"]["tokens"] == 2 * 16 * 256
     assert 0 < first["figures"]["validation_loss"] < 4
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert (config["channel_mix"], config["hidden_dropout_prob"]) == ("gated", 0.1)  # the model of the recipe
     assert first["seconds"] > 0
     weights = (folder / "model.safetensors").stat().st_mtime_ns
     again, _ = run("shakespeare", text, "--output_dir", folder)
@@ -230,7 +244,7 @@ def test_the_shakespeare_recipe_takes_another_family(run, text, tmp_path):
 
 def test_python_code(run, tmp_path, monkeypatch):
     """With the recipes at their smallest: a few files instead of the standard library."""
-    train_once = importlib.import_module("recipe_runs").train_once
+    train_once = importlib.import_module("common.recipe_runs").train_once
     (tmp_path / "code").mkdir()
     for name, source in stdlib_sources().items():
         if name.startswith("json/"):
@@ -251,7 +265,7 @@ def test_python_code(run, tmp_path, monkeypatch):
     *trained, classified = report["figures"]["rows"]
     assert trained == [filling, completion]
     assert len(classified["accuracies"]) == 3 and report["seconds"] >= classified["seconds"] > 0
-    assert f"{filling['parameters']:,}" in importlib.import_module("readme").code_table(tmp_path)
+    assert f"{filling['parameters']:,}" in importlib.import_module("python_code").table(report)
 
 
 def test_the_readme_shows_what_the_reports_say(run, tmp_path, monkeypatch):
@@ -259,16 +273,158 @@ def test_the_readme_shows_what_the_reports_say(run, tmp_path, monkeypatch):
     table = importlib.import_module("readme").table(tmp_path)
     assert "`static_speed`" in table and "2 times the tokens (128)" in table
     assert "`block_speed`" not in table  # it has not been run
-    assert torch.__version__ in table
+    assert torch.__version__ in importlib.import_module("readme").machines(tmp_path)
 
 
 def test_every_page_shows_the_figures_of_the_latest_reports(monkeypatch):
     """After a benchmark has run, `python benchmarks/readme.py` brings README and docs up to date."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     readme = importlib.import_module("readme")
-    for (page, mark), make in readme.TABLES.items():
+    for (page, mark), make in readme.PAGES.items():
         text = page.read_text(encoding="utf-8")
         assert readme.filled(text, mark, make()) == text, (page.name, mark)
+
+
+@pytest.mark.parametrize("script", [*modules(), "run"])
+def test_every_script_explains_itself(monkeypatch, capsys, script):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(script).main(["--help"])
+    assert stopped.value.code == 0 and "--results" in capsys.readouterr().out
+
+
+def test_the_suite_has_every_script_and_every_result(suite):
+    assert {benchmark.script for benchmark in suite.SUITE.values()} == set(modules())
+    assert {path.stem for path in (BENCHMARKS / "results").glob("*.json")} <= set(suite.SUITE)
+    for name, benchmark in suite.SUITE.items():
+        assert callable(benchmark.module.sentence) and callable(benchmark.module.main)
+        if benchmark.quick:
+            assert not benchmark.inputs and 0 < suite.recorded_seconds(name) <= 120, name
+
+
+def test_every_sentence_says_how_far_it_can_be_trusted(suite):
+    """How many seeds, or that it is a median; what is measured on one model or without training says that."""
+    report = importlib.import_module("common.report")
+    for name, benchmark in suite.SUITE.items():
+        result = report.read_report(name)
+        if result["seconds"]:
+            assert re.search(r"seed|median|one trained model", benchmark.module.sentence(result)), name
+
+
+def test_sentences_say_what_a_reader_cannot_see(suite):
+    """Where a comparison favours us for another reason than the model."""
+    report = importlib.import_module("common.report")
+
+    def said(name: str) -> str:
+        return suite.SUITE[name].module.sentence(report.read_report(name))
+
+    assert "the Llama has no short filter" in said("llama_comparison_muon")
+    assert "BERT has barely begun to learn" in said("infilling")
+    assert "no comparison with attention" in said("pair_recall")
+    int8 = next(part for part in said("export_trained").split("; ") if "int8" in part)
+    rows = report.read_report("export_trained")["figures"]["rows"]
+    (share,) = (row["equal_tokens"] for row in rows if row["format"] == "onnx-int8")
+    assert f"{share:.0%} of the generated tokens equal" in int8
+
+
+def test_a_baseline_that_has_learned_is_not_called_none(suite):
+    pair_recall, infilling = importlib.import_module("pair_recall"), importlib.import_module("infilling")
+    assert pair_recall.caveat({"runs": [{"model": "llama", "near": 0.99}, {"model": "hsn", "near": 0.1}]}) == ""
+    assert infilling.caveat({"best": {"bert": 0.4}, "commonest_token": 0.03, "steps": 9}) == ""
+
+
+def test_the_readme_has_five_short_lines(suite):
+    lines = importlib.import_module("readme").headlines().splitlines()
+    assert len(lines) == 2 + 5 and max(map(len, lines)) <= 200
+
+
+def test_the_page_explains_every_benchmark(suite):
+    readme = importlib.import_module("readme")
+    page = readme.PAGE.read_text(encoding="utf-8")
+    by_hand = re.sub(r"<!-- (\w+): begin -->.*?<!-- \1: end -->", "", page, flags=re.DOTALL)
+    for name in suite.SUITE:
+        assert f"`{name}`" in by_hand, name
+    images = {path.name for path in (readme.DOCS / "images").glob("*.png") if path.stem in modules()}
+    assert images == {Path(image).name for image in re.findall(r"!\[.*?\]\((.*?)\)", page)}
+
+
+# The runner ---------------------------------------------------------------------------------------------------------
+
+WRITES = "import sys, pathlib; pathlib.Path(sys.argv[-1], '{0}.json').write_text('{{}}')"
+
+
+@pytest.fixture
+def runner(suite, monkeypatch, tmp_path):
+    """The runner with four scripts: two that write a result, one that fails halfway, one that needs a text."""
+    run = importlib.import_module("run")
+    scripts = {"first": WRITES.format("first"), "broken": WRITES.format("broken") + "; raise SystemExit(3)"}
+    scripts |= {"reads": WRITES.format("reads"), "last": WRITES.format("last")}
+    for name, script in scripts.items():
+        (tmp_path / f"{name}.py").write_text(script, encoding="utf-8")
+    benchmarks = {name: suite.Benchmark(name, quick=True) for name in scripts}
+    benchmarks["reads"] = suite.Benchmark("reads", "TINYSHAKESPEARE")
+    monkeypatch.setattr(run, "BENCHMARKS", tmp_path)
+    monkeypatch.setattr(run, "SUITE", benchmarks)
+    monkeypatch.setattr(run, "recorded_seconds", lambda name: {"first": 30.0}.get(name, 0.0))
+    monkeypatch.setenv("TINYSHAKESPEARE", "")
+    return run
+
+
+def test_the_runner_goes_through_all_and_says_what_failed(runner, tmp_path, capfd, text):
+    results = tmp_path / "results"
+    with pytest.raises(SystemExit) as stopped:
+        runner.main(["all", "--results", str(results)])
+    said = capfd.readouterr().out
+    assert stopped.value.code == 1
+    assert "first: about 30 s" in said and "needs TINYSHAKESPEARE" in said and "4 of 4 to measure, about 30 s" in said
+    assert said.index("first: done") < said.index("broken: failed with exit status 3") < said.index("last: done")
+    assert said.rstrip().endswith("broken: failed with exit status 3")
+    assert sorted(path.name for path in results.glob("*.json")) == ["broken.json", "first.json", "last.json"]
+
+    (tmp_path / "broken.py").write_text(WRITES.format("broken"), encoding="utf-8")  # it had left half a result
+    runner.main(["all", "--results", str(results), "--tinyshakespeare", str(text)])
+    said = capfd.readouterr().out
+    assert "first: measured already" in said and "2 of 4 to measure" in said
+    assert "broken: done" in said and "reads: done" in said and str(text) in said
+    runner.main(["all", "--results", str(results)])
+    assert "0 of 4 to measure" in capfd.readouterr().out
+
+
+def test_the_quick_suite_needs_no_input(runner, tmp_path, capfd):
+    runner.main(["quick", "--results", str(tmp_path / "results"), "--plan"])
+    said = capfd.readouterr().out
+    assert "reads" not in said and "3 of 3 to measure" in said and not (tmp_path / "results").exists()
+
+
+def test_the_runner_names_an_input_that_is_not_there(runner, tmp_path, capfd, monkeypatch):
+    runner.main(["all", "--results", str(tmp_path), "--only", "reads", "--tinyshakespeare", str(tmp_path / "none.txt")])
+    assert f"there is no {tmp_path / 'none.txt'}" in capfd.readouterr().out
+
+
+# Every script at its smallest ---------------------------------------------------------------------------------------
+
+
+def test_memory_recall(run, tmp_path):
+    sizes = ("--dimensions", 64, 1024, "--pairs", 2, 48, "--codes", 50, "--rounds", 2, "--reads", 96)
+    report, _ = run("memory_recall", *sizes)
+    assert [(p["dimension"], p["pairs"]) for p in report["points"]] == [(64, 2), (64, 48), (1024, 2), (1024, 48)]
+    assert len(list(csv.DictReader((tmp_path / "memory_recall.csv").open()))) == 4
+    assert (tmp_path / "memory_recall.png").read_bytes().startswith(b"\x89PNG")
+    table = importlib.import_module("memory_recall").table(report)
+    assert f"| 48 | {report['points'][-1]['one_shot']:.1%} |" in table and "| 64 |" in table
+
+
+def test_llama_filter(run, text):
+    report, _ = run("llama_filter", text, "--steps", 2, 3, *TINY_FIT)
+    assert [run["steps"] for run in report["figures"]["runs"]] == [2] * 4 + [3] * 4
+    runs = {run["model"]: run for run in report["figures"]["runs"][4:]}
+    assert list(runs) == ["hsn", "hsn without filter", "llama", "llama with filter"]
+    losses = {name: run["loss"] for name, run in runs.items()}
+    assert len(set(losses.values())) == 4
+    assert runs["llama with filter"]["parameters"] - runs["llama"]["parameters"] == 32 * 4  # a gate: 3 logits, a scale
+    compared = {"figures": {"best": {"hsn": 1.234, "llama": 1.345}, "settings": {"steps": 3}}}
+    said = importlib.import_module("llama_comparison").headline(compared, report)
+    assert f"({losses['llama with filter']:.2f} with" in said and "1.23 nats" in said
 
 
 def test_conformance(run, tmp_path):
@@ -316,7 +472,7 @@ def test_holo_curve(run, text, tmp_path, monkeypatch):
     )
     assert random["stored"] == random["block_parameters"] < data["stored"]
     gap = report["figures"]["above_dense_at_a_quarter"]["random"]
-    assert gap == pytest.approx(random["loss"] - dense["loss"]) and "against the dense twin" in printed
+    assert gap == pytest.approx(random["loss"] - dense["loss"]) and "against the dense model" in printed
     assert len(list(csv.DictReader((tmp_path / "holo_curve.csv").open()))) == len(runs)
     assert image.read_bytes().startswith(b"\x89PNG")
 
@@ -352,7 +508,7 @@ def test_long_context(run, monkeypatch):
     sizes |= {"stability_tokens": 100, "repeats": 1, "sizes": 7}
     argv = [word for name, value in sizes.items() for word in (f"--{name}", value)]
     long_context = importlib.import_module("long_context")
-    monkeypatch.setattr(long_context, "measured_apart", lambda _, **part: long_context.run_part(**part))
+    monkeypatch.setattr(long_context, "in_own_process", lambda _, **part: long_context.run_part(**part))
     report, _ = run("long_context", *argv)
     figures = report["figures"]
     assert figures["reading"]["peak_gib"] >= figures["reading"]["before_gib"] > figures["reading"]["weights_gib"] > 0
@@ -367,6 +523,11 @@ def test_long_context(run, monkeypatch):
     assert again["figures"]["speed"] == figures["speed"]  # what is there stays
     other, _ = run("long_context", *argv, "--preset", "hsn-tiny", "--parts", "pieces", report="long_context_hsn-tiny")
     assert "segment_length" not in other["figures"]["pieces"][0]
+    holo, _ = run(
+        "long_context", *argv, "--preset", "holo-tiny", "--parts", "decoding", report="long_context_holo-tiny"
+    )
+    short, long = (row["state_bytes"] for row in holo["figures"]["decoding"])
+    assert long / short > 4  # a cache of attention grows with its context
 
 
 def test_infilling(run, monkeypatch):

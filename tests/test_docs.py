@@ -6,14 +6,19 @@ from pathlib import Path
 import pytest
 from small_models import new_model
 
-from hf_holo import HoloError, cli
+from hf_holo import HoloError, cli, preset_config
+from hf_holo.data.tokenizers import make_tokenizer
+from hf_holo.eval.catalogue import catalogue
 from hf_holo.eval.conformance import checks
 from hf_holo.export.formats import FORMATS, Source
-from hf_holo.training.tokenizers import make_tokenizer
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
+ROOT = DOCS.parent
+TEXTS = [*PAGES, *(path for path in sorted(ROOT.glob("*.md")) if path.is_file())]
 MADE = {"exported/onnx/generate.py"}  # scripts that a command writes
+SIZES = {"hsn": "rank", "holo": "harmonics", "resonance": "num_modes"}  # what tables of presets show as a third size
+ODD = r"anew|likeliest|commonest|lies in|may not be|goes on|is no [a-z]+ (?:file|folder|model|checkpoint)"
 
 
 def name_of(page: Path) -> str:
@@ -56,3 +61,45 @@ def test_commands_and_images_exist(page):
         assert (page.parent / image).is_file(), image
     for script in re.findall(r"python (\S+\.py)", text):
         assert (DOCS.parent / script).is_file() or script in MADE, script
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    """Relative ones, with their anchors; pictures are links too."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith(("http://", "https://", "mailto:")):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), f"{link}: there is no {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in map(slug, headings), f"{link}: {target.name} has no such heading"
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_english_is_plain(page):
+    assert not re.findall(ODD, page.read_text(encoding="utf-8"), re.IGNORECASE)
+
+
+@pytest.mark.parametrize("counted", catalogue(vocab_size=65), ids=lambda counted: counted["preset"])
+def test_the_tables_of_presets_are_true(counted):
+    config, family = preset_config(counted["preset"]), counted["family"]
+    sizes = config.hidden_size, config.num_hidden_layers, getattr(config, SIZES[family])
+    total = counted["parameters"]
+    cells = [f"{n:,}" for n in (*sizes, total, total - counted["embedding_parameters"])]
+    page = (DOCS / f"{family}.md").read_text(encoding="utf-8")
+    assert f"| `{counted['preset']}` | {' | '.join(cells)} |" in page
+
+
+@pytest.mark.parametrize("counted", catalogue(vocab_size=32000)[:3], ids=lambda counted: counted["preset"])
+def test_the_counts_beside_those_of_the_reference_are_true(counted):
+    page = (DOCS / "hsn.md").read_text(encoding="utf-8")
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| `{counted['preset']}`")]
+    assert f" {counted['parameters']:,} |" in row

@@ -10,8 +10,8 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from hf_holo import HsnConfig, HsnForMaskedLM
-from hf_holo.training.data import stdlib_sources
-from hf_holo.training.tokenizers import make_tokenizer
+from hf_holo.data.documents import stdlib_sources
+from hf_holo.data.tokenizers import make_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = pytest.mark.skipif(not EXAMPLES.exists(), reason="the examples live in the repository only")

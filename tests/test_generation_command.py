@@ -8,9 +8,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_holo import hsn_tiny
+from hf_holo.data.tokenizers import byte_tokenizer, character_tokenizer
 from hf_holo.errors import HoloError
-from hf_holo.generation import generate_text, main
-from hf_holo.training.tokenizers import byte_tokenizer, character_tokenizer
+from hf_holo.generate import generate_text, main
 
 TEXT = "abcdefgh \n"
 
@@ -63,7 +63,7 @@ def test_generate_text_starts_with_its_prompt():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("nowhere/at/all", "path: 'nowhere/at/all' is no causal language model"),
+        ("nowhere/at/all", "path: 'nowhere/at/all' is not a causal language model"),
         ("{path} --max_new_tokens 0", "max_new_tokens: 0"),
         ("{path} --temperature -1", "temperature: -1.0"),
         ("{path} --top_p 2", "top_p: 2.0"),

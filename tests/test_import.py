@@ -47,10 +47,35 @@ def test_modeling_files_are_read_when_an_auto_class_needs_them():
     assert run(LAZY_IMPORT).split() == ["True", "False", "HsnForCausalLM"]
 
 
+def test_install_changes_nothing_the_second_time():
+    """It is called once, by the import, and says all that the import changes elsewhere."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+    from hf_holo.hub.saving import write_missing_card
+    from hf_holo.modeling.remote_code import card_writers
+
+    before = hf_holo.registry.architectures(), list(card_writers), list(sys.meta_path)
+    hf_holo.install()
+    assert (hf_holo.registry.architectures(), card_writers, sys.meta_path) == before
+    assert card_writers.count(write_missing_card) == 1
+    assert AUTO_QUANTIZATION_CONFIG_MAPPING["holo"] is hf_holo.HoloSurgeryConfig
+    assert AUTO_QUANTIZER_MAPPING["holo"].__module__ == "hf_holo.conversion.surgery"
+
+
 def test_every_public_name_can_be_imported():
-    names = [name for name in dir(hf_holo) if not name.startswith("_")]
+    names = [name for name in dir(hf_holo) if not name.startswith("_") and name != "HoloORTModelForCausalLM"]
     assert {"HsnForCausalLM", "MuonAdamW", "bind", "hsn_tiny", "register_architecture"} <= set(names)
     assert all(getattr(hf_holo, name) is not None for name in names)
+
+
+def test_the_runtime_model_is_public_where_its_extra_is_installed():
+    try:
+        import optimum.onnxruntime  # noqa: F401
+    except ImportError:
+        with pytest.raises(ImportError, match="needs the extra `onnx`"):
+            _ = hf_holo.HoloORTModelForCausalLM
+    else:
+        assert hf_holo.HoloORTModelForCausalLM.__name__ == "HoloORTModelForCausalLM"
 
 
 def test_an_unknown_name_is_an_attribute_error():

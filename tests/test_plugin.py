@@ -1,16 +1,11 @@
 """A third-party package, built and installed with pip, works through the Auto classes; a broken plug-in warns."""
 
 import json
-import os
 import subprocess
-import sys
-import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
-
-import hf_holo
+from plugin_environment import python_with
 
 PYPROJECT = """
 [build-system]
@@ -96,15 +91,7 @@ def python(tmp_path_factory) -> Path:
     (source / "pyproject.toml").write_text(PYPROJECT)
     (source / "toy_holo.py").write_text(MODULE)
     (source / "toy_called.py").write_text(CALLED)
-    venv.create(root / "env", symlinks=os.name != "nt")
-    scheme = {"base": str(root / "env"), "platbase": str(root / "env")}
-    site_packages = Path(sysconfig.get_path("purelib", "venv", scheme))
-    shared = (sysconfig.get_path("purelib"), Path(hf_holo.__file__).parents[1])
-    (site_packages / "shared.pth").write_text("".join(f"{path}\n" for path in shared))
-    python = Path(sysconfig.get_path("scripts", "venv", scheme)) / Path(sys.executable).name
-    install = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-build-isolation", source]
-    subprocess.run(install, check=True, capture_output=True, text=True)
-    return python
+    return python_with(source, root)
 
 
 def test_plugins_of_an_installed_package_work_through_auto_classes(python, tmp_path):

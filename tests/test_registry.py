@@ -128,7 +128,7 @@ def test_bad_variants_are_refused(variants, message):
 
 
 def test_a_missing_variants_file_is_named(tmp_path):
-    with pytest.raises(HoloError, match=r"nowhere\.json' is no file"):
+    with pytest.raises(HoloError, match=r"nowhere\.json' is not a file"):
         register_architecture(**TOY, variants=tmp_path / "nowhere.json")
 
 
@@ -170,10 +170,10 @@ class LlamaAsLlama(LlamaForCausalLM):
 
 
 BAD = {
-    "name": ({"name": "other"}, "name='other' differs from ToyConfig.model_type='toy-registry'"),
+    "name": ({"name": "other"}, "name: 'other' differs from ToyConfig.model_type='toy-registry'"),
     "config": ({"config": dict}, "config=<class 'dict'> must be a subclass of"),
-    "no models": ({"models": {}}, "models={} must name at least one"),
-    "auto class": ({"models": {"AutoModelForMagic": ToyModel}}, "'AutoModelForMagic' is no Auto class"),
+    "no models": ({"models": {}}, "models: {} must name at least one"),
+    "auto class": ({"models": {"AutoModelForMagic": ToyModel}}, "'AutoModelForMagic' is not an Auto class"),
     "model type": ({"models": {"AutoModel": dict}}, "models\\['AutoModel'\\]=<class 'dict'> must be a subclass"),
     "model config": ({"models": {"AutoModel": BertModel}}, "BertModel.config_class must be ToyConfig"),
     "tokenizer": ({"tokenizer": dict}, "tokenizer=<class 'dict'> must be a subclass of PreTrainedTokenizerBase"),
@@ -199,7 +199,7 @@ def test_bad_registrations_are_refused(changes, message):
     assert before == (architectures(), type(AutoConfig.for_model("llama")), type(AutoConfig.for_model("hsn")))
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "no valid JSON"), ("[1]", "must be a mapping")])
+@pytest.mark.parametrize(("content", "message"), [("{", "not valid JSON"), ("[1]", "must be a mapping")])
 def test_bad_preset_files_are_named(tmp_path, content, message):
     (tmp_path / "toy-bad.json").write_text(content)
     with pytest.raises(HoloError, match=f"toy-bad.*{message}"):
@@ -207,5 +207,5 @@ def test_bad_preset_files_are_named(tmp_path, content, message):
 
 
 def test_a_missing_preset_folder_is_named(tmp_path):
-    with pytest.raises(HoloError, match="nowhere' is no folder"):
+    with pytest.raises(HoloError, match="nowhere' is not a folder"):
         register_architecture(**TOY | {"presets": tmp_path / "nowhere"})

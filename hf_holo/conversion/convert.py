@@ -1,7 +1,7 @@
 """`hf-holo convert`: a language model becomes holographic, with a report of what that cost.
 
-    hf-holo convert TEACHER OUT --ratio 0.8 --text a.txt b.txt   linear layers, fitted to the texts
-    hf-holo convert TEACHER OUT --to hsn --layers 0 1            attention, to be distilled
+    hf-holo convert TEACHER OUT --ratio 0.8 --train_file a.txt b.txt   linear layers, fitted to texts
+    hf-holo convert TEACHER OUT --to hsn --layers 0 1                  attention, to be distilled
     hf-holo convert TEACHER --dry-run
 
 TEACHER is a causal or masked language model of transformers with its tokenizer; a dry run needs its config alone. OUT
@@ -23,21 +23,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from ..errors import HoloError
+from ..data.windows import fingerprint
+from ..errors import HoloError, first_line
+from ..generate import generate_text
 from ..hub.code import add_code
+from ..modeling.checkpoint import values_on_disk
 from .conversion import Conversion
 from .convert_arguments import ConvertArguments, parse
 from .convert_linears import CalibratedSurgery, RegeneratedSurgery
 from .convert_mixers import MixerTransfer
 from .convert_report import Outcome, Score, print_scores, write_report
-from .evaluation import numbers_on_disk, perplexity, sample
-from .sources import Source, Text, load_texts, load_tokenizer
+from .sources import Source, Text, calibration_texts, load_tokenizer
 from .work_folder import WorkFolder, check_out, clear_disk_errors, work_path
 
-PROMPT_TOKENS = 32  # of the held-out text, to begin the sample with
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     command = parse(argv, __doc__)
     teacher, out = command.teacher, command.out
     if command.dry_run:
-        choose_conversion(Source.find(teacher), command.options).print_coverage()
+        choose_conversion(Source.find(teacher, command.options.trust_remote_code), command.options).print_coverage()
         return
     try:
         outcome = convert(teacher, out, command.options, command.overwrite)
@@ -95,12 +95,14 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """What unfinished work depends on."""
         weights = sorted(path for pattern in WEIGHT_FILES for path in Path(self.source.name).glob(pattern))
-        windows = [(text.calibration, text.held_out.inputs) for text in self.texts]
         return {
             "recipe": self.options.recipe,
             "teacher": self.source.name,
             "weights": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in weights},
-            "texts": [hashlib.sha256(torch.cat(pair).numpy().tobytes()).hexdigest() for pair in windows],
+            "texts": [
+                [hashlib.sha256(text.calibration.numpy().tobytes()).hexdigest(), fingerprint(text.held_out)]
+                for text in self.texts
+            ],
         }
 
 
@@ -135,7 +137,9 @@ def convert(teacher: str, out: Path, options: ConvertArguments, overwrite: bool 
                 after = judge(model, job, work, "student")
             result = work.new_result()
             model.save_pretrained(result)
-            add_code(result)
+            if not options.trust_remote_code:
+                add_code(result)
+            check_loading(model, result, options.trust_remote_code)
             if job.tokenizer is not None:
                 job.tokenizer.save_pretrained(result)
     figures = conversion.figures(result)
@@ -148,7 +152,7 @@ def convert(teacher: str, out: Path, options: ConvertArguments, overwrite: bool 
         summary=conversion.summary(figures),
         lesson=conversion.lesson if job.source.causal else None,
         advice=conversion.advice,
-        numbers={"teacher": conversion.twin.num_parameters(), "student": numbers_on_disk(result)},
+        numbers={"teacher": conversion.twin.num_parameters(), "student": values_on_disk(result)},
         before=before.scores,
         after=after.scores,
         samples={"teacher": before.sample, "student": after.sample} if before.sample else {},
@@ -178,10 +182,12 @@ def prepare(teacher: str, out: Path, options: ConvertArguments) -> Job:
     """
     if Path(teacher).resolve() in (out.resolve(), *out.resolve().parents):
         raise HoloError(f"OUT: {str(out)!r} is the teacher, or lies in it; name another folder")
-    source = Source.find(teacher)
+    trust = options.trust_remote_code
+    source = Source.find(teacher, trust)
     conversion = choose_conversion(source, options)
-    tokenizer = load_tokenizer(teacher, needed=options.calibrated or bool(options.text))
-    return Job(source, options, conversion, tokenizer, load_texts(options, tokenizer, source))
+    needed = options.calibrated or bool(options.train_file)
+    tokenizer = load_tokenizer(teacher, needed=needed, trust_remote_code=trust)
+    return Job(source, options, conversion, tokenizer, calibration_texts(options, tokenizer, source))
 
 
 def check_space(work: WorkFolder, needed: int) -> None:
@@ -192,6 +198,18 @@ def check_space(work: WorkFolder, needed: int) -> None:
             f"OUT: there are {free / 2**30:.1f} GiB of free disk at {str(work.path)!r}, "
             f"but up to {needed / 2**30:.1f} GiB are needed"
         )
+
+
+def check_loading(model: PreTrainedModel, folder: Path, trust_remote_code: bool) -> None:
+    """Raises HoloError if what was saved does not load, without memory, on the meta device."""
+    try:
+        _, found = type(model).from_pretrained(
+            folder, device_map="meta", output_loading_info=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        raise HoloError(f"OUT: what was saved would not load: {type(error).__name__}: {first_line(error)}") from error
+    if found["missing_keys"]:
+        raise HoloError(f"OUT: what was saved lacks {sorted(found['missing_keys'])[0]!r}")
 
 
 # Judgement ----------------------------------------------------------------------------------------------------------
@@ -210,7 +228,7 @@ def judge(model: PreTrainedModel, job: Job, work: WorkFolder, who: str) -> Judge
     known = work.load_json(who)
     if known is None:
         scores = [
-            Score(text.name, len(text.held_out), perplexity(model, text.held_out, f"perplexity of the {who}"))
+            Score(text.name, len(text.held_out), text.perplexity(model, f"perplexity of the {who}"))
             for text in job.texts
         ]
         can_write = job.texts and model.can_generate() and all(math.isfinite(score.perplexity) for score in scores)
@@ -221,7 +239,7 @@ def judge(model: PreTrainedModel, job: Job, work: WorkFolder, who: str) -> Judge
 
 def write(model: PreTrainedModel, job: Job) -> str:
     """A sample of the model."""
-    prompt = job.options.prompt
-    if prompt is None:
-        prompt = job.tokenizer.decode(job.texts[0].held_out.inputs[0, :PROMPT_TOKENS])
-    return sample(model, job.tokenizer, prompt, job.options.sample_tokens, job.options.seed)
+    options = job.options
+    prompt = job.texts[0].prompt if options.sample_prompt is None else options.sample_prompt
+    set_seed(options.seed)
+    return generate_text(model, job.tokenizer, prompt, options.sample_tokens)

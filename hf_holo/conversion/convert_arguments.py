@@ -1,16 +1,16 @@
 """The options of `hf-holo convert`, from a YAML recipe and the command line."""
 
-from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import HoloError, Parser
-from ..training.arguments import RecipeParser, described, load_recipe, recipe_names, suggestion
+from ..errors import HoloError
+from ..recipes import RecipeParser, add_recipe, described, given_words, load_recipe, suggestion, words_of_today
 from .surgery import HoloSurgeryConfig
 
 PREFIX = "convert-"  # of the recipes in the package
 RATIO = 0.8  # of a calibrated conversion
+OLD_NAMES = {"text": "train_file", "held_out": "validation_fraction", "window": "block_size", "prompt": "sample_prompt"}
 
 # What says nothing about the other kind of conversion.
 OF_LINEAR_LAYERS = (
@@ -22,7 +22,7 @@ OF_MIXERS = ("layers",)
 
 @dataclass
 class ConvertArguments:
-    """The options, which are also the keys of a recipe."""
+    """What to convert, and how: the options, which are also the keys of a recipe."""
 
     to: Literal["holo", "hsn"] = described(
         "holo: linear layers become holographic, the model stays what it is; hsn: attention becomes holographic "
@@ -48,18 +48,18 @@ class ConvertArguments:
     exclude: list[str] = field(default_factory=list, metadata={"help": "Regular expressions of layers that stay."})
     keep_first: int = described("Blocks at the start that stay.", 0)
     keep_last: int = described("Blocks at the end that stay.", 0)
-    text: list[str] = field(
+    train_file: list[str] = field(
         default_factory=list,
         metadata={
             "help": "Texts to calibrate on, mixed in equal parts, and to measure on: files, folders, `python-help` or "
             "Hub data sets."
         },
     )
-    held_out: list[float] = field(
+    validation_fraction: list[float] = field(
         default_factory=lambda: [0.1],
-        metadata={"help": "Share at the end of each text that is only measured on; one for all, or one for each."},
+        metadata={"help": "Share at the end of each text that is held out; one for all, or one for each."},
     )
-    window: int = described("Tokens in a window of text.", 512)
+    block_size: int = described("Tokens in a window of text.", 512)
     tokens: int = described("Calibration tokens for the activations.", 65536)
     fisher_tokens: int = described("How many of them for the gradients too.", 16384)
     refit: bool | None = described(
@@ -68,8 +68,9 @@ class ConvertArguments:
     )
     eval_windows: int = described("Held-out windows of each text to measure perplexity on; 0: all.", 32)
     memory: float = described("GiB that the statistics may take at a time; with less the text is read more often.", 4.0)
-    prompt: str | None = described("Start of the sample; default: the start of the first held-out text.")
+    sample_prompt: str | None = described("Start of the sample; default: the start of the first held-out text.")
     sample_tokens: int = described("Tokens to write for the sample.", 80)
+    trust_remote_code: bool = described("Run the code that the teacher brings with its weights.", False)
     seed: int = described("Of windows, labels, bases, fresh weights and the sample.", 0)
 
     @property
@@ -84,9 +85,10 @@ class ConvertArguments:
         return {name: value for name, value in values.items() if value != getattr(defaults, name)}
 
     @property
-    def held_out_shares(self) -> list[float]:
+    def validation_shares(self) -> list[float]:
         """One for each text."""
-        return self.held_out * len(self.text) if len(self.held_out) == 1 else self.held_out
+        shares = self.validation_fraction
+        return shares * len(self.train_file) if len(shares) == 1 else shares
 
     def surgery(self) -> HoloSurgeryConfig:
         """The choice of layers as the surgery understands it."""
@@ -114,36 +116,43 @@ class ConvertArguments:
         }[self.to]
         for name in foreign:
             if name in self.recipe:
-                raise HoloError(f"{name}={getattr(self, name)!r} has no meaning with --to {self.to}: {remedy}")
+                raise HoloError(f"{name}: {getattr(self, name)!r} has no meaning with --to {self.to}: {remedy}")
         if self.to == "holo":
             self._check_surgery()
-        if self.window < 2:
-            raise HoloError(f"window={self.window} must be at least 2")
-        if self.eval_windows < 0 or self.sample_tokens < 1:
-            raise HoloError("eval_windows must not be negative, sample_tokens must be positive")
-        if self.text and len(self.held_out_shares) != len(self.text):
-            raise HoloError(f"held_out: {len(self.held_out)} shares for {len(self.text)} texts; give one, or one each")
-        for share in self.held_out:
+        if self.block_size < 2:
+            raise HoloError(f"block_size: {self.block_size} is too small; at least 2 tokens")
+        if self.eval_windows < 0:
+            raise HoloError(f"eval_windows: {self.eval_windows} is negative; a number of windows, or 0 for all")
+        if self.sample_tokens < 1:
+            raise HoloError(f"sample_tokens: {self.sample_tokens} is too small; at least 1")
+        if self.train_file and len(self.validation_shares) != len(self.train_file):
+            raise HoloError(
+                f"validation_fraction: {len(self.validation_fraction)} shares for {len(self.train_file)} texts; "
+                "give one, or one each"
+            )
+        for share in self.validation_fraction:
             if not 0 < share < 1:
-                raise HoloError(f"held_out={share} must lie between 0 and 1")
+                raise HoloError(f"validation_fraction: {share} is not between 0 and 1")
 
     def _check_surgery(self) -> None:
         self.method = self.method or "calibrated"
         if self.calibrated:
             self.ratio = RATIO if self.ratio is None else self.ratio
             if self.harmonics is not None:
-                raise HoloError(f"harmonics={self.harmonics} is chosen by the calibration itself; give --ratio instead")
+                raise HoloError(
+                    f"harmonics: {self.harmonics} is chosen by the calibration itself; give --ratio instead"
+                )
             if not 0 < self.ratio < 1:
-                raise HoloError(f"ratio={self.ratio} must lie between 0 and 1")
+                raise HoloError(f"ratio: {self.ratio} is not between 0 and 1")
         elif self.refit:
-            raise HoloError("refit=True needs the calibrated method, which fits layers to a text")
+            raise HoloError("refit: True needs the calibrated method, which fits layers to a text")
         for name in ("tokens", "fisher_tokens"):
-            if getattr(self, name) < self.window:
-                raise HoloError(f"{name}={getattr(self, name)} must be at least one window={self.window}")
+            if getattr(self, name) < self.block_size:
+                raise HoloError(f"{name}: {getattr(self, name)} is too small; at least block_size={self.block_size}")
         if self.fisher_tokens > self.tokens:
-            raise HoloError(f"fisher_tokens={self.fisher_tokens} is more than tokens={self.tokens}")
+            raise HoloError(f"fisher_tokens: {self.fisher_tokens} is too large; at most tokens={self.tokens}")
         if self.memory <= 0:
-            raise HoloError(f"memory={self.memory} must be positive")
+            raise HoloError(f"memory: {self.memory} is not positive; more than 0 GiB")
         self.surgery()
 
 
@@ -168,24 +177,23 @@ def parse(argv: list[str], description: str) -> Command:
         ConvertArguments,
         prog="hf-holo convert",
         description=description,
-        formatter_class=RawDescriptionHelpFormatter,
+        usage="%(prog)s TEACHER [OUT] [RECIPE] [--OPTION VALUE ...]",
         allow_abbrev=False,
     )
-    finder = Parser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--recipe")
-    recipe = finder.parse_known_args(argv)[0].recipe
-    if recipe:
-        parser.set_defaults(**vars(parser.parse_args(_as_words(recipe))))
-    packaged = ", ".join(recipe_names(__package__, PREFIX))
-    parser.add_argument("--recipe", help=f"{packaged}, or a YAML file of the options above.")
     parser.add_argument("teacher", metavar="TEACHER", help="folder or Hub name of the model")
     parser.add_argument("out", metavar="OUT", nargs="?", type=Path, help="folder of the result")
+    add_recipe(parser, __package__, PREFIX)
     parser.add_argument(
         "--overwrite", action="store_true", help="Replace an earlier conversion when this one is ready."
     )
     parser.add_argument(
         "--dry_run", "--dry-run", action="store_true", help="Only show what would become of every module."
     )
+    argv = words_of_today(argv, OLD_NAMES)
+    recipe = given_words(parser, argv).get("recipe")
+    if recipe:
+        options = RecipeParser(ConvertArguments, allow_abbrev=False)
+        parser.set_defaults(**vars(options.parse_args(_as_words(recipe))))
     values = vars(parser.parse_args(argv))
     del values["recipe"]
     command = {name: values.pop(name) for name in ("teacher", "out", "overwrite", "dry_run")}
@@ -204,7 +212,7 @@ def _as_words(recipe: str) -> list[str]:
     """
     options = [f.name for f in fields(ConvertArguments)]
     words: list[str] = []
-    for name, value in load_recipe(recipe, __package__, PREFIX).items():
+    for name, value in load_recipe(recipe, __package__, PREFIX, OLD_NAMES).items():
         if name not in options:
             raise HoloError(f"recipe: {recipe!r} sets the unknown option {name!r}{suggestion(name, options)}")
         words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]

@@ -16,29 +16,29 @@ from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
-from tqdm.auto import tqdm
+from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from ..data.scoring import held_out_loss
+from ..data.tokenizers import saved_tokenizer
+from ..data.windows import Collator, Splits, evenly
 from ..errors import HoloError
-from ..eval.metrics import summed_losses
 from ..files import write_text
-from ..generation import generate_text
+from ..generate import generate_text
 from ..hub.card import write_card
 from ..hub.code import add_code
 from ..modeling.harmonics import HoloLinear
 from ..training.callbacks import CausalityCallback
-from ..training.data import Collator, Splits, read_documents, split_documents, text_splits
 from ..training.optim import MuonAdamW, WhitenedAdamW
-from ..training.tokenizers import saved_tokenizer
+from ..training.progress import show_progress
 from ..training.train import find_checkpoint, save_final
 from ..training.trainer import HoloTrainer
 from .calibration import removed_after
 from .distill_arguments import Distillation, DistillTrainingArguments, Stage, TextArguments, parse
-from .distill_report import Report
+from .distill_report import DistillReport
 from .logit_cache import CachedLogits, write_cache
 from .objectives import Loss, block_twins, converted_layers, hidden_state_loss, logit_loss, output_loss
-from .sources import load_tokenizer, load_weights
+from .sources import load_tokenizer, load_weights, splits_of
 from .work_folder import clear_disk_errors
 
 FEATURE_WINDOWS = 8  # training windows that the features of holographic layers are measured on
@@ -83,18 +83,18 @@ def distill(run: Distillation) -> PreTrainedModel | PeftModel:
     folder = Path(run.training.output_dir)
     finished = _finished_stages(run, folder)
     set_seed(run.training.seed)
-    teacher = load_model("teacher", run.models.teacher).eval().requires_grad_(False)
+    teacher = load_model("teacher", run.models.teacher, run.models.trust_remote_code).eval().requires_grad_(False)
     source = str(stage_folder(run, len(finished) - 1)) if finished else run.models.student
     student = load_student(run, source)
     tokenizer = shared_tokenizer(run)
     check_vocabulary(teacher, student, tokenizer)
-    texts = load_texts(run.texts, tokenizer)
+    texts = distillation_texts(run.texts, tokenizer)
     for stage in run.stages[len(finished) :]:  # bad input shows before the first stage costs time
         make_loss(stage, student, teacher)
         choose_trainable(student, teacher, stage, run.models.lora_rank)
 
     _prepare(run, folder, finished)
-    report = Report.load(folder, len(finished)) if finished else Report(folder)
+    report = DistillReport.load(folder, len(finished)) if finished else DistillReport(folder)
     if not finished:
         report.teacher = describe(teacher, tokenizer, texts, run)
         report.student = describe(student, tokenizer, texts, run)
@@ -109,7 +109,7 @@ def distill(run: Distillation) -> PreTrainedModel | PeftModel:
         add_code(folder)
         write_card(folder)
     tokenizer.save_pretrained(folder)
-    print(f"\nThe student lies in {folder}; figures in report.json, losses.csv and losses.png")
+    print(f"\nThe student is saved in {folder}; figures in report.json, losses.csv and losses.png")
     return student
 
 
@@ -144,8 +144,8 @@ def _finished_stages(run: Distillation, folder: Path) -> list[Stage]:
         return run.stages[:complete]
     if (folder / "recipe.yaml").exists() and not args.overwrite:
         raise HoloError(
-            f"output_dir: {str(folder)!r} already holds a run; add --resume_from_checkpoint to go on with it, "
-            "--overwrite to delete it, or name another --output_dir"
+            f"output_dir: {str(folder)!r} already holds a run: continue it with --resume_from_checkpoint, replace it "
+            "with --overwrite, or name another --output_dir"
         )
     return []
 
@@ -159,7 +159,7 @@ def _prepare(run: Distillation, folder: Path, finished: list[Stage]) -> None:
     write_text(folder / "recipe.yaml", yaml.safe_dump(run.recipe, sort_keys=False))
 
 
-def load_model(argument: str, source: str | None) -> PreTrainedModel:
+def load_model(argument: str, source: str | None, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal language model at `source`, in float32.
 
     Raises:
@@ -167,14 +167,14 @@ def load_model(argument: str, source: str | None) -> PreTrainedModel:
     """
     if not source:
         raise HoloError(f"{argument}: name the folder of a causal language model")
-    return load_weights(AutoModelForCausalLM, source, torch.float32, argument)
+    return load_weights(AutoModelForCausalLM, source, torch.float32, argument, trust_remote_code)
 
 
 def load_student(run: Distillation, source: str) -> PreTrainedModel | PeftModel:
     """The student in `source`, with new adapters or those of the last stage, if adapters are what trains."""
     if not run.models.lora_rank:
-        return load_model("student", source)
-    student = load_model("student", run.models.student)
+        return load_model("student", source, run.models.trust_remote_code)
+    student = load_model("student", run.models.student, run.models.trust_remote_code)
     if source != run.models.student:
         return PeftModel.from_pretrained(student, source, is_trainable=True)
     rank, modules = run.models.lora_rank, run.models.lora_modules
@@ -196,10 +196,11 @@ def shared_tokenizer(run: Distillation) -> PreTrainedTokenizerBase:
     Raises:
         HoloError: there is none, or the student brings another.
     """
-    tokenizer = load_tokenizer(run.models.teacher, argument="teacher")
+    trust = run.models.trust_remote_code
+    tokenizer = load_tokenizer(run.models.teacher, argument="teacher", trust_remote_code=trust)
     if not (Path(run.models.student) / "tokenizer_config.json").is_file():
         return tokenizer  # the student came without one
-    other = saved_tokenizer(run.models.student, "student")
+    other = saved_tokenizer(run.models.student, "student", trust_remote_code=trust)
     if other.get_vocab() != tokenizer.get_vocab():
         raise HoloError(
             f"student: the tokenizer in {run.models.student!r} has another vocabulary than the teacher's; "
@@ -217,20 +218,19 @@ def check_vocabulary(teacher: PreTrainedModel, student: nn.Module, tokenizer: Pr
         raise HoloError(f"teacher: its tokenizer has {len(tokenizer)} tokens, the model only {sizes[0]}")
 
 
-def load_texts(texts: TextArguments, tokenizer: PreTrainedTokenizerBase) -> Texts:
+def distillation_texts(texts: TextArguments, tokenizer: PreTrainedTokenizerBase) -> Texts:
     """Read, split and encode the texts.
 
     Raises:
         HoloError: a text is missing, or too short for one window.
     """
     splits: dict[str, Splits] = {}
-    for file, fraction in zip(texts.train_files, texts.validation_fraction, strict=True):
-        parts = split_documents(read_documents(file, text_column=texts.text_column), fraction)
+    for file, fraction in zip(texts.train_file, texts.validation_fraction, strict=True):
         name = Path(file).stem
         if name in splits:
-            raise HoloError(f"train_files: two texts are called {name!r}; rename one")
-        splits[name] = text_splits(*parts, tokenizer, texts.block_size, texts.stride)
-    validation = {name: evenly(split.validation, texts.evaluation_windows) for name, split in splits.items()}
+            raise HoloError(f"train_file: two texts are called {name!r}; rename one")
+        splits[name] = splits_of(file, fraction, tokenizer, texts.block_size, texts.stride, texts.text_column)
+    validation = {name: evenly(split.validation, texts.eval_windows) for name, split in splits.items()}
     first = next(iter(splits.values()))
     return Texts(mixed_equally([split.train for split in splits.values()]), validation, first.prompt)
 
@@ -239,12 +239,6 @@ def mixed_equally(texts: list[Dataset]) -> Dataset:
     """The windows of all texts, those of shorter ones repeated: a student learns from each of them as much."""
     longest = max(map(len, texts))
     return ConcatDataset([Subset(text, [i % len(text) for i in range(longest)]) for text in texts])
-
-
-def evenly(windows: Dataset, count: int | None) -> Subset:
-    """`count` windows at equal distances over all of them; all if there are fewer, or for None."""
-    count = min(count or len(windows), len(windows))
-    return Subset(windows, [i * len(windows) // count for i in range(count)])
 
 
 def choose_trainable(student: nn.Module, teacher: PreTrainedModel, stage: Stage, lora_rank: int) -> int:
@@ -381,7 +375,7 @@ def make_trainer(
     args = stage.training
     args.remove_unused_columns = False  # cached logits are no argument of the model
     optimizer = make_optimizer(student, args, train)
-    return DistillTrainer(
+    trainer = DistillTrainer(
         student,
         args,
         stage_loss=loss,
@@ -393,6 +387,8 @@ def make_trainer(
         callbacks=[CausalityCallback()] if args.causality_check else [],
         ema_decay=args.ema_decay,
     )
+    show_progress(trainer)
+    return trainer
 
 
 def make_optimizer(student: nn.Module, args: DistillTrainingArguments, train: Dataset) -> Optimizer | None:
@@ -403,7 +399,8 @@ def make_optimizer(student: nn.Module, args: DistillTrainingArguments, train: Da
     """
     betas = (args.adam_beta1, args.adam_beta2)
     if args.optimizer == "whitened":
-        windows = torch.stack([train[i]["input_ids"] for i in evenly(train, FEATURE_WINDOWS).indices])
+        some = evenly(train, FEATURE_WINDOWS)
+        windows = torch.stack([some[i]["input_ids"] for i in range(len(some))])
         grams = feature_grams(student, windows)
         others = [p for p in student.parameters() if p.requires_grad and p not in grams]
         return WhitenedAdamW(grams, args.learning_rate, betas, args.adam_epsilon, others)
@@ -451,22 +448,9 @@ def describe(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Texts,
     batch = run.training.per_device_eval_batch_size
     scores = {}
     for name, windows in texts.validation.items():
-        loss = score(model, windows, batch, tokenizer.pad_token_id or 0)
+        loss = held_out_loss(model, windows, batch, tokenizer.pad_token_id or 0)
         scores[name] = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
     tokens = run.texts.sample_tokens
     set_seed(run.training.seed)
     sample = generate_text(bare_model(model), tokenizer, texts.prompt, tokens) if tokens else None
     return {"parameters": sum(p.numel() for p in model.parameters()), "scores": scores, "sample": sample}
-
-
-@torch.no_grad()
-def score(model: nn.Module, windows: Dataset, batch_size: int, pad_token_id: int = 0) -> float:
-    """Nats per token over all windows, each token counted once."""
-    device = next(model.parameters()).device
-    model.eval()
-    total = torch.zeros(2, dtype=torch.float64)
-    for batch in tqdm(DataLoader(windows, batch_size, collate_fn=Collator(pad_token_id)), desc="scoring", leave=False):
-        batch = {name: value.to(device) for name, value in batch.items()}
-        labels = batch.pop("labels")
-        total += summed_losses(model(**batch, use_cache=False).logits, labels).double().sum(0).cpu()
-    return (total[0] / total[1]).item()

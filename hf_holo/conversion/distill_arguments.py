@@ -1,22 +1,26 @@
 """The arguments of `hf-holo distill`: a recipe with stages, and the command line on top of it."""
 
 import re
-from argparse import SUPPRESS
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import HoloError
-from ..training.arguments import (
+from ..recipes import (
     NOT_FOR_RECIPES,
-    HoloTrainingArguments,
     RecipeParser,
+    add_recipe,
     described,
+    given_words,
     load_recipe,
     recipe_names,
     suggestion,
+    words_of_today,
 )
+from ..training.arguments import HoloTrainingArguments
 
+DESCRIPTION = "A student learns from its teacher, in the stages of a recipe."
 PREFIX = "distill-"  # of the recipes in the package
+OLD_NAMES = {"train_files": "train_file", "evaluation_windows": "eval_windows"}
 NOT_SAVED = (*NOT_FOR_RECIPES, "start_stage")
 
 
@@ -26,6 +30,7 @@ class ModelArguments:
 
     teacher: str | None = described("Folder or Hub name of the teacher, with its tokenizer.")
     student: str | None = described("Folder of the student, as `hf-holo convert` or an earlier distillation wrote it.")
+    trust_remote_code: bool = described("Run the code that teacher and student bring with their weights.", False)
     lora_rank: int = described("Train LoRA adapters of this rank, and nothing else; 0: none.", 0)
     lora_modules: list[str] = field(
         default_factory=lambda: ["all-linear"], metadata={"help": "Names of the modules that get an adapter."}
@@ -37,9 +42,11 @@ class ModelArguments:
 class TextArguments:
     """What the student learns on, and what both are scored on."""
 
-    train_files: list[str] = field(
+    train_file: list[str] = field(
         default_factory=list,
-        metadata={"help": "Text files, folders or tables; mixed in equal parts, shorter ones repeat."},
+        metadata={
+            "help": "Texts, mixed in equal parts, shorter ones repeat: files, folders, `python-help` or Hub data sets."
+        },
     )
     validation_fraction: list[float] = field(
         default_factory=lambda: [0.1],
@@ -48,18 +55,19 @@ class TextArguments:
     text_column: str = described("Column of a table that holds the text.", "text")
     block_size: int = described("Tokens in a window.", 256)
     stride: int | None = described("Distance between the starts of training windows; default: block_size.")
-    evaluation_windows: int | None = described("Held-out windows of each text that are scored; default: all.")
+    eval_windows: int = described("Held-out windows of each text that are scored; 0: all.", 0)
     sample_tokens: int = described("Tokens of the sample in the report; 0: none.", 100)
 
     def __post_init__(self) -> None:
-        self.train_files, self.validation_fraction = _listed(self.train_files), _listed(self.validation_fraction)
+        self.train_file, self.validation_fraction = _listed(self.train_file), _listed(self.validation_fraction)
+        self.eval_windows = self.eval_windows or 0  # a recipe of an earlier version says null for all
         if len(self.validation_fraction) == 1:
-            self.validation_fraction *= max(len(self.train_files), 1)
-        if not self.train_files:
-            raise ValueError("train_files: name at least one text")
-        if len(self.validation_fraction) != len(self.train_files):
+            self.validation_fraction *= max(len(self.train_file), 1)
+        if not self.train_file:
+            raise ValueError("train_file: name at least one text")
+        if len(self.validation_fraction) != len(self.train_file):
             raise ValueError(
-                f"validation_fraction: {len(self.validation_fraction)} shares for {len(self.train_files)} texts; "
+                f"validation_fraction: {len(self.validation_fraction)} shares for {len(self.train_file)} texts; "
                 "give one, or one for each"
             )
 
@@ -89,7 +97,7 @@ class StageArguments:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"trainable: {pattern!r} is no regular expression: {error}") from None
+                raise ValueError(f"trainable: {pattern!r} is not a regular expression: {error}") from None
         if not self.temperature > 0:
             raise ValueError(f"temperature: {self.temperature} is not positive")
         if not 0 <= self.hard_labels <= 1:
@@ -100,10 +108,10 @@ class StageArguments:
 
 @dataclass
 class DistillTrainingArguments(HoloTrainingArguments):
-    """The arguments of `hf-holo train`, with defaults for a student that is already near its teacher."""
+    """How to train it: the arguments of `hf-holo train`, with defaults for a student already near its teacher."""
 
     resume_from_checkpoint: str | None = described(
-        "Go on where the run in output_dir was cut off.", nargs="?", const="last"
+        "Resume where the run in output_dir was cut off.", nargs="?", const="last"
     )
     optimizer: Literal["whitened", "muon", "adamw"] = described(
         "whitened: the coefficients of fitted holographic layers take steps relative to their size (WhitenedAdamW), "
@@ -117,7 +125,7 @@ class DistillTrainingArguments(HoloTrainingArguments):
     logging_steps: float = described("Steps between two entries of the losses.", 5)
 
 
-KINDS = (ModelArguments, TextArguments, StageArguments, DistillTrainingArguments)
+ARGUMENTS = (ModelArguments, TextArguments, StageArguments, DistillTrainingArguments)
 
 
 @dataclass
@@ -154,13 +162,14 @@ def parse(argv: list[str]) -> Distillation:
     Raises:
         HoloError: an unknown or malformed argument or recipe, or no stage.
     """
-    parser = RecipeParser(KINDS, prog="hf-holo distill", allow_abbrev=False)
+    parser = RecipeParser(ARGUMENTS, prog="hf-holo distill", description=DESCRIPTION, allow_abbrev=False)
     known = set(vars(parser.parse_known_args([])[0]))
-    packaged = ", ".join(recipe_names(__package__, PREFIX))
-    parser.add_argument("recipe", metavar="RECIPE", help=f"{packaged}, or a YAML file")
-    given = _given(parser, argv, known)
-    recipe = given.pop("recipe")
-    values = load_recipe(recipe, __package__, PREFIX)
+    add_recipe(parser, __package__, PREFIX)
+    given = given_words(parser, words_of_today(argv, OLD_NAMES))
+    recipe = given.pop("recipe", None)
+    if recipe is None:
+        raise HoloError(f"recipe: name one of {', '.join(recipe_names(__package__, PREFIX))}, or a YAML file")
+    values = load_recipe(recipe, __package__, PREFIX, OLD_NAMES)
     stages = values.pop("stages", None)
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
         raise HoloError(f"stages: {recipe!r} has no list of stages, such as `stages: [{{match: logits}}]`")
@@ -175,18 +184,8 @@ def parse(argv: list[str]) -> Distillation:
     return Distillation(models, texts, _stages(stages, common), training, saved | {"stages": stages})
 
 
-def _given(parser: RecipeParser, argv: list[str], known: set[str]) -> dict[str, Any]:
-    """What the command line says, and nothing that it does not say."""
-    for action in parser._actions:
-        action.default = SUPPRESS
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise HoloError(f"unknown argument {unknown[0]}{suggestion(unknown[0].lstrip('-'), known)}")
-    return vars(given)
-
-
 def _dataclasses(values: dict[str, Any]) -> tuple:
-    parser = RecipeParser(KINDS, allow_abbrev=False)
+    parser = RecipeParser(ARGUMENTS, allow_abbrev=False)
     for action in parser._actions:  # argparse does not check defaults
         value = values.get(action.dest)
         if action.choices and isinstance(value, str) and value not in action.choices:

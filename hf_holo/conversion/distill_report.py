@@ -10,7 +10,7 @@ from ..files import replacing, write_text
 
 
 @dataclass
-class Report:
+class DistillReport:
     """What teacher and student lose on the held-out texts, before and after every stage.
 
     Attributes:
@@ -25,7 +25,7 @@ class Report:
     stages: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def load(cls, folder: Path, stages: int) -> "Report":
+    def load(cls, folder: Path, stages: int) -> "DistillReport":
         """The report of an earlier run, up to its first `stages` stages."""
         saved = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         return cls(folder, saved["teacher"], saved["student"], saved["stages"][:stages])

@@ -1,8 +1,6 @@
 """The teacher's logits on disk: the likeliest tokens of every position, in a safetensors file."""
 
-import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -11,6 +9,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..data.windows import fingerprint
 from ..files import replacing
 from .objectives import SoftLabels
 
@@ -47,7 +46,7 @@ def write_cache(
     top_k = min(top_k, teacher.config.vocab_size)
     metadata = {
         "teacher": teacher.name_or_path,
-        "text": _fingerprint(windows),
+        "text": fingerprint(windows),
         "temperature": str(temperature),
         "top_k": str(top_k),
     }
@@ -65,10 +64,3 @@ def write_cache(
     with replacing(path) as temporary:
         save_file({"log_probs": torch.cat(log_probs), "indices": torch.cat(indices)}, temporary, metadata)
     print(f"the teacher's logits for {len(windows)} windows lie in {path} ({path.stat().st_size / 2**20:.0f} MiB)")
-
-
-def _fingerprint(windows: Any) -> str:
-    digest = hashlib.sha256()
-    for i in range(len(windows)):
-        digest.update(windows[i]["input_ids"].numpy().tobytes())
-    return digest.hexdigest()

@@ -63,7 +63,9 @@ def converted_layers(student: PreTrainedModel, teacher: PreTrainedModel) -> dict
         elif name in theirs:
             twin = theirs[name]
         else:
-            raise HoloError(f"match='layers': the teacher has no layer {name!r}; match 'hidden_states' or 'logits'")
+            raise HoloError(
+                f"match: 'layers', but the teacher has no layer {name!r}; match 'hidden_states' or 'logits'"
+            )
         twins[name] = Twins(student.get_submodule(name), twin)
     if not twins:
         raise HoloError("student: nothing in it was converted; name what shall train with `trainable`")

@@ -29,7 +29,7 @@ from ..modeling.hashing import HashEmbedding, collisions
 from ..modeling.vocabulary import vocabulary_parameters
 from ..registry import get_architecture, preset_config, presets
 
-LENGTHS = (128, 512, 2048)
+USUAL_LENGTHS = (128, 512, 2048)
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ def main(argv: list[str]) -> None:
     """Print what a preset or a checkpoint costs."""
     parser = Parser(prog="hf-holo info", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="PRESET|PATH", help="a preset (see `hf-holo list`) or a checkpoint folder")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="sequence lengths in tokens")
+    parser.add_argument("--lengths", type=int, nargs="+", default=USUAL_LENGTHS, help="sequence lengths in tokens")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
     if min(args.lengths) < 1:
-        raise HoloError(f"lengths={args.lengths} must all be at least 1")
+        raise HoloError(f"lengths: {args.lengths} must all be at least 1")
     record = info(find_config(args.model), args.lengths)
     if args.json:
         print(json.dumps(record, indent=2))
@@ -75,7 +75,7 @@ def find_config(model: str) -> PretrainedConfig:
         raise HoloError(f"{model!r}: {str(error).splitlines()[0]}") from error
 
 
-def info(config: PretrainedConfig, lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:
+def info(config: PretrainedConfig, lengths: Sequence[int] = USUAL_LENGTHS) -> dict[str, Any]:
     """All figures for one config.
 
     Args:
@@ -153,10 +153,11 @@ def _train(model: PreTrainedModel, length: int) -> int:
 
 
 def _tensor_bytes(cache: Any) -> int:
-    """Bytes of the tensors in the layers of a cache, if there is one."""
+    """Bytes of the tensors in the layers of a cache, if there is one; a count for every row does not matter."""
     if cache is None:
         return 0
-    tensors = [x for layer in cache.layers for x in tree_leaves(vars(layer)) if isinstance(x, torch.Tensor)]
+    leaves = (x for layer in cache.layers for x in tree_leaves(vars(layer)))
+    tensors = [x for x in leaves if isinstance(x, torch.Tensor) and x.dim() > 1]
     return sum({x.untyped_storage(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 

@@ -8,16 +8,39 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from ..errors import HoloError
+from ..data.scoring import aligned, only_logits, summed_scores
+from ..errors import HoloError, unknown
 from ..modeling.losses import IGNORED
 
 Metric = Callable[..., dict[str, float]]
+MODULES = Path(__file__).with_name("modules")  # for `evaluate.load`
+
+
+def evaluate_module(name: str):
+    """A metric of this package as a module of the package `evaluate`, for all that works with those:
+
+        evaluate_module("language_model").compute(model="runs/quickstart", predictions=["A text.", "Another one."])
+
+    Args:
+        name: "language_model" (loss, perplexity, bits per character and accuracy of a model on texts) or
+            "token_accuracy". `evaluate.load(str(MODULES / name))` is the same.
+
+    Raises:
+        HoloError: there is no such module.
+    """
+    import evaluate  # late: it takes seconds
+
+    known = [path.name for path in MODULES.iterdir() if (path / f"{path.name}.py").is_file()]
+    if name not in known:
+        raise unknown("module", name, known)
+    return evaluate.load(str(MODULES / name))
 
 
 def accuracy(predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
@@ -64,7 +87,7 @@ def of_classes(*metrics: Metric) -> Callable[[EvalPrediction], dict[str, float]]
     """
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        logits, labels = _first(prediction.predictions), prediction.label_ids
+        logits, labels = only_logits(prediction.predictions), prediction.label_ids
         known = labels != IGNORED
         pairs = {"predictions": logits.argmax(-1)[known], "references": labels[known]}
         return {name: value for metric in metrics for name, value in metric(**pairs).items()}
@@ -96,7 +119,11 @@ class LanguageScores:
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         """The metrics of a whole evaluation, from the rows of `reduce`."""
-        nats, tokens, hits = prediction.predictions.astype(np.float64).sum(0)
+        return self.of_sums(prediction.predictions.astype(np.float64).sum(0))
+
+    def of_sums(self, sums: Sequence[float]) -> dict[str, float]:
+        """The metrics, from nats, tokens and right first guesses over all texts."""
+        nats, tokens, hits = map(float, sums)
         per_character = {"bits_per_character": nats / self.characters / math.log(2)} if self.characters else {}
         loss = nats / tokens
         return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": hits / tokens, **per_character}
@@ -133,28 +160,3 @@ class TextScores:
 
     def _decoded(self, rows: np.ndarray) -> list[str]:
         return [self.tokenizer.decode(row[row != IGNORED], skip_special_tokens=True) for row in rows]
-
-
-def aligned(logits: torch.Tensor | tuple, labels: torch.Tensor, shift: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and the labels that they are to predict; `shift`: those of the next position."""
-    logits = _first(logits)
-    return (logits[:, :-1], labels[:, 1:]) if shift else (logits, labels)
-
-
-def summed_losses(logits: torch.Tensor | tuple, labels: torch.Tensor, shift: bool = True) -> torch.Tensor:
-    """Loss of each row and the number of tokens it is summed over: `[B, T, V], [B, T] -> [B, 2]`."""
-    logits, targets = aligned(logits, labels, shift)
-    losses = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-    return torch.stack([losses.sum(1), (targets != IGNORED).sum(1)], dim=1)
-
-
-def summed_scores(logits: torch.Tensor | tuple, labels: torch.Tensor, shift: bool = True) -> torch.Tensor:
-    """[`summed_losses`], and the number of tokens that were the model's first guess: `[B, 3]`."""
-    guesses, targets = aligned(logits, labels, shift)
-    hits = (guesses.argmax(-1) == targets).sum(1, keepdim=True)  # an ignored label is no token's id
-    return torch.cat([summed_losses(logits, labels, shift), hits], dim=1)
-
-
-def _first(logits):
-    """The logits, where a model gives more than them."""
-    return logits[0] if isinstance(logits, tuple) else logits

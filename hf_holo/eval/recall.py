@@ -180,5 +180,5 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         if min(value if isinstance(value, Sequence) else [value]) < 1:
             raise HoloError(f"{name}={value} must be at least 1")
     if not 0 <= args.seed < 2**63:
-        raise HoloError(f"seed={args.seed} must lie in [0, 2^63)")
+        raise HoloError(f"seed: {args.seed} must be in [0, 2^63)")
     return args

@@ -19,7 +19,7 @@ from ..files import output_folder, replacing_folder
 from . import standalone_script
 from .formats import FORMATS, Format, Source, continues
 from .graph import GENERATION, TASKS, folded
-from .report import held_out, measure, write_report
+from .report import held_out, measure, summary, write_report
 
 
 def main(argv: list[str]) -> None:
@@ -38,8 +38,8 @@ def main(argv: list[str]) -> None:
     for name in (progress := tqdm(args.format, desc="exporting", unit="format", leave=False)):
         progress.set_postfix_str(name)
         try:
-            export(source, name, out / name, text)
-            progress.write(f"{name}: {out / name}")
+            record = export(source, name, out / name, text)
+            progress.write(f"{name}: {out / name}: {summary(record)}")
         except HoloError as error:
             failures[name] = str(error)
         except Exception as error:  # an exporter may raise anything; the other formats go on
@@ -108,20 +108,20 @@ def _check_text(source: Source, file: str | None, text: str | None) -> None:
     if text is None:
         return
     if source.graph.task != "text-generation":
-        raise HoloError(f"text={file!r}: the task {source.task!r} has no perplexity; leave --text out")
+        raise HoloError(f"text: {file!r}: the task {source.task!r} has no perplexity; leave --text out")
     if tokenizer is None:
-        raise HoloError(f"text={file!r}: model={source.folder!r} has no tokenizer to read it with; leave --text out")
+        raise HoloError(f"text: {file!r}: model={source.folder!r} has no tokenizer to read it with; leave --text out")
     try:
         held_out(source, text)
     except HoloError as error:
-        raise HoloError(f"text={file!r}: {error}") from error
+        raise HoloError(f"text: {file!r}: {error}") from error
 
 
 def _read(file: str) -> str:
     try:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise HoloError(f"text={file!r} cannot be read: {first_line(error)}") from error
+        raise HoloError(f"text: {file!r} cannot be read: {first_line(error)}") from error
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

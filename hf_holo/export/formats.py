@@ -50,8 +50,8 @@ class Source:
         except UNREADABLE as error:
             if not Path(folder).exists():
                 reason = f"is no folder, and the Hub does not give it: {first_line(error)}"
-                raise HoloError(f"model={folder!r} {reason}") from error
-            raise HoloError(f"model={folder!r} cannot be loaded for export: {first_line(error)}") from error
+                raise HoloError(f"model: {folder!r} {reason}") from error
+            raise HoloError(f"model: {folder!r} cannot be loaded for export: {first_line(error)}") from error
         self.graph = Graph(self.task, self.model.config)
         self._temporary = TemporaryDirectory()
 
@@ -68,7 +68,9 @@ class Source:
             found = [file.name for pattern in PROCESSOR_FILES for file in Path(self.folder).glob(pattern)]
             if not found:
                 return None
-            raise HoloError(f"model={self.folder!r}: {', '.join(found)} cannot be read: {first_line(error)}") from error
+            raise HoloError(
+                f"model: {self.folder!r}: {', '.join(found)} cannot be read: {first_line(error)}"
+            ) from error
 
     @cached_property
     def onnx_folder(self) -> Path:
@@ -167,9 +169,12 @@ def load_onnx(file: Path, graph: Graph) -> Program:
             mask = named["attention_mask"]
             counted = mask if graph.counts_positions else torch.ones_like(mask)
             named["position_ids"] = positions(counted, named["input_ids"].shape[1])
+        if "token_type_ids" in known:  # one text, as PyTorch takes it where nothing is said
+            named["token_type_ids"] = torch.zeros_like(named["input_ids"])
         feed = {name: tensor.numpy() for name, tensor in named.items() if name in known}
         return tuple(torch.from_numpy(array) for array in session.run(list(graph.output_axes), feed))
 
+    run.takes_positions = "position_ids" in known
     return run
 
 

@@ -22,10 +22,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ..errors import HoloError, unknown
-from ..modeling.cache import CACHE_NAME, RecurrentCache, RecurrentLayer
+from ..modeling.cache import CACHE_NAME, PADDING, RecurrentCache, RecurrentLayer
 from ..modeling.harmonics import HoloLinear
 from ..modeling.layers import at_least_float32
-from ..registry import architectures
+from ..registry import architectures, capabilities_of
 
 # Optimum's names of the tasks that can be exported, and the Auto class that has the head for each.
 TASKS = {
@@ -112,14 +112,36 @@ class Graph:
         # Transformers' own decoders have to be told the positions, for they would count padding; these families don't.
         self.counts_positions = self.task == "text-generation" and config.model_type not in architectures()
 
+    def counting_padding(self) -> "Graph":
+        """The same for programs that take no positions, and so count padding: right where only distances matter."""
+        graph = copy.copy(self)
+        graph.counts_positions = False
+        return graph
+
     @cached_property
     def inputs(self) -> dict[str, dict[int, str]]:
-        """The inputs but for the state, with their axes of variable size."""
-        arguments = inspect.signature(self.model_class.forward).parameters
-        axes = {name: dict(axes) for name, axes in INPUTS.items() if name in arguments}
+        """The inputs but for the state, with their axes of variable size.
+
+        Raises:
+            HoloError: `forward` does not name what the graph needs.
+        """
+        axes = {name: dict(axes) for name, axes in INPUTS.items() if name in self.arguments}
+        needed = [{self.model_class.main_input_name}]
+        if self.with_past:
+            needed += [{"attention_mask"}, {"past_key_values", "cache"}]  # the latter is its name since 5.24
+        if missing := [" or ".join(sorted(names)) for names in needed if not names & self.arguments.keys()]:
+            raise HoloError(
+                f"{self.model_class.__name__}.forward does not name {', '.join(missing)} among its arguments; an "
+                "export finds its inputs by their names there, so write them out"
+            )
         if self.with_past:
             axes["attention_mask"][1] = TOTAL
         return axes
+
+    @cached_property
+    def arguments(self) -> Mapping[str, inspect.Parameter]:
+        """What `forward` takes, by name."""
+        return inspect.signature(self.model_class.forward).parameters
 
     @cached_property
     def states(self) -> list[State]:
@@ -184,17 +206,25 @@ class Graph:
     def call(self, forward: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Call a model's `forward` with inputs and states in their order; gives the output and the new states."""
         inputs: dict[str, Any] = dict(zip(self.inputs, tensors, strict=False))
-        arguments = inspect.signature(self.model_class.forward).parameters
-        if "use_cache" in arguments:
+        if "use_cache" in self.arguments:
             inputs["use_cache"] = self.with_past
-        if self.counts_positions and "position_ids" in arguments:
+        if self.counts_positions and "position_ids" in self.arguments:
             inputs["position_ids"] = positions(inputs["attention_mask"], inputs["input_ids"].shape[1])
+        if "return_dict" in self.arguments or _takes_any(self.arguments):
+            inputs["return_dict"] = True
         if not self.with_past:
-            return (forward(**inputs, return_dict=True)[self.output],)
+            return (forward(**inputs)[self.output],)
         cache = make_cache(self.config, self.states, tensors[len(self.inputs) :])
-        name = CACHE_NAME if CACHE_NAME in arguments else "past_key_values"  # of code older than transformers 5.24
-        result = forward(**inputs, **{name: cache}, return_dict=True)
+        if isinstance(cache, RecurrentCache):
+            cache.advance(inputs["attention_mask"].shape[1] - inputs["input_ids"].shape[1])
+        name = CACHE_NAME if CACHE_NAME in self.arguments else "past_key_values"  # of code older than transformers 5.24
+        result = forward(**inputs, **{name: cache})
         return (result[self.output], *take_states(self.states, result[CACHE_NAME]))
+
+
+def _takes_any(arguments: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether a function has a `**kwargs`."""
+    return any(argument.kind is inspect.Parameter.VAR_KEYWORD for argument in arguments.values())
 
 
 class GraphModule(nn.Module):
@@ -224,7 +254,7 @@ def states_of(
         config: its config.
         dtype: of its weights.
     """
-    if hasattr(model_class, "state_spec") and "constant_state" in model_class.capabilities_of(config):
+    if hasattr(model_class, "state_spec") and "constant_state" in (capabilities_of(model_class, config) or ()):
         layers, kept = model_class.state_spec(config), at_least_float32(dtype)
         return [State(i, name, tuple(shape), kept) for i, spec in enumerate(layers) for name, shape in spec.items()]
     return _read_off(model_class, config, dtype)
@@ -236,7 +266,7 @@ def _read_off(model_class: type[PreTrainedModel], config: PretrainedConfig, dtyp
     config = copy.deepcopy(config)
     config.pad_token_id = None  # some models would look for it in the texts
     with FakeTensorMode():  # tensors without data
-        model = model_class._from_config(config, dtype=dtype).eval()
+        model = model_class._from_config(config, dtype=dtype, attn_implementation="eager").eval()  # others read masks
         texts = (torch.ones(1, tokens, dtype=torch.long) for tokens in (2, 3))
         shorter, longer = (dict(held_by(model(input_ids=text, use_cache=True)[CACHE_NAME])) for text in texts)
     states = []
@@ -251,7 +281,8 @@ def held_by(cache: Cache) -> Iterator[tuple[tuple[int, str], torch.Tensor]]:
     for index, layer in enumerate(cache.layers):
         recurrent = isinstance(layer, RecurrentLayer)
         for name, tensor in (layer.states if recurrent else {"key": layer.keys, "value": layer.values}).items():
-            yield (index, name), tensor
+            if name != PADDING:  # a graph reads it off the mask
+                yield (index, name), tensor
 
 
 def positions(attention_mask: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -316,7 +347,7 @@ def head_for(task: str, config: PretrainedConfig) -> type[PreTrainedModel]:
         raise unknown("task", task, [*TASKS, GENERATION])
     model_class = getattr(transformers, TASKS[task.removesuffix(WITH_PAST)])._model_mapping.get(type(config), None)
     if model_class is None:
-        raise HoloError(f"task={task!r}: the family {config.model_type!r} has no head for it")
+        raise HoloError(f"task: {task!r}: the family {config.model_type!r} has no head for it")
     return model_class
 
 
@@ -332,4 +363,4 @@ def task_of(config: PretrainedConfig) -> str:
         if model_class is not None and model_class.__name__ == saved:
             return GENERATION if task == "text-generation" else task
     known = ", ".join([*TASKS, GENERATION])
-    raise HoloError(f"architectures={saved!r} in config.json is no head of a known task; give one of {known}")
+    raise HoloError(f"architectures: {saved!r} in config.json is no head of a known task; give one of {known}")

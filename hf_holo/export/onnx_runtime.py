@@ -4,10 +4,14 @@ import re
 from typing import Any
 
 import torch
-from onnxruntime import InferenceSession
-from onnxruntime.transformers.io_binding_helper import TypeHelper
-from optimum.onnxruntime import ORTModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+try:
+    from onnxruntime import InferenceSession
+    from onnxruntime.transformers.io_binding_helper import TypeHelper
+    from optimum.onnxruntime import ORTModelForCausalLM
+except ImportError as error:
+    raise ImportError("HoloORTModelForCausalLM needs the extra `onnx` (and with it transformers 4.57)") from error
 
 from ..errors import HoloError
 from ..modeling.arguments import check_arguments

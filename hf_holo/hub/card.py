@@ -1,4 +1,4 @@
-"""The model card: what a checkpoint is, from the facts that lie in its folder."""
+"""The model card: what a checkpoint is, from the facts in its folder."""
 
 import csv
 import platform
@@ -14,13 +14,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..conversion.evaluation import numbers_on_disk
 from ..errors import HoloError, first_line
 from ..eval.conformance.causality import CausalityReport
 from ..files import replacing
+from ..modeling.checkpoint import values_on_disk
 from ..modeling.remote_code import auto_classes_of
+from ..modeling.versions import VERSION
 from ..registry import architectures
-from .code import is_converted, read_config
+from .code import is_converted, needed_packages, package_of, read_config
 
 TAG = "hf-holo"
 PIPELINES = {
@@ -37,7 +38,7 @@ METRICS = {  # columns of metrics.csv: name and unit
 }
 RECIPE = {  # of what a card says in words: whether a value is one
     "dataset_name": lambda value: isinstance(value, str),
-    "train_file": lambda value: isinstance(value, str),
+    "train_file": lambda value: isinstance(value, str) or _are_names(value),
     "train_files": lambda value: isinstance(value, str) or _are_names(value),
     "validation_fraction": lambda value: all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in _shares(value)),
 }
@@ -69,24 +70,7 @@ CARD = """---
 
 ## How to load it
 
-With hf_holo installed:
-
-```python
-import hf_holo
-from transformers import {auto_class}, AutoTokenizer
-
-model = {auto_class}.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```
-
-Without hf_holo, the code in this repository is used; read it before you trust it:
-
-```python
-from transformers import {auto_class}, AutoTokenizer
-
-model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
-```
+{loading}
 
 ## Recipe
 
@@ -96,6 +80,12 @@ tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 
 {versions}
 """
+LOADING = """```python
+{first}from transformers import {auto_class}, AutoTokenizer
+
+model = {auto_class}.from_pretrained("{name}"{trust})
+tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
+```"""
 
 
 def write_card(folder: str | Path, causality: CausalityReport | None = None) -> None:
@@ -145,7 +135,7 @@ def make_card(
         data=_data(recipe),
         results=_results(scores),
         causality=_causality(causality),
-        auto_class=auto_class,
+        loading=_loading(folder, config, auto_class, name),
         recipe=f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```" if recipe else "No recipe came with it.",
         versions=_versions(config),
     )
@@ -153,17 +143,17 @@ def make_card(
 
 
 def read_card(path: Path) -> ModelCard:
-    """A card that lies in a folder, whoever wrote it.
+    """The card in a folder, whoever wrote it.
 
     Raises:
-        HoloError: it is no text, or its header is none.
+        HoloError: it is not a text, or its header is malformed.
     """
     try:
         return ModelCard(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
-        raise HoloError(f"DIR: {str(path)!r} is no text in UTF-8") from None
+        raise HoloError(f"DIR: {str(path)!r} is not a text in UTF-8") from None
     except UNREADABLE_YAML as error:
-        raise HoloError(f"DIR: the header of {str(path)!r} is none that the Hub reads: {first_line(error)}") from None
+        raise HoloError(f"DIR: the Hub cannot read the header of {str(path)!r}: {first_line(error)}") from None
 
 
 def is_own(card: ModelCard) -> bool:
@@ -197,6 +187,23 @@ def auto_class_of(config: dict[str, Any]) -> str:
     return heads.get(name, "AutoModel")
 
 
+def _loading(folder: Path, config: dict[str, Any], auto_class: str, name: str) -> str:
+    """How the model is loaded: with the package that has its classes and, if code goes along, without."""
+    package, needed, parts = package_of(config), needed_packages(folder, config), []
+    if package is not None:
+        names = "hf_holo" if package == "hf_holo" else f"hf_holo and `{package}`"
+        first = LOADING.format(first="import hf_holo\n", auto_class=auto_class, name=name, trust="")
+        parts = [f"With {names} installed:", first]
+    if needed is not None:
+        without = "Here" if package is None else f"Without {'hf_holo' if package == 'hf_holo' else f'`{package}`'}"
+        needs = f", which needs {', '.join(needed)} installed" if needed else ""
+        second = LOADING.format(first="", auto_class=auto_class, name=name, trust=", trust_remote_code=True")
+        parts += [f"{without}, the code in this repository is used{needs}; read it before you trust it:", second]
+    if not parts:
+        parts = [LOADING.format(first="", auto_class=auto_class, name=name, trust="")]
+    return "\n\n".join(parts)
+
+
 def _summary(config: dict[str, Any]) -> str:
     name = next(iter(config.get("architectures") or []), "A model")
     if is_converted(config):
@@ -215,27 +222,29 @@ def _facts(folder: Path, config: dict[str, Any]) -> dict[str, str]:
 
 def _numbers(folder: Path) -> int:
     try:
-        return numbers_on_disk(folder)
+        return values_on_disk(folder)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
-        raise HoloError(f"DIR: the weights in {str(folder)!r} are no whole safetensors: {first_line(error)}") from None
+        raise HoloError(
+            f"DIR: the weights in {str(folder)!r} are not complete safetensors files: {first_line(error)}"
+        ) from None
 
 
 def _recipe(folder: Path) -> dict[str, Any]:
-    """The recipe that lies in the folder, without the paths of the machine it was made on.
+    """The recipe in the folder, without the paths of the machine it was made on.
 
     Raises:
-        HoloError: it is none.
+        HoloError: it is malformed.
     """
     path = folder / "recipe.yaml"
     try:
         recipe = _shared(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
     except UNREADABLE_YAML as error:
-        raise HoloError(f"DIR: {str(path)!r} is no valid YAML: {first_line(error)}") from None
+        raise HoloError(f"DIR: {str(path)!r} is not valid YAML: {first_line(error)}") from None
     if not isinstance(recipe, dict):
         raise HoloError(f"DIR: {str(path)!r} is not a mapping of argument names to values")
     for name, is_good in RECIPE.items():
         if recipe.get(name) is not None and not is_good(recipe[name]):
-            raise HoloError(f"DIR: {str(path)!r} says {name}={repr(recipe[name])[:60]}, which no recipe does")
+            raise HoloError(f"DIR: {str(path)!r} says {name}={repr(recipe[name])[:60]}, which is not a value for it")
     return recipe
 
 
@@ -270,9 +279,9 @@ def _are_names(value: Any) -> bool:
 
 def _data_name(recipe: dict[str, Any]) -> str | None:
     """The data set or the files of `hf-holo train` or `hf-holo distill`."""
-    files = recipe.get("train_files") or []
+    files = recipe.get("train_file") or recipe.get("train_files") or []  # the latter by earlier versions
     several = ", ".join(files if isinstance(files, list) else [files])
-    return recipe.get("dataset_name") or recipe.get("train_file") or several or None
+    return recipe.get("dataset_name") or several or None
 
 
 def _data(recipe: dict[str, Any]) -> str:
@@ -289,7 +298,7 @@ def _scores(folder: Path) -> dict[str, float]:
     """The last value of each metric in metrics.csv.
 
     Raises:
-        HoloError: it is no table of numbers.
+        HoloError: it is not a table of numbers.
     """
     path = folder / "metrics.csv"
     if not path.is_file():
@@ -299,7 +308,7 @@ def _scores(folder: Path) -> dict[str, float]:
             rows = list(csv.DictReader(file))
         found = {column: [float(row[column]) for row in rows if row.get(column)] for column in METRICS}
     except (ValueError, csv.Error) as error:
-        raise HoloError(f"DIR: {str(path)!r} is no table of metrics: {first_line(error)}") from None
+        raise HoloError(f"DIR: {str(path)!r} is not a table of metrics: {first_line(error)}") from None
     return {column: values[-1] for column, values in found.items() if values}
 
 
@@ -340,10 +349,8 @@ def _causality(report: CausalityReport | None) -> str:
 
 
 def _versions(config: dict[str, Any]) -> str:
-    from .. import __version__
-
     used = {
-        "hf_holo": __version__,
+        "hf_holo": VERSION,
         "transformers": config.get("transformers_version", transformers.__version__),
         "torch": torch.__version__,
         "Python": platform.python_version(),

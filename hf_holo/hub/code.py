@@ -5,11 +5,12 @@ layers) and the families of other packages are classes that know nothing of it: 
 """
 
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 from ..errors import HoloError, first_line
 from ..files import write_text
@@ -17,12 +18,14 @@ from ..modeling import remote_code
 from ..registry import architectures
 
 CONVERTED = Path(remote_code.__file__).with_name("converted.py")
-KINDS = {"model_type": str, "architectures": list, "auto_map": dict, "quantization_config": dict}  # in a config.json
+PRESENT = {"huggingface_hub", "numpy", "safetensors", "tokenizers", "torch", "transformers"}  # where any model runs
+# Of what this package reads in a config.json.
+CONFIG_TYPES = {"model_type": str, "architectures": list, "auto_map": dict, "quantization_config": dict}
 
 
 def add_code(folder: str | Path) -> list[str]:
-    """Put the code that is missing or of another release into the folder of a checkpoint, and return the names of the
-    files written.
+    """Put code that is missing or out of date into the folder of a checkpoint, and return the names of the files
+    written.
 
     Raises:
         HoloError: as [`missing_code`].
@@ -35,9 +38,10 @@ def add_code(folder: str | Path) -> list[str]:
 
 
 def missing_code(folder: Path) -> dict[str, str]:
-    """The files that the folder lacks to load without hf_holo, or has from another release, by name, and config.json
-    with its `auto_map`, if it has none. Empty for the models of transformers itself, and, with a warning, where the
-    code cannot go along.
+    """The files that the folder lacks to load without hf_holo, by name, and config.json with its `auto_map`, if it has
+    none. Copies of this package's files that another version has left are replaced; those of plug-ins stay. Empty for
+    the models of transformers itself. A warning says where the code cannot go along, and which packages it needs where
+    it can.
 
     Raises:
         HoloError: the folder holds no readable config.json.
@@ -48,17 +52,60 @@ def missing_code(folder: Path) -> dict[str, str]:
         warnings.warn(f"{folder} stays without code, and needs its packages installed: {reason}", stacklevel=2)
         return {}
     auto_map, files = _code_of(config)
+    if packages := needed_packages(folder, config):
+        names = ", ".join(packages)
+        warnings.warn(f"the code of {folder} imports {names}: to be installed wherever it is loaded", stacklevel=2)
+    own, missing = package_of(config) == "hf_holo", {}
     entries = {f"{reference.partition('.')[0]}.py" for reference in auto_map.values()}
-    texts = {p.name: remote_code.code_of(p) if p.name in entries else p.read_text(encoding="utf-8") for p in files}
-    missing = {name: text for name, text in texts.items() if not _holds(folder / name, text)}
+    for path in files:
+        there = folder / path.name
+        text = remote_code.code_of(path) if path.name in entries else path.read_text(encoding="utf-8")
+        if not there.is_file() or (own and there.read_bytes() != text.encode()):
+            missing[path.name] = text
     if not auto_map.items() <= (config.get("auto_map") or {}).items():
         config["auto_map"] = auto_map
         missing["config.json"] = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return missing
 
 
-def _holds(file: Path, text: str) -> bool:
-    return file.is_file() and file.read_text(encoding="utf-8", errors="replace") == text
+def needed_packages(folder: Path, config: dict[str, Any]) -> list[str] | None:
+    """The packages, apart from those that any model of transformers needs, that the code of a checkpoint imports.
+
+    Args:
+        folder: of the checkpoint; code that is there counts, and so does what [`missing_code`] adds.
+        config: as [`read_config`] reads it.
+
+    Returns:
+        Their names; None if the checkpoint has no code and gets none.
+
+    Raises:
+        HoloError: the code cannot be read.
+    """
+    files = [] if obstacle(config) is not None else _code_of(config)[1]
+    files = [there if (there := folder / file.name).is_file() else file for file in files] or _code_in(folder, config)
+    if not files:
+        return None
+    try:
+        imported = {name for file in files for name in get_imports(file)}
+    except (OSError, ValueError, SyntaxError) as error:
+        raise HoloError(f"DIR: the code in {str(folder)!r} cannot be read: {first_line(error)}") from None
+    return sorted(imported - PRESENT - sys.stdlib_module_names)
+
+
+def _code_in(folder: Path, config: dict[str, Any]) -> list[Path]:
+    """The files in the folder that its `auto_map` leads to."""
+    named = {value.partition(".")[0] for value in (config.get("auto_map") or {}).values() if isinstance(value, str)}
+    files = [folder / f"{name}.py" for name in named]
+    return _with_imports([file for file in files if file.is_file()])
+
+
+def package_of(config: dict[str, Any]) -> str | None:
+    """The package that has the classes of a checkpoint: "hf_holo", that of a plug-in, or None for one that is not
+    registered here."""
+    if is_converted(config):
+        return "hf_holo"
+    architecture = architectures().get(config.get("model_type"))
+    return None if architecture is None else architecture.config.__module__.partition(".")[0]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -72,13 +119,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise HoloError(f"DIR: {str(folder)!r} holds no config.json that can be read: {first_line(error)}") from None
     if not isinstance(config, dict):
-        raise HoloError(f"DIR: {str(folder / 'config.json')!r} holds no mapping, so it is no config")
-    wrong = [key for key, kind in KINDS.items() if not isinstance(config.get(key), (kind, type(None)))]
+        raise HoloError(f"DIR: {str(folder / 'config.json')!r} is not a mapping, so it is not a config")
+    wrong = [key for key, kind in CONFIG_TYPES.items() if not isinstance(config.get(key), (kind, type(None)))]
     if not wrong and not all(isinstance(name, str) for name in config.get("architectures") or []):
         wrong = ["architectures"]
     if wrong:
         value = repr(config[wrong[0]])[:60]
-        raise HoloError(f"DIR: {str(folder / 'config.json')!r} says {wrong[0]}={value}, which no config does")
+        raise HoloError(f"DIR: {str(folder / 'config.json')!r} says {wrong[0]}={value}, which is not a value for it")
     return config
 
 
@@ -93,7 +140,7 @@ def obstacle(config: dict[str, Any]) -> str | None:
     if is_converted(config):
         names = config.get("architectures") or ["a model without a name"]
         known = architecture is None and remote_code.auto_classes_of(names[0])
-        return None if known else f"{names[0]} with holographic layers is no class of transformers"
+        return None if known else f"{names[0]} with holographic layers is not a class of transformers"
     classes = [] if architecture is None else [architecture.config, *architecture.models.values()]
     return next(filter(None, map(remote_code.obstacle, classes)), None)
 

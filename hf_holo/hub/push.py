@@ -90,15 +90,15 @@ def collect(folder: Path, repo: str, license: str | None = None) -> tuple[list[I
     unfinished files stay, pickles, which can run code when they are read, and folders but for that of chat templates.
 
     Raises:
-        HoloError: the folder holds no whole checkpoint, a link to a file elsewhere, or something that no card
-            can be made from; or the name of the repository is bad.
+        HoloError: the folder does not hold a complete checkpoint, or holds a link to a file elsewhere, or something
+            that no card can be made from; or the name of the repository is bad.
     """
     if not folder.is_dir():
-        raise HoloError(f"DIR: {str(folder)!r} is no folder")
+        raise HoloError(f"DIR: {str(folder)!r} is not a folder")
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise HoloError(f"REPO: {repo!r} is no name for a repository: {first_line(error)}") from None
+        raise HoloError(f"REPO: {repo!r} is not a name for a repository: {first_line(error)}") from None
     if "/" not in repo:
         raise HoloError(f"REPO: {repo!r} does not say whose it is; give USER/NAME")
     paths = sorted([*folder.iterdir(), *(folder / CHAT_TEMPLATE_DIR).glob("*")])
@@ -108,7 +108,9 @@ def collect(folder: Path, repo: str, license: str | None = None) -> tuple[list[I
     added = {name: text.encode() for name, text in missing_code(folder).items()}
     names = {path: path.relative_to(folder).as_posix() for path in paths}
     items = {names[path]: Item(names[path], path) for path in kept}
-    items |= {name: Item(name, content, "completed by this command") for name, content in added.items()}
+    for name, content in added.items():
+        replaced = name in items and name.endswith(".py")
+        items[name] = Item(name, content, "brought up to date" if replaced else "completed by this command")
     items["README.md"] = _card(folder, repo, license)
     sent = [items[name] for name in sorted(items)]
     stay = [path for path in paths if path not in kept and path.name != CHAT_TEMPLATE_DIR]
@@ -246,13 +248,15 @@ def naming_the_checkpoint(repo: str) -> Iterator[None]:
     except GatedRepoError:
         raise HoloError(f"REPO: {repo!r} is gated; ask for access on its page first") from None
     except RepositoryNotFoundError as error:
-        raise HoloError(f"REPO: {repo!r} is not there, or your token may not see it: {first_line(error)}") from None
+        raise HoloError(
+            f"REPO: {repo!r} is not there, or your token has no access to it: {first_line(error)}"
+        ) from None
     except HfHubHTTPError as error:
         raise HoloError(f"REPO: {_refusal(repo, error)}") from None
     except LOST as error:
         raise HoloError(
-            f"REPO: the connection was lost ({type(error).__name__}); nothing was published. The same command goes on: "
-            "large files that have arrived are not sent again"
+            f"REPO: the connection was lost ({type(error).__name__}); nothing was published. Run the same command "
+            "again: large files that have arrived are not sent again"
         ) from None
 
 
@@ -261,7 +265,7 @@ def _refusal(repo: str, error: HfHubHTTPError) -> str:
     if status == 401:
         return "the Hub does not accept your token; run `hf auth login`, or set HF_TOKEN to a valid one"
     if status == 403:
-        return f"your token may not write to {repo!r}; use one with the right to write"
+        return f"your token has no right to write to {repo!r}; use one that has"
     if status >= 500:
         return f"the Hub is out of order ({status}); nothing was published, try the same command later"
     return f"the Hub refused {repo!r} ({status}): {first_line(error)}"

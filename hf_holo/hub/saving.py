@@ -1,4 +1,5 @@
-"""The model card of what is saved and pushed from Python. `import hf_holo` lets the models of this package write it."""
+"""The model card of what is saved and pushed from Python. `hf_holo.install` lets the models of this
+package write it."""
 
 import os
 import warnings
@@ -7,7 +8,6 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from ..errors import HoloError
-from ..modeling.remote_code import card_writers
 
 
 def write_missing_card(
@@ -24,12 +24,12 @@ def write_missing_card(
     Returns:
         Whether README.md may go up: not if both the folder and the repository have their own.
     """
-    from . import card as cards  # late: importing hf_holo is to stay quick
+    from . import card as cards  # late: importing hf_holo is to stay fast
 
     folder = Path(folder)
     if repo is None:
         try:
-            if (folder / "config.json").is_file():  # not beside an adapter
+            if (folder / "config.json").is_file():  # not for an adapter
                 cards.write_card(folder)
         except HoloError as error:
             warnings.warn(f"saved without a model card: {error}", stacklevel=3)
@@ -44,6 +44,3 @@ def write_missing_card(
     elif not published:
         cards.add_tags(cards.make_card(folder, repo), path).save(path)
     return before is None or not published
-
-
-card_writers.append(write_missing_card)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .recording import exporting
+
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")  # what Trainer and users tell the loss
 BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # of documents, for flash attention
 
@@ -91,7 +93,7 @@ def check_mask(mask: torch.Tensor | None, tokens: int, seen: int) -> None:
             f"attention_mask of shape {tuple(mask.shape)}: give [batch, tokens] with 1 at real tokens and 0 at padding;"
             " which token sees which is the model's own, and documents are told apart by position_ids or seq_idx"
         )
-    if mask.shape[1] not in (tokens, seen + tokens):
+    if not exporting() and mask.shape[1] not in (tokens, seen + tokens):
         or_all = f", or {seen + tokens} with those in the cache" if seen else ""
         raise ValueError(
             f"attention_mask of shape {tuple(mask.shape)}: {tokens} columns are needed for {tokens} tokens{or_all}"

@@ -15,6 +15,7 @@ CACHE_NAME = CACHE_NAMES["cache" in BaseModelOutputWithPast.__dataclass_fields__
 
 CROP_NAMES_WHAT_STAYS = "max_length" in inspect.signature(Cache.crop).parameters  # not what goes, as since 5.0
 SEEN = "tokens seen"
+PADDING = "padding"  # how many pads every row was fed, [B], beside the states of the first layer
 
 
 def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:

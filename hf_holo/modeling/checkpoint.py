@@ -1,6 +1,9 @@
 """What is looked at when a checkpoint is loaded: whether it fits, its files are whole and its weights are numbers."""
 
+import json
+import math
 import os
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -92,6 +95,24 @@ def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors files that `from_pretrained` reads from a local folder; none if it is not there."""
     whole = Path(folder, SAFE_WEIGHTS_NAME)
     return [whole] if whole.is_file() else sorted(Path(folder).glob(f"{whole.stem}-*-of-*{whole.suffix}"))
+
+
+def values_on_disk(folder: str | Path, modules: Iterable[str] | None = None) -> int:
+    """How many values the safetensors files of a checkpoint store, for these modules or in all.
+
+    Args:
+        folder: of the checkpoint; only the headers of its files are read.
+        modules: names; default: all of them.
+    """
+    prefixes = None if modules is None else tuple(f"{name}." for name in modules)
+    total = 0
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with path.open("rb") as file:
+            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        for key, entry in header.items():
+            if key != "__metadata__" and (prefixes is None or key.startswith(prefixes)):
+                total += math.prod(entry["shape"])
+    return total
 
 
 def is_finite(x: torch.Tensor) -> bool:

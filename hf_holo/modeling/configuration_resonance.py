@@ -34,6 +34,7 @@ class ResonanceConfig(FamilyConfig):
             Default: by the size of the vocabulary, see [`lay_out_vocabulary`].
         embedding_options: sizes of the tables of a compressed vocabulary that differ from the defaults, see there.
         max_position_embeddings: information only, there is no limit; the length that has been measured.
+        num_attention_heads: changes nothing: there are none, but PEFT asks every config for soft prompts.
         kwargs: what all families share, see [`FamilyConfig`] (`vocab_size`, `hidden_size`, `num_hidden_layers`,
             `causal`, ...), and arguments of [`~transformers.PretrainedConfig`].
 
@@ -63,10 +64,11 @@ class ResonanceConfig(FamilyConfig):
         embedding_strategy: str | None = None,
         embedding_options: dict | None = None,
         max_position_embeddings: int = 262_144,
+        num_attention_heads: int = 1,
         **kwargs,
     ):
-        kwargs.setdefault("num_attention_heads", 1)  # PEFT asks every config for it, also for prompts that need none
         super().__init__(**{"max_position_embeddings": max_position_embeddings} | self.own_names(kwargs))
+        self.num_attention_heads = num_attention_heads
         hidden_size = self.hidden_size
         self.num_banks = default_heads(hidden_size, least=BANK_WIDTH) if num_banks is None else num_banks
         self.num_modes = num_modes
@@ -97,6 +99,7 @@ class ResonanceConfig(FamilyConfig):
             gate_taps=self.gate_taps,
             intermediate_size=self.intermediate_size,
             rank=self.rank,
+            num_attention_heads=self.num_attention_heads,
         )
         check_positive(memory_chunk_length=self.memory_chunk_length, segment_length=self.segment_length)
         if self.chunk_length is not None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .cache import RecurrentCache
+from .cache import PADDING, RecurrentCache
 from .recording import exporting
 
 
@@ -112,16 +112,16 @@ def arrange(
 def _check_past(attention_mask: torch.Tensor, length: int, cache: RecurrentCache | None) -> None:
     """A state cannot give back what it has taken: generate(), for one, feeds padding to rows that have ended."""
     seen = 0 if cache is None else cache.get_seq_length()
-    if exporting() or not seen or attention_mask.shape[1] == length:
+    held = cache.layers[0].get(PADDING) if seen else None  # unknown where a caller has put the states together
+    if exporting() or held is None or attention_mask.shape[1] == length:
         return
     padding = seen - attention_mask[:, :seen].bool().sum(1)  # [B]
-    held = cache.layers[0].get("padding")
-    wrong = padding != (torch.zeros_like(padding) if held is None else held)
+    wrong = padding != held
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         raise ValueError(
             f"attention_mask: row {row} has {int(padding[row])} pads among the {seen} tokens that the cache has seen, "
-            f"which took {0 if held is None else int(held[row])} as padding; a state cannot give tokens back. After "
+            f"which took {int(held[row])} as padding; a state cannot give tokens back. After "
             "rows that ended early, continue each from a cache of its own text, or mask what was fed after the end "
             "when it is fed"
         )
@@ -129,13 +129,13 @@ def _check_past(attention_mask: torch.Tensor, length: int, cache: RecurrentCache
 
 def _count_padding(layout: TokenLayout, cache: RecurrentCache, x: torch.Tensor) -> None:
     """Note how many pads every row has been fed, `[B]`, for [`_check_past`]."""
-    held = cache.layers[0].get("padding")
+    held = cache.layers[0].get(PADDING)
     before = torch.zeros(x.shape[0], dtype=torch.long, device=x.device) if held is None else held
 
     def replay(tokens: int) -> torch.Tensor:
         return before if layout.lengths is None else before + tokens - layout.lengths.clamp(max=tokens)
 
-    cache.layers[0].put("padding", replay(layout.length), layout.length, replay)
+    cache.layers[0].put(PADDING, replay(layout.length), layout.length, replay)
 
 
 def _reorder(labels: torch.Tensor, order: torch.Tensor | None, layout: TokenLayout) -> torch.Tensor:

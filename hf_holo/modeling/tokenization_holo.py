@@ -7,7 +7,7 @@ class HoloTokenizer(PreTrainedTokenizerFast):
     """A `tokenizers` tokenizer under a class name of its own.
 
     transformers 5.x saves a plain `PreTrainedTokenizerFast` under a class name that 4.57 does not know; a subclass that
-    is registered with `AutoTokenizer` keeps its name and loads in both. `hf_holo.training.tokenizers` makes instances.
+    is registered with `AutoTokenizer` keeps its name and loads in both. `hf_holo.data.tokenizers` makes instances.
     """
 
     _auto_class = "AutoTokenizer"  # its code goes with a checkpoint

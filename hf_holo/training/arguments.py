@@ -1,39 +1,23 @@
 """The arguments of `hf-holo train`: three dataclasses, filled from a YAML recipe and the command line."""
 
-import difflib
-from argparse import SUPPRESS, ArgumentParser
-from collections.abc import Iterable
+from argparse import ArgumentParser
 from dataclasses import dataclass, field
-from importlib.resources import files
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
-from ..errors import HoloError, Parser
+from ..errors import HoloError
+from ..recipes import NOT_FOR_RECIPES, RecipeParser, add_recipe, described, given_words, load_recipe, suggestion
 
 DEFAULT_RECIPE = "quickstart"
-# Where a run writes or publishes, and what it may delete, is said by who starts it: recipes come from others, too, and
-# go to others, who should find no token in them. An argument whose name begins so is not for recipes.
-NOT_FOR_RECIPES = (
-    "output_dir",
-    "overwrite",
-    "resume_from_checkpoint",
-    "logging_dir",
-    "push_to_hub",
-    "hub_",
-    "trackio_",
+DESCRIPTION = (
+    "Train a model as a recipe says, and as the options say that are given; by default a small one in minutes."
 )
 # Naming one of these on the command line puts the recipe's choice among them aside.
 ALTERNATIVES = (("preset", "model_name_or_path"), ("train_file", "dataset_name"))
-
-
-def described(help: str, default: Any = None, **metadata: Any) -> Any:
-    """A dataclass field with a help text for the command line."""
-    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass
@@ -55,7 +39,10 @@ class ModelArguments:
 class DataArguments:
     """What to train it on."""
 
-    train_file: str | None = described("Text file, folder, or parquet, JSON, JSON-lines or CSV file.")
+    train_file: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Text files, folders, or parquet, JSON, JSON-lines or CSV files, in this order."},
+    )
     dataset_name: str | None = described("Dataset on the Hub, `python-help`, or `python-stdlib`.")
     dataset_config_name: str | None = described("Configuration of the Hub dataset.")
     text_column: str = described("Column of a table that holds the text.", "text")
@@ -68,6 +55,7 @@ class DataArguments:
     mlm_probability: float = described("Share of the tokens that the task `masked` hides.", 0.15)
     block_size: int = described("Tokens in a training window.", 256)
     stride: int | None = described("Distance between the starts of training windows; default: block_size.")
+    eval_windows: int = described("Held-out windows that are scored, evenly spaced; 0: all.", 0)
     tokenizer: str | None = described(
         "Of a new model: characters (default), bytes, bpe, or the folder of a saved tokenizer."
     )
@@ -78,15 +66,19 @@ class DataArguments:
     sample_tokens: int = described("Tokens to generate for the sample and for each answer.", 400)
     num_answers: int = described("Held-out instructions to answer in answers.txt.", 8)
 
+    def __post_init__(self) -> None:
+        if isinstance(self.train_file, str):  # as in a recipe
+            self.train_file = [self.train_file]
+
 
 @dataclass
 class HoloTrainingArguments(TrainingArguments):
-    """transformers' TrainingArguments with defaults for training from scratch, and a few more."""
+    """How to train it: transformers' TrainingArguments with defaults for training from scratch, and a few more."""
 
     output_dir: str | None = described("Folder of the run; default: runs/<recipe>.")
     overwrite: bool = described("Delete the run that output_dir holds.", False)
     resume_from_checkpoint: str | None = described(
-        "Go on from this checkpoint; without a value, from the last complete one in output_dir.",
+        "Resume from this checkpoint; without a value, from the last complete one in output_dir.",
         nargs="?",
         const="last",
     )
@@ -119,7 +111,7 @@ class HoloTrainingArguments(TrainingArguments):
             raise ValueError("ema_decay: averages and load_best_model_at_end exclude each other; choose one")
 
 
-KINDS = (ModelArguments, DataArguments, HoloTrainingArguments)
+ARGUMENTS = (ModelArguments, DataArguments, HoloTrainingArguments)
 
 
 @dataclass
@@ -140,67 +132,27 @@ class Run:
     recipe: dict[str, Any]
 
 
-class RecipeParser(Parser, HfArgumentParser):
-    """HfArgumentParser with the errors of this package."""
-
-
-def recipe_names(package: str = __package__, prefix: str = "") -> list[str]:
-    """The recipes in a package whose names begin with `prefix`."""
-    names = (path.name.removesuffix(".yaml") for path in files(package).joinpath("recipes").iterdir())
-    return sorted(name for name in names if name.startswith(prefix))
-
-
-def load_recipe(recipe: str, package: str = __package__, prefix: str = "") -> dict[str, Any]:
-    """Read a recipe of the package, by name, or a YAML file.
-
-    Raises:
-        HoloError: there is no such recipe, it is no mapping of argument names to values, or it sets what is not for a
-            recipe to say (what begins with one of `NOT_FOR_RECIPES`).
-    """
-    known = recipe_names(package, prefix)
-    if recipe in known:
-        text = files(package).joinpath("recipes", f"{recipe}.yaml").read_text(encoding="utf-8")
-    elif Path(recipe).is_file():
-        text = Path(recipe).read_text(encoding="utf-8")
-    else:
-        raise HoloError(f"recipe: {recipe!r} is neither a file nor one of {', '.join(known)}")
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise HoloError(f"recipe: {recipe!r} is no valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict) or not isinstance(values.get("model", {}), dict):
-        raise HoloError(f"recipe: {recipe!r} is not a mapping of argument names to values")
-    stages = values.get("stages")
-    parts = [values, *filter(lambda part: isinstance(part, dict), stages if isinstance(stages, list) else [])]
-    for name in chain.from_iterable(parts):
-        if str(name).startswith(NOT_FOR_RECIPES):
-            raise HoloError(f"recipe: {recipe!r} sets {name!r}, which is for the command line alone to say")
-    return values
-
-
 def parse(argv: list[str]) -> Run:
     """Parse the command line on top of the recipe it names (default: the run that it resumes, or `quickstart`).
 
     Raises:
         HoloError: an unknown or malformed argument or recipe.
     """
-    parser = RecipeParser(KINDS, prog="hf-holo train", allow_abbrev=False)
-    named = _named_arguments(argv)
+    parser = RecipeParser(ARGUMENTS, prog="hf-holo train", description=DESCRIPTION, allow_abbrev=False)
+    defaults = vars(parser.parse_known_args([])[0])
+    add_recipe(parser, __package__, default=DEFAULT_RECIPE)
+    named = given_words(parser, argv)
     recipe = named.get("recipe") or _resumed_recipe(named) or DEFAULT_RECIPE
 
-    values = _without_replaced(load_recipe(recipe), named)
+    values = _without_replaced(load_recipe(recipe, __package__), named)
     overrides = values.pop("model", {})
-    defaults = vars(parser.parse_known_args([])[0])
-    parser.add_argument("--recipe", help=f"{', '.join(recipe_names())}, or a YAML file; default: {DEFAULT_RECIPE}.")
     for name in values:
         if name not in defaults:
             raise HoloError(f"recipe: {recipe!r} sets the unknown argument {name!r}{suggestion(name, defaults)}")
     argv = [*_as_words(parser, recipe, values), *argv]
     parser.set_defaults(output_dir=f"runs/{Path(recipe).stem}", **values)
 
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise HoloError(f"unknown argument {unknown[0]}{suggestion(unknown[0].lstrip('-'), defaults)}")
+    given = parser.parse_args(argv)
     try:
         model, data, training, _ = parser.parse_args_into_dataclasses(argv)
     except ValueError as error:
@@ -227,21 +179,12 @@ def _as_words(parser: ArgumentParser, recipe: str, values: dict[str, Any]) -> li
     return words
 
 
-def _named_arguments(argv: list[str]) -> dict[str, Any]:
-    """Those arguments on the command line that decide about the recipe or replace a choice of it."""
-    parser = ArgumentParser(add_help=False, allow_abbrev=False, argument_default=SUPPRESS)
-    for name in ("recipe", "output_dir", "block_size", *chain.from_iterable(ALTERNATIVES)):
-        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
-    parser.add_argument("--resume_from_checkpoint", "--resume-from-checkpoint", nargs="?")
-    return vars(parser.parse_known_args(argv)[0])
-
-
 def _without_replaced(recipe: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
     """The recipe without those choices of a model, a data set or a stride that the command line replaces."""
     replaced = {name for group in ALTERNATIVES if named.keys() & set(group) for name in group}
     if replaced & recipe.keys() & set(ALTERNATIVES[0]):
         replaced.add("model")  # the config values were meant for the recipe's own model
-    if named.get("block_size") not in (None, str(recipe.get("block_size"))):
+    if named.get("block_size", recipe.get("block_size")) != recipe.get("block_size"):
         replaced.add("stride")  # it was meant for the recipe's own windows
     return {name: value for name, value in recipe.items() if name not in replaced}
 
@@ -258,14 +201,8 @@ def _key_values(pairs: list[str]) -> dict[str, Any]:
     return {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in pairs)}
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """What is added to the error for an unknown argument: the known one that is most like it, if any is."""
-    nearest = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
-
-
 def _resolved(given: dict[str, Any], defaults: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    own = {name for kind in KINDS for name in kind.__annotations__}
+    own = {name for kind in ARGUMENTS for name in kind.__annotations__}
     values = {name: given[name] for name in defaults if name in own or given[name] != defaults[name]}
     values = {**values, "model": overrides}
-    return {n: value for n, value in values.items() if value is not None and not n.startswith(NOT_FOR_RECIPES)}
+    return {n: value for n, value in values.items() if value not in (None, []) and not n.startswith(NOT_FOR_RECIPES)}

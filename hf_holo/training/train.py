@@ -2,7 +2,9 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import yaml
 from accelerate import PartialState
@@ -16,33 +18,24 @@ from transformers import (
     set_seed,
 )
 
+from ..data.documents import hold_out_documents, read_documents, split_documents
+from ..data.instructions import Responses, alpaca_prompt, instruction_splits, read_records
+from ..data.masking import Masking, MaskingCollator, filled_sample, masked_splits
+from ..data.tokenizers import TOKENIZERS, add_mask, default_kind, make_tokenizer, saved_tokenizer
+from ..data.windows import Collator, Splits, document_splits, text_splits
 from ..errors import UNREADABLE, HoloError, first_line
 from ..eval.conformance.causality import CausalityReport, check_causality
 from ..eval.conformance.checks import Violation
 from ..files import write_text
-from ..generation import generate_text
+from ..generate import generate_text
 from ..hub.card import write_card
 from ..modeling.checkpoint import within_memory
 from ..registry import preset_config
 from .arguments import DataArguments, Run, parse
-from .callbacks import LENGTHS, CausalityCallback
-from .data import (
-    Collator,
-    Responses,
-    Splits,
-    alpaca_prompt,
-    document_splits,
-    hold_out_documents,
-    instruction_splits,
-    read_documents,
-    read_records,
-    split_documents,
-    text_splits,
-)
-from .masking import Masking, MaskingCollator, filled_sample, masked_splits
+from .callbacks import PROBED_LENGTHS, CausalityCallback
 from .optim import MuonAdamW, split_parameters
+from .progress import say_what_comes, show_progress
 from .report import RunReport, loss_line, plot_losses, write_metrics
-from .tokenizers import KINDS, add_mask, make_tokenizer, saved_tokenizer
 from .trainer import UNFINISHED, HoloTrainer, complete_checkpoints
 
 TASKS = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
@@ -70,9 +63,8 @@ def main(argv: list[str]) -> None:
     try:
         train(run)
     except KeyboardInterrupt:
-        PartialState().print(
-            f"\nInterrupted. Go on with: hf-holo train --output_dir {run.training.output_dir} --resume_from_checkpoint"
-        )
+        again = f"hf-holo train --output_dir {run.training.output_dir} --resume_from_checkpoint"
+        PartialState().print(f"\nInterrupted. Continue with: {again}")
         raise SystemExit(130) from None
 
 
@@ -82,19 +74,14 @@ def train(run: Run) -> HoloTrainer:
     checkpoint = find_checkpoint(folder, run.training.resume_from_checkpoint)
     remains = [] if run.training.resume_from_checkpoint else remains_of_a_run(folder)
     if remains and not run.training.overwrite:
-        raise HoloError(
-            f"output_dir: {str(folder)!r} already holds a run; add --resume_from_checkpoint to go on with it, "
-            "--overwrite to delete it, or name another --output_dir"
-        )
+        refuse_run_folder(folder)
     set_seed(run.training.seed)
     settle_task(run)
     tokenizer, data = load_data(run, checkpoint)
     model = load_model(run, tokenizer)
     use_cache = model.config.use_cache
     trainer = make_trainer(run, model, tokenizer, data)
-    PartialState().print(
-        f"{model.config.model_type}: {model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the vocabulary"
-    )
+    say_what_comes(trainer, run, data, tokenizer)
 
     # Only now, when all input has proved good and every process has seen the folder, does the old run go.
     trainer.accelerator.wait_for_everyone()
@@ -105,6 +92,21 @@ def train(run: Run) -> HoloTrainer:
     model.config.use_cache = use_cache  # transformers 5 turns it off, and would save it so
     finish(trainer, run, data)
     return trainer
+
+
+def refuse_run_folder(folder: Path) -> NoReturn:
+    """Say what can be done about a folder that holds a run.
+
+    Raises:
+        HoloError: always.
+    """
+    if (folder / "config.json").is_file():  # the last file of the final model
+        state, remedy = "a run, which is complete", f"`hf-holo generate {folder}` uses its model; train again with"
+    else:
+        state, remedy = "a run, which is not complete", "continue it with --resume_from_checkpoint, replace it with"
+    raise HoloError(
+        f"output_dir: {str(folder)!r} already holds {state}: {remedy} --overwrite, or name another --output_dir"
+    )
 
 
 def begin_folder(folder: Path, remains: list[Path], run: Run) -> None:
@@ -185,16 +187,21 @@ def load_data(run: Run, checkpoint: Path | None) -> tuple[PreTrainedTokenizerBas
     """Read, split and encode the data, with the tokenizer of the checkpoint if there is one, else a new one."""
     data, masked, apart = run.data, run.model.task == "masked", run.data.documents == "apart"
     if data.data_format == "alpaca":
+        if data.eval_windows:
+            raise HoloError(f"eval_windows: {data.eval_windows} has no meaning for instructions; all are scored")
         records = read_records(data.train_file, data.dataset_name, data.dataset_config_name)
         tokenizer = load_tokenizer(run, checkpoint, [alpaca_prompt(r) + r["output"] for r in records])
-        return tokenizer, instruction_splits(records, tokenizer, data.block_size, data.validation_fraction)
+        splits = instruction_splits(records, tokenizer, data.block_size, data.validation_fraction)
+        return tokenizer, replace(splits, documents=len(records))
     documents = read_documents(data.train_file, data.dataset_name, data.dataset_config_name, data.text_column)
     parts = (hold_out_documents if apart else split_documents)(documents, data.validation_fraction)
     tokenizer = load_tokenizer(run, checkpoint, parts[0])
     sizes = tokenizer, data.block_size, data.stride
-    if not masked:
-        return tokenizer, (document_splits if apart else text_splits)(*parts, *sizes)
-    return tokenizer, masked_splits(*parts, *sizes, apart, data.mlm_probability)
+    if masked:
+        splits = masked_splits(*parts, *sizes, apart, data.mlm_probability)
+    else:
+        splits = (document_splits if apart else text_splits)(*parts, *sizes)
+    return tokenizer, replace(splits.scored_on(data.eval_windows), documents=len(documents))
 
 
 def load_tokenizer(run: Run, checkpoint: Path | None, texts: list[str]) -> PreTrainedTokenizerBase:
@@ -209,10 +216,12 @@ def load_tokenizer(run: Run, checkpoint: Path | None, texts: list[str]) -> PreTr
         tokenizer = saved_tokenizer(checkpoint, "resume_from_checkpoint")
     elif source:
         tokenizer = saved_tokenizer(source, "model_name_or_path")
-    elif data.tokenizer is None or data.tokenizer in KINDS:
-        return make_tokenizer(data.tokenizer or "characters", texts, data.vocab_size, masked)
+    elif data.tokenizer is None or data.tokenizer in TOKENIZERS:
+        kind = data.tokenizer or default_kind(load_config(run).model_type)
+        PartialState().print(f"tokenizer: {kind}, made from the training text (--tokenizer names another)")
+        return make_tokenizer(kind, texts, data.vocab_size, masked)
     else:
-        argument = f"tokenizer: none of {', '.join(KINDS)}"
+        argument = f"tokenizer: none of {', '.join(TOKENIZERS)}"
         tokenizer = saved_tokenizer(data.tokenizer, argument, local_files_only=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -269,7 +278,7 @@ def make_trainer(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         collator = Collator(pad)
     else:
         collator = MaskingCollator(Masking(tokenizer, run.data.mlm_probability), pad, args.seed)
-    return HoloTrainer(
+    trainer = HoloTrainer(
         model,
         args,
         data_collator=collator,
@@ -282,6 +291,8 @@ def make_trainer(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         ema_decay=args.ema_decay,
         shift=causal,
     )
+    show_progress(trainer)
+    return trainer
 
 
 def finish(trainer: HoloTrainer, run: Run, data: Splits) -> None:
@@ -316,7 +327,7 @@ def write_results(trainer: HoloTrainer, run: Run, data: Splits, metrics: dict[st
         print(f"\nA sample ({folder / 'sample.txt'}):\n{sample[:400]}\n")
         print(loss_line(metrics, data.tokens, "validation loss"))
     auto_class = TASKS[run.model.task].__name__
-    print(f"\nThe model lies in {folder}. To load it:\n")
+    print(f"\nThe model is saved in {folder}. To load it:\n")
     print("    import hf_holo")
     print(f"    from transformers import {auto_class}")
     print(f'    model = {auto_class}.from_pretrained("{folder}")')
@@ -327,7 +338,7 @@ def judge_causality(model: PreTrainedModel, run: Run) -> CausalityReport | None:
     if run.model.task != "causal" or not run.training.causality_check:
         return None
     try:
-        return check_causality(model, LENGTHS)
+        return check_causality(model, PROBED_LENGTHS)
     except Violation as violation:
         print(f"The causality of the final weights cannot be judged: {violation}")
         return None

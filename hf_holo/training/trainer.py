@@ -186,15 +186,18 @@ class HoloTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write the checkpoint into the folder `UNFINISHED` and rename it: under its own name it is whole, or not
-        there, whenever the process is killed. What is deleted goes the other way."""
+        there, whenever the process is killed. What is deleted goes the other way. The code of the model is
+        left out: only training is resumed from a checkpoint, and the final model has it."""
         folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
         final, unfinished = folder / name, folder / UNFINISHED
         if self.args.should_save:
             shutil.rmtree(unfinished, ignore_errors=True)  # a run that was killed may have left it
         self.accelerator.wait_for_everyone()
         self.saving = True
+        bare = self.accelerator.unwrap_model(self.model)
         try:
-            super()._save_checkpoint(model, trial)
+            with without_code(bare, getattr(bare, "config", None), self.processing_class):
+                super()._save_checkpoint(model, trial)
         finally:
             self.saving = False
         if self.state.best_model_checkpoint == str(unfinished / name):
@@ -218,6 +221,24 @@ class HoloTrainer(Trainer):
             return []
         others = [path for path in checkpoints if path not in spared]
         return others[: max(0, len(checkpoints) - max(limit, len(spared)))]
+
+
+@contextmanager
+def without_code(*parts: object) -> Iterator[None]:
+    """Save these models, configs and tokenizers without their code in this block, and without the `auto_map` that
+    would name it."""
+    classes = {cls: cls._auto_class for cls in map(type, parts) if getattr(cls, "_auto_class", None)}
+    places = [vars(part) if hasattr(part, "auto_map") else getattr(part, "init_kwargs", {}) for part in parts]
+    maps = [(place, place.pop("auto_map")) for place in places if "auto_map" in place]
+    try:
+        for cls in classes:
+            cls._auto_class = None
+        yield
+    finally:
+        for cls, auto_class in classes.items():
+            cls._auto_class = auto_class
+        for place, auto_map in maps:
+            place["auto_map"] = auto_map
 
 
 @contextmanager

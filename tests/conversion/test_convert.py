@@ -28,13 +28,13 @@ from hf_holo import HoloError
 from hf_holo.conversion import convert as command
 from hf_holo.conversion import convert_linears, refit, work_folder
 from hf_holo.conversion.convert_linears import CalibratedSurgery
+from hf_holo.data.documents import python_help
+from hf_holo.data.tokenizers import make_tokenizer
 from hf_holo.modeling.harmonics import HoloLinear
-from hf_holo.training.data import python_help
-from hf_holo.training.tokenizers import make_tokenizer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 WINDOW = 48
-QUICK = ["--window", str(WINDOW), "--tokens", "1152", "--fisher_tokens", "384", "--eval_windows", "4"]
+QUICK = ["--block_size", str(WINDOW), "--tokens", "1152", "--fisher_tokens", "384", "--eval_windows", "4"]
 QUICK += ["--sample_tokens", "5"]
 
 
@@ -94,7 +94,7 @@ def test_every_architecture_converts_and_loads(saved, texts, tmp_path, name):
     """Fused projections (Phi-3), Conv1D (GPT-2), an encoder (BERT)."""
     teacher, out = saved(name), tmp_path / "out"
     before = fingerprint(teacher)
-    run(teacher, out, "--ratio", "0.7", "--text", *texts)
+    run(teacher, out, "--ratio", "0.7", "--train_file", *texts)
     auto = AutoModelForMaskedLM if name == "bert" else AutoModelForCausalLM
     student = load(out, auto)
     assert any(isinstance(module, HoloLinear) for module in student.modules())
@@ -115,7 +115,7 @@ def test_every_architecture_converts_and_loads(saved, texts, tmp_path, name):
 def test_reloaded_output_is_identical(saved, texts, tmp_path, monkeypatch):
     students, apply = [], CalibratedSurgery.apply
     monkeypatch.setattr(CalibratedSurgery, "apply", lambda *args: students.append(apply(*args)) or students[-1])
-    run(saved(), tmp_path / "out", "--text", *texts)
+    run(saved(), tmp_path / "out", "--train_file", *texts)
     assert torch.equal(logits(students[0]), logits(load(tmp_path / "out")))
 
 
@@ -123,7 +123,7 @@ def test_more_numbers_keep_more_meaning(saved, texts, tmp_path):
     teacher = saved()
     errors = []
     for ratio in ("0.95", "0.6", "0.3"):
-        run(teacher, tmp_path / ratio, "--ratio", ratio, "--text", *texts)
+        run(teacher, tmp_path / ratio, "--ratio", ratio, "--train_file", *texts)
         errors.append(float((logits(load(tmp_path / ratio)) - logits(load(teacher))).square().mean()))
     assert errors == sorted(errors)
     assert errors[0] < 0.02 * float(logits(load(teacher)).var())
@@ -131,7 +131,7 @@ def test_more_numbers_keep_more_meaning(saved, texts, tmp_path):
 
 def test_kept_share_is_what_the_files_hold(saved, texts, tmp_path):
     teacher, out = saved(), tmp_path / "out"
-    run(teacher, out, "--ratio", "0.6", "--text", *texts)
+    run(teacher, out, "--ratio", "0.6", "--train_file", *texts)
     in_blocks = [
         sum(tensor.numel() for key, tensor in load_file(Path(folder) / "model.safetensors").items() if "_proj" in key)
         for folder in (out, teacher)
@@ -146,13 +146,13 @@ def test_kept_share_is_what_the_files_hold(saved, texts, tmp_path):
 
 
 def test_attention_only(saved, texts, tmp_path):
-    run(saved(), tmp_path / "out", "--recipe", "convert-attention", "--text", *texts)
+    run(saved(), tmp_path / "out", "--recipe", "convert-attention", "--train_file", *texts)
     student = load(tmp_path / "out")
     assert {name.split(".")[-2] for name, m in student.named_modules() if isinstance(m, HoloLinear)} == {"self_attn"}
 
 
 def test_keep_first_last_and_exclude(saved, texts, tmp_path):
-    run(saved(), tmp_path / "out", "--keep_first", "1", "--exclude", "o_proj", "--text", *texts)
+    run(saved(), tmp_path / "out", "--keep_first", "1", "--exclude", "o_proj", "--train_file", *texts)
     converted = [name for name, m in load(tmp_path / "out").named_modules() if isinstance(m, HoloLinear)]
     assert converted
     assert not any(".layers.0." in name or "o_proj" in name for name in converted)
@@ -160,7 +160,7 @@ def test_keep_first_last_and_exclude(saved, texts, tmp_path):
 
 def test_harmonic_method_regenerates_its_bases(saved, texts, tmp_path):
     teacher, out = saved(), tmp_path / "out"
-    run(teacher, out, "--method", "harmonic", "--basis", "dct", "--harmonics", "8", "--text", *texts)
+    run(teacher, out, "--method", "harmonic", "--basis", "dct", "--harmonics", "8", "--train_file", *texts)
     student = load(out)
     assert student.model.layers[0].mlp.up_proj.harmonics == 8
     assert not any("basis" in key for key in load_file(out / "model.safetensors"))
@@ -190,7 +190,7 @@ def test_recipe_file_and_card(saved, texts, tmp_path):
 
 
 def test_half_precision_stays_half(saved, texts, tmp_path):
-    run(saved("phi3", torch.bfloat16), tmp_path / "out", "--ratio", "0.9", "--text", *texts)
+    run(saved("phi3", torch.bfloat16), tmp_path / "out", "--ratio", "0.9", "--train_file", *texts)
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -200,8 +200,8 @@ def test_half_precision_stays_half(saved, texts, tmp_path):
 def test_little_memory_gives_the_same_model(saved, texts, tmp_path):
     """Statistics of one site at a time: the text is read more often, nothing else changes."""
     teacher = saved()
-    run(teacher, tmp_path / "roomy", "--text", *texts)
-    run(teacher, tmp_path / "tight", "--memory", "1e-9", "--text", *texts)
+    run(teacher, tmp_path / "roomy", "--train_file", *texts)
+    run(teacher, tmp_path / "tight", "--memory", "1e-9", "--train_file", *texts)
     assert torch.equal(logits(load(tmp_path / "roomy")), logits(load(tmp_path / "tight")))
 
 
@@ -210,7 +210,7 @@ def test_layers_are_refitted_unless_told_otherwise(saved, texts, tmp_path):
     choices = {"by default": [], "asked for": ["--refit", "true"], "not": ["--refit", "false"]}
     students = {}
     for name, choice in choices.items():
-        run(teacher, tmp_path / name, "--ratio", "0.6", *choice, "--text", *texts)
+        run(teacher, tmp_path / name, "--ratio", "0.6", *choice, "--train_file", *texts)
         students[name] = logits(load(tmp_path / name))
     assert torch.equal(students["by default"], students["asked for"])
     assert not torch.allclose(students["by default"], students["not"], atol=1e-3)
@@ -224,7 +224,17 @@ def test_only_calibrated_layers_can_be_refitted(saved, tmp_path):
 @pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks live in the repository only")
 def test_benchmark_compares_at_the_same_share(saved, texts, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    arguments = [*QUICK[:-2], "--ratios", "0.8", "--attention_ratios", "0.4", "--results", str(tmp_path)]
+    arguments = [
+        "--window",
+        str(WINDOW),
+        *QUICK[2:-2],
+        "--ratios",
+        "0.8",
+        "--attention_ratios",
+        "0.4",
+        "--results",
+        str(tmp_path),
+    ]
     importlib.import_module("surgery").main([saved(), "--text", *texts, *arguments])
     rows = json.loads((tmp_path / "surgery.json").read_text())["figures"]["rows"]
     assert [(row["method"], row["scope"]) for row in rows] == [
@@ -281,7 +291,7 @@ def stopping_after(calls: int, function, finished: list):
 
 
 def test_a_stopped_run_goes_on(saved, texts, tmp_path, monkeypatch, capsys):
-    teacher, out, words = saved(), tmp_path / "out", ["--text", *texts, "--memory", "1e-5"]
+    teacher, out, words = saved(), tmp_path / "out", ["--train_file", *texts, "--memory", "1e-5"]
     run(teacher, tmp_path / "whole", *words)
     finished, original = [], convert_linears.factorise
     monkeypatch.setattr(convert_linears, "factorise", stopping_after(5, original, finished))
@@ -299,7 +309,7 @@ def test_a_stopped_run_goes_on(saved, texts, tmp_path, monkeypatch, capsys):
 
 
 def test_refitting_goes_on_after_its_last_finished_block(saved, texts, tmp_path, monkeypatch):
-    teacher, out, words = saved(), tmp_path / "out", ["--ratio", "0.6", "--text", *texts]
+    teacher, out, words = saved(), tmp_path / "out", ["--ratio", "0.6", "--train_file", *texts]
     run(teacher, tmp_path / "whole", *words)
     fitted, fit, judge = [], refit.fit, command.judge
     monkeypatch.setattr(refit, "fit", stopping_after(5, fit, fitted))  # in the second of three blocks of four sites
@@ -332,10 +342,10 @@ def test_unfinished_work_with_other_options_is_not_mixed_in(saved, texts, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(convert_linears, "refit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(SystemExit):
-            run(teacher, out, "--text", *texts)
+            run(teacher, out, "--train_file", *texts)
     with pytest.raises(HoloError, match="unfinished run with other options"):
-        run(teacher, out, "--ratio", "0.5", "--text", *texts)
-    run(teacher, out, "--ratio", "0.5", "--overwrite", "--text", *texts)
+        run(teacher, out, "--ratio", "0.5", "--train_file", *texts)
+    run(teacher, out, "--ratio", "0.5", "--overwrite", "--train_file", *texts)
     assert json.loads((out / "report.json").read_text())["kept"] == pytest.approx(0.5, abs=0.01)
 
 
@@ -350,16 +360,16 @@ def refused(message: str, *words: str) -> None:
 
 def test_options_that_make_no_sense_are_refused(saved, texts, tmp_path):
     teacher, out = saved(), tmp_path / "out"
-    text = ["--text", *texts]
+    text = ["--train_file", *texts]
     refused("'nowhere' matches none", teacher, out, "--modules", "nowhere", *text)
     refused(r"ratio=0\.001 cannot be reached", teacher, out, "--ratio", "0.001", *text)
-    refused(r"ratio=1\.5 must lie", teacher, out, "--ratio", "1.5", *text)
-    refused(r"harmonics=8 is chosen", teacher, out, "--harmonics", "8", *text)
-    refused("needs --text", teacher, out)
-    refused(r"two are called 'a\.txt'", teacher, out, "--text", texts[0], texts[0])
+    refused(r"ratio: 1\.5 is not between", teacher, out, "--ratio", "1.5", *text)
+    refused(r"harmonics: 8 is chosen", teacher, out, "--harmonics", "8", *text)
+    refused("needs --train_file", teacher, out)
+    refused(r"two are called 'a\.txt'", teacher, out, "--train_file", texts[0], texts[0])
     refused("seed=-1 must be", teacher, out, "--seed", "-1", *text)
-    refused("3 shares for 2 texts", teacher, out, "--held_out", "0.1", "0.2", "0.3", *text)
-    refused("no file or folder", teacher, out, "--text", str(tmp_path / "missing.txt"))
+    refused("3 shares for 2 texts", teacher, out, "--validation_fraction", "0.1", "0.2", "0.3", *text)
+    refused("no file or folder", teacher, out, "--train_file", str(tmp_path / "missing.txt"))
     refused("tied to the input embeddings", teacher, out, "--modules", "lm_head", *text)
     refused("name a folder for the result", teacher)
     refused("is the teacher", teacher, teacher + "/inside", *text)
@@ -377,19 +387,19 @@ def test_options_that_make_no_sense_are_refused(saved, texts, tmp_path):
 def test_a_short_text_is_refused(saved, texts, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("A few words. " * 40)
-    refused("tokens to calibrate on, but its share", saved(), tmp_path / "out", "--text", texts[0], str(short))
+    refused("tokens to calibrate on, but its share", saved(), tmp_path / "out", "--train_file", texts[0], str(short))
 
 
 def test_windows_longer_than_the_positions_are_refused(saved, texts, tmp_path):
-    with pytest.raises(HoloError, match="window=65 is longer than the 64 positions"):
-        command.main([saved("gpt2"), str(tmp_path / "out"), "--text", *texts, "--window", "65"])
+    with pytest.raises(HoloError, match="block_size: 65 is longer than the 64 positions"):
+        command.main([saved("gpt2"), str(tmp_path / "out"), "--train_file", *texts, "--block_size", "65"])
 
 
 def test_a_teacher_without_tokenizer_is_refused(saved, texts, tmp_path):
     teacher = saved()
     for path in Path(teacher).glob("*token*"):
         path.unlink()
-    refused("has no tokenizer", teacher, tmp_path / "out", "--text", *texts)
+    refused("has no tokenizer", teacher, tmp_path / "out", "--train_file", *texts)
 
 
 def test_activations_that_are_not_finite_are_refused(saved, texts, tmp_path):
@@ -397,46 +407,46 @@ def test_activations_that_are_not_finite_are_refused(saved, texts, tmp_path):
     model = load(teacher)
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = math.nan
     model.save_pretrained(teacher)
-    refused("are not finite", teacher, out, "--text", *texts)
+    refused("are not finite", teacher, out, "--train_file", *texts)
     assert not out.exists()
 
 
 def test_an_existing_output_stays_unless_overwritten(saved, texts, tmp_path):
     teacher, out = saved(), tmp_path / "out"
-    run(teacher, out, "--text", *texts)
+    run(teacher, out, "--train_file", *texts)
     before = fingerprint(str(out))
-    refused("exists; name another folder, or give --overwrite", teacher, out, "--text", *texts)
-    refused("cannot be reached", teacher, out, "--overwrite", "--ratio", "0.001", "--text", *texts)
+    refused("exists; name another folder, or give --overwrite", teacher, out, "--train_file", *texts)
+    refused("cannot be reached", teacher, out, "--overwrite", "--ratio", "0.001", "--train_file", *texts)
     assert fingerprint(str(out)) == before
-    run(teacher, out, "--overwrite", "--ratio", "0.5", "--text", *texts)
+    run(teacher, out, "--overwrite", "--ratio", "0.5", "--train_file", *texts)
     assert json.loads((out / "report.json").read_text())["recipe"]["ratio"] == 0.5
 
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("all I have")
-    refused("holds no earlier conversion", teacher, precious, "--overwrite", "--text", *texts)
+    refused("holds no earlier conversion", teacher, precious, "--overwrite", "--train_file", *texts)
     (precious / "report.json").write_text('{"teacher": {}, "student": {}, "stages": []}')  # as a distillation's
-    refused("holds no earlier conversion", teacher, precious, "--overwrite", "--text", *texts)
+    refused("holds no earlier conversion", teacher, precious, "--overwrite", "--train_file", *texts)
     assert (precious / "thesis.txt").exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that takes no folders")
 def test_a_place_that_takes_no_folder_is_said_clearly(saved, texts):
-    refused("'/proc/result.work' cannot be made", saved(), "/proc/result", "--text", *texts)
+    refused("'/proc/result.work' cannot be made", saved(), "/proc/result", "--train_file", *texts)
 
 
 def test_a_full_disk_is_said_clearly_and_loses_nothing(saved, texts, tmp_path, monkeypatch):
     teacher, out = saved(), tmp_path / "out"
-    run(teacher, out, "--text", *texts)
+    run(teacher, out, "--train_file", *texts)
     before = fingerprint(str(out))
     with monkeypatch.context() as patch:
         patch.setattr(
             work_folder, "save_file", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left"))
         )
-        refused("the disk is full", teacher, out, "--overwrite", "--seed", "1", "--text", *texts)
+        refused("the disk is full", teacher, out, "--overwrite", "--seed", "1", "--train_file", *texts)
     with monkeypatch.context() as patch:
         patch.setattr(command.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-        refused("GiB of free disk", teacher, out, "--overwrite", "--seed", "1", "--text", *texts)
+        refused("GiB of free disk", teacher, out, "--overwrite", "--seed", "1", "--train_file", *texts)
     assert fingerprint(str(out)) == before
 
 
@@ -448,6 +458,6 @@ def test_other_models_than_causal_and_masked_ones_are_refused(config, tmp_path):
 
 
 def test_a_converted_model_is_no_teacher(saved, texts, tmp_path):
-    run(saved(), tmp_path / "out", "--text", *texts)
-    refused("converted already", str(tmp_path / "out"), tmp_path / "twice", "--text", *texts)
+    run(saved(), tmp_path / "out", "--train_file", *texts)
+    refused("converted already", str(tmp_path / "out"), tmp_path / "twice", "--train_file", *texts)
     assert AutoConfig.from_pretrained(tmp_path / "out").model_type == "llama"

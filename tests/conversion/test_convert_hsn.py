@@ -15,10 +15,10 @@ from hf_holo import HoloError, HsnForCausalLM
 from hf_holo.conversion import convert as command
 from hf_holo.conversion.distill import main as distill
 from hf_holo.conversion.work_folder import work_path
-from hf_holo.training.data import python_help
-from hf_holo.training.tokenizers import make_tokenizer
+from hf_holo.data.documents import python_help
+from hf_holo.data.tokenizers import make_tokenizer
 
-QUICK = ["--window", "48", "--eval_windows", "4", "--sample_tokens", "5"]
+QUICK = ["--block_size", "48", "--eval_windows", "4", "--sample_tokens", "5"]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def refused(message: str, *words: str | Path) -> None:
 def test_the_student_loads_and_says_what_it_is(saved, text, tmp_path, name, capsys):
     teacher, out = saved(name), tmp_path / "out"
     before = {path.name: path.read_bytes() for path in Path(teacher).iterdir()}
-    run(teacher, out, "--to", "hsn", "--layers", "0", "-1", "--text", text)
+    run(teacher, out, "--to", "hsn", "--layers", "0", "-1", "--train_file", text)
     student = HsnForCausalLM.from_pretrained(out)
     assert student.config.mixer_types == ["holographic", "attention", "holographic"]
     assert type(AutoModelForCausalLM.from_pretrained(out)) is HsnForCausalLM
@@ -79,7 +79,7 @@ def test_the_student_loads_and_says_what_it_is(saved, text, tmp_path, name, caps
 
     report = json.loads((out / "report.json").read_text())
     assert report["replaced"] == [0, 2]
-    assert report["recipe"] == {"to": "hsn", "layers": [0, -1], "text": [text], "window": 48} | {
+    assert report["recipe"] == {"to": "hsn", "layers": [0, -1], "train_file": [text], "block_size": 48} | {
         "eval_windows": 4,
         "sample_tokens": 5,
     }
@@ -89,7 +89,7 @@ def test_the_student_loads_and_says_what_it_is(saved, text, tmp_path, name, caps
     assert (out / "sample.txt").read_text().count("--- ") == 2
     card = (out / "README.md").read_text()
     assert "2 of 3 attention layers replaced" in card and "until it has been distilled" in card
-    assert "hf-holo distill distill-hsn --teacher teacher --student out --train_files" in card
+    assert "hf-holo distill distill-hsn --teacher teacher --student out --train_file" in card
     assert yaml.safe_load(card.rpartition("```yaml\n")[2].partition("```")[0]) == report["recipe"]
     assert f"--teacher {teacher} --student {out}" in capsys.readouterr().out
 
@@ -149,12 +149,12 @@ def test_half_precision_stays_half(saved, tmp_path, monkeypatch):
 def test_the_student_distils(saved, text, tmp_path):
     """The command that the card names runs, and its first stage brings the mixers nearer to the attention."""
     teacher, out, distilled = saved("phi3"), tmp_path / "out", tmp_path / "distilled"
-    run(teacher, out, "--to", "hsn", "--text", text)
-    words = re.search(r"hf-holo distill (.*) --train_files", (out / "README.md").read_text())[1].split()
+    run(teacher, out, "--to", "hsn", "--train_file", text)
+    words = re.search(r"hf-holo distill (.*) --train_file", (out / "README.md").read_text())[1].split()
     assert words == ["distill-hsn", "--teacher", "teacher", "--student", "out"]
     quick = {"block_size": 32, "stride": 32, "max_steps": 6, "logging_steps": 1, "per_device_train_batch_size": 4}
-    quick |= {"evaluation_windows": 4, "sample_tokens": 0, "use_cpu": "true", "disable_tqdm": "true"}
-    words = ["distill-hsn", "--teacher", teacher, "--student", out, "--train_files", text, "--output_dir", distilled]
+    quick |= {"eval_windows": 4, "sample_tokens": 0, "use_cpu": "true", "disable_tqdm": "true"}
+    words = ["distill-hsn", "--teacher", teacher, "--student", out, "--train_file", text, "--output_dir", distilled]
     distill([*map(str, words), *(word for name, value in quick.items() for word in (f"--{name}", str(value)))])
     stages = json.loads((distilled / "report.json").read_text())["stages"]
     assert [stage["name"] for stage in stages] == ["mixers", "blocks", "logits"]
@@ -185,12 +185,12 @@ def test_dry_run_names_every_part_and_needs_no_weights(tmp_path, capsys, monkeyp
 def test_options_that_do_not_fit_are_refused(saved, text, tmp_path):
     teacher, out = saved(), tmp_path / "out"
     hsn = [teacher, out, "--to", "hsn"]
-    refused(r"ratio=0\.5 has no meaning with --to hsn: attention is chosen with --layers", *hsn, "--ratio", "0.5")
-    refused("method='calibrated' has no meaning with --to hsn", *hsn, "--method", "calibrated")
-    refused(r"modules=\['mlp'\] has no meaning", *hsn, "--modules", "mlp")
-    refused("keep_first=1 has no meaning", *hsn, "--keep_first", "1")
-    refused("tokens=96 has no meaning", *hsn, "--tokens", "96")
-    refused(r"layers=\[0\] has no meaning with --to holo: linear layers are chosen", teacher, out, "--layers", "0")
+    refused(r"ratio: 0\.5 has no meaning with --to hsn: attention is chosen with --layers", *hsn, "--ratio", "0.5")
+    refused("method: 'calibrated' has no meaning with --to hsn", *hsn, "--method", "calibrated")
+    refused(r"modules: \['mlp'\] has no meaning", *hsn, "--modules", "mlp")
+    refused("keep_first: 1 has no meaning", *hsn, "--keep_first", "1")
+    refused("tokens: 96 has no meaning", *hsn, "--tokens", "96")
+    refused(r"layers: \[0\] has no meaning with --to holo: linear layers are chosen", teacher, out, "--layers", "0")
     refused("there is no layer 3; the teacher has 3", *hsn, "--layers", "3")
     refused("invalid choice: 'gru'", teacher, out, "--to", "gru")
     refused("is the teacher", teacher, teacher + "/inside", "--to", "hsn")

@@ -23,9 +23,9 @@ from hf_holo.conversion.objectives import (
 )
 from hf_holo.conversion.surgery import HoloSurgeryConfig, apply_surgery
 from hf_holo.conversion.transfer import transfer_to_hsn
+from hf_holo.data.tokenizers import make_tokenizer
 from hf_holo.errors import HoloError
-from hf_holo.training.arguments import recipe_names
-from hf_holo.training.tokenizers import make_tokenizer
+from hf_holo.recipes import recipe_names
 
 TEXT = "the wave binds a key to a value, and the key recalls it from the noise; again and again. " * 40
 QUICK = {
@@ -90,7 +90,7 @@ def write_models(kind, folder):
 def arguments(folder, stages, *flags, out="out", **changes) -> list[str]:
     """The command line for a recipe with these stages."""
     models = {"teacher": str(folder / "teacher"), "student": str(folder / "student")}
-    recipe = {**models, "train_files": str(folder / "text.txt"), **QUICK, **changes, "stages": stages}
+    recipe = {**models, "train_file": str(folder / "text.txt"), **QUICK, **changes, "stages": stages}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({name: value for name, value in recipe.items() if value is not None}))
     return [str(path), "--output_dir", str(folder / out), *flags]
@@ -101,7 +101,7 @@ ALL = [{"match": "layers"}, {"match": "blocks"}, {"match": "hidden_states"}, {"m
 
 def test_a_run_writes_all_it_promises_and_leaves_the_teacher(folders, capsys):
     before = {path.name: path.read_bytes() for path in (folders / "teacher").iterdir()}
-    main(arguments(folders, ALL, evaluation_windows=3))
+    main(arguments(folders, ALL, eval_windows=3))
     out = folders / "out"
     report = json.loads((out / "report.json").read_text())
     assert [stage["name"] for stage in report["stages"]] == ["layers", "blocks", "hidden_states", "logits"]
@@ -138,7 +138,7 @@ def test_the_recipe_of_surgery_teaches_every_student(tmp_path, surgery, changes,
     teacher.save_pretrained(tmp_path / "student")
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     flags = {**QUICK, "max_steps": 20, "learning_rate": 5e-3, **changes}
-    places = {name: tmp_path / name for name in ("teacher", "student")} | {"train_files": tmp_path / "text.txt"}
+    places = {name: tmp_path / name for name in ("teacher", "student")} | {"train_file": tmp_path / "text.txt"}
     words = [f"--{name}={value}" for name, value in (places | flags).items()]
     main(["distill-surgery", *words, "--output_dir", str(tmp_path / "out")])
     rows = list(csv.DictReader((tmp_path / "out" / "losses.csv").open()))
@@ -304,7 +304,7 @@ def test_the_written_recipe_repeats_the_run(hsn_folders):
 
 @pytest.mark.parametrize("name", recipe_names("hf_holo.conversion", PREFIX))
 def test_the_recipes_of_the_package_are_valid(name):
-    run = parse([name, "--teacher", "a", "--student", "b", "--train_files", "c"])
+    run = parse([name, "--teacher", "a", "--student", "b", "--train_file", "c"])
     assert all(isinstance(stage.training, DistillTrainingArguments) for stage in run.stages)
 
 
@@ -317,11 +317,11 @@ def test_the_recipes_of_the_package_are_valid(name):
         ([{"match": "logits", "temprature": 2}], {}, "did you mean temperature"),
         ([{"match": "logits"}], {"temperature": 0.0}, "temperature: 0.0"),
         ([{"match": "logits"}], {"hard_labels": 2.0}, "hard_labels: 2.0"),
-        ([{"match": "logits"}], {"trainable": "["}, "no regular expression"),
+        ([{"match": "logits"}], {"trainable": "["}, "not a regular expression"),
         ([{"match": "logits"}], {"trainable": "nowhere"}, "'nowhere' matches no parameter"),
         ([{"match": "logits"}], {"teacher": None}, "teacher: name the folder"),
         ([{"match": "logits"}], {"student": "nowhere"}, "student: cannot load 'nowhere'"),
-        ([{"match": "logits"}], {"train_files": None}, "train_files: name at least one"),
+        ([{"match": "logits"}], {"train_file": None}, "train_file: name at least one"),
         ([{"match": "logits"}], {"block_size": 100_000}, "fewer than one block"),
         ([{"match": "logits"}], {"validation_fraction": [0.1, 0.2]}, "2 shares for 1 texts"),
         ([{"match": "logits"}], {"lora_rank": 2, "lora_modules": ["nowhere"]}, "lora_modules"),

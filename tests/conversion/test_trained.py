@@ -10,7 +10,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from hf_holo.conversion import HoloSurgeryConfig, apply_surgery
 from hf_holo.conversion.calibration import allocate, collect, factorise, find_sites, stacked_weight
 from hf_holo.conversion.refit import refit
-from hf_holo.training.data import python_help
+from hf_holo.data.documents import python_help
 
 STEPS, ROWS, LENGTH, RATIO = 150, 8, 48, 0.8
 ASCII = 128

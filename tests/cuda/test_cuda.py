@@ -18,6 +18,7 @@ from hf_holo.conversion import HoloSurgeryConfig, apply_surgery, restore_linears
 from hf_holo.conversion.calibration import allocate, collect, factorise, find_sites, install, stacked_weight
 from hf_holo.conversion.distill import feature_grams
 from hf_holo.conversion.refit import refit
+from hf_holo.data.tokenizers import character_tokenizer
 from hf_holo.eval.conformance import Subject, run_check, select
 from hf_holo.eval.conformance.generation import Speaker
 from hf_holo.eval.conformance.state import cache_tensors
@@ -28,7 +29,6 @@ from hf_holo.modeling.harmonics import HoloLinear
 from hf_holo.modeling.memory import phasors
 from hf_holo.modeling.quantizer import checksum_of_bases
 from hf_holo.training.optim import WhitenedAdamW
-from hf_holo.training.tokenizers import character_tokenizer
 from hf_holo.training.trainer import HoloTrainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

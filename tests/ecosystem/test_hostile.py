@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from hf_holo import HoloError, HoloSurgeryConfig, apply_surgery, architectures, cli
 from hf_holo.conversion.distill_arguments import parse as parse_distillation
+from hf_holo.data.tokenizers import character_tokenizer
 from hf_holo.modeling import checkpoint as checkpoint_module
 from hf_holo.training.arguments import parse
-from hf_holo.training.tokenizers import character_tokenizer
 from hf_holo.training.train import main as train
 
 WEIGHTS = "model.safetensors"
@@ -422,7 +422,7 @@ RECIPES = {
     "preset: ../../../etc/passwd": "unknown preset",
     "{preset: hsn-tiny, dataset_name: python-help, model: {hidden_size: 1000000000000}}": "hidden_size=1000000000000",
     "{preset: hsn-tiny, dataset_name: python-help, model: {__class__: int}}": "__class__",
-    "preset: !!python/object/apply:os.system ['touch {trace}']": "no valid YAML",
+    "preset: !!python/object/apply:os.system ['touch {trace}']": "not valid YAML",
     "a: &a [x]\nb: &b [*a, *a, *a]\nc: [*b, *b, *b]": "unknown argument",
 }
 
@@ -447,7 +447,7 @@ def test_the_name_of_a_recipe_is_no_path_into_the_package(name):
 def test_a_token_for_the_hub_is_not_written_down(tmp_path):
     """The recipe of a run lies beside its model, and goes up with it."""
     secret = ["--push_to_hub", "--hub_token", "hf_secret", "--hub_model_id", "me/it"]
-    recipe = {"teacher": "t", "student": "s", "train_files": ["x"], "stages": [{"match": "logits"}]}
+    recipe = {"teacher": "t", "student": "s", "train_file": ["x"], "stages": [{"match": "logits"}]}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     for run in (parse(secret), parse_distillation([str(tmp_path / "recipe.yaml"), *secret])):
         assert run.training.hub_token == "hf_secret"
@@ -456,7 +456,7 @@ def test_a_token_for_the_hub_is_not_written_down(tmp_path):
 
 @pytest.mark.parametrize("name", ["../../x", "/tmp/x", "..", "a/b", ""])
 def test_the_name_of_a_stage_is_a_plain_name(name, tmp_path):
-    recipe = {"teacher": "t", "student": "s", "train_files": ["x"], "stages": [{"match": "logits", "name": name}]}
+    recipe = {"teacher": "t", "student": "s", "train_file": ["x"], "stages": [{"match": "logits", "name": name}]}
     (tmp_path / "bad.yaml").write_text(json.dumps(recipe))
     with pytest.raises(HoloError, match="stages: "):
         parse_distillation([str(tmp_path / "bad.yaml")])

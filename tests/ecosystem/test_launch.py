@@ -81,7 +81,7 @@ def test_two_processes_train_as_one(one, two):
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= names(folder / "checkpoint-25")
     assert losses(folder) == pytest.approx(losses(one), abs=1.01e-4)
     assert names(folder) == names(one)
-    for line in ("parameters, ", "A sample (", "The model lies in"):
+    for line in ("parameters, ", "A sample (", "The model is saved in"):
         assert printed.count(line) == 1
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import pipeline
 
+from hf_holo.data.tokenizers import character_tokenizer
 from hf_holo.hub.card import PIPELINES
-from hf_holo.training.tokenizers import character_tokenizer
 
 pytestmark = pytest.mark.feature("pipelines", "{worker[1]}")
 TEXTS = ["abba", "a longer text, padded against the others", "so"]

@@ -13,9 +13,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from hf_holo.data.tokenizers import character_tokenizer
+from hf_holo.data.windows import Collator
 from hf_holo.eval.metrics import LanguageScores, TextScores, accuracy, f1, of_classes
-from hf_holo.training.data import IGNORED, Collator
-from hf_holo.training.tokenizers import character_tokenizer
+from hf_holo.modeling.losses import IGNORED
 
 TEXT = "the wave binds a key "
 
@@ -133,3 +134,40 @@ def test_packed_documents_train_as_padded_ones(tiny, family, arguments, repeatin
         trainer.train()
         found.append(losses(trainer))
     assert found[1] == pytest.approx(found[0], abs=2e-4) and found[2] == pytest.approx(found[0], abs=2e-4)
+
+
+@pytest.mark.feature("Trainer", "label smoothing")
+def test_smoothed_labels_are_shifted(tiny, family, arguments, repeating_ids):
+    """Smoothing that all but vanishes gives the plain loss."""
+    model = tiny(family)
+    trainer = Trainer(model, arguments(label_smoothing_factor=1e-6), eval_dataset=rows(repeating_ids(3)))
+    expected = Trainer(model, arguments(), eval_dataset=rows(repeating_ids(3))).evaluate()["eval_loss"]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-3)
+
+
+HEADS = {
+    "one label": ("AutoModelForSequenceClassification", {"num_labels": 3}, lambda ids: ids[:, 0] % 3),
+    "tokens": ("AutoModelForTokenClassification", {"num_labels": 3}, lambda ids: ids % 3),
+    "several labels": (
+        "AutoModelForSequenceClassification",
+        {"num_labels": 3, "problem_type": "multi_label_classification"},
+        lambda ids: (ids[:, :3] % 2).float(),
+    ),
+    "regression": ("AutoModelForSequenceClassification", {"num_labels": 1}, lambda ids: ids[:, 0].float() / 10),
+}
+
+
+@pytest.mark.feature("Trainer", "gradient accumulation")
+@pytest.mark.parametrize("head", HEADS)
+def test_accumulated_gradients_are_those_of_one_batch(tiny, family, arguments, repeating_ids, head):
+    auto, options, label = HEADS[head]
+    ids = repeating_ids(8)
+    data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": label(ids).tolist()})
+    norms = []
+    for steps in (1, 4):
+        small = {"max_steps": 1, "learning_rate": 0.0, "max_grad_norm": 1e9}
+        pieces = {"per_device_train_batch_size": 8 // steps, "gradient_accumulation_steps": steps}
+        trainer = Trainer(tiny(family, auto, **options), arguments(**small, **pieces), train_dataset=data)
+        trainer.train()
+        norms.append(next(entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_holo.training.data import alpaca_prompt
-from hf_holo.training.tokenizers import character_tokenizer
+from hf_holo.data.instructions import alpaca_prompt
+from hf_holo.data.tokenizers import character_tokenizer
 
 trl = pytest.importorskip("trl")
 RECORDS = [{"instruction": f"Say {word}.", "input": "", "output": f"{word}!"} for word in ("wave", "key", "value")] * 4

@@ -2,17 +2,19 @@
 
 import math
 
+import evaluate
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import EvalPrediction
 
+from hf_holo import hsn_tiny
+from hf_holo.data.tokenizers import character_tokenizer
 from hf_holo.errors import HoloError
 from hf_holo.eval import metrics
 from hf_holo.eval.metrics import LanguageScores, TextScores, accuracy, bleu, f1, of_classes, rouge_l
-from hf_holo.training.data import IGNORED
-from hf_holo.training.tokenizers import character_tokenizer
+from hf_holo.modeling.losses import IGNORED
 
 TEXTS = ["the cat sat on the mat today", "a wave binds a key to its value"]
 
@@ -62,6 +64,57 @@ def test_language_scores_are_those_of_every_token(shift):
     assert found["bits_per_character"] == pytest.approx(sum(losses) / math.log(2) / 30, rel=1e-5)
     assert found["accuracy"] == pytest.approx(np.mean([bool(s.argmax() == label) for s, label in pairs]))
     assert "bits_per_character" not in LanguageScores()(EvalPrediction(rows.numpy(), labels.numpy()))
+
+
+def test_evaluate_loads_a_metric_of_models_on_texts(tmp_path):
+    """What it says is what the model's probabilities say, whatever the windows and batches."""
+    tokenizer = character_tokenizer(TEXTS)
+    torch.manual_seed(0)
+    model = hsn_tiny(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1).eval()
+    nats, hits = 0.0, 0
+    for text in TEXTS:
+        ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text).input_ids]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1]
+        nats += F.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+        hits += (logits.argmax(-1) == ids[0, 1:]).sum().item()
+    count = sum(map(len, TEXTS))
+
+    module = evaluate.load(str(metrics.MODULES / "language_model"))
+    found = module.compute(predictions=TEXTS, model=model, tokenizer=tokenizer)
+    assert found["loss"] == pytest.approx(nats / count, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-5)
+    assert found["bits_per_character"] == pytest.approx(nats / count / math.log(2), rel=1e-5)
+    assert found["accuracy"] == pytest.approx(hits / count)
+
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    named = metrics.evaluate_module("language_model").compute(predictions=TEXTS, model=str(tmp_path), batch_size=1)
+    assert named == pytest.approx(found, rel=1e-5)
+    with pytest.raises(ValueError, match="tokenizer: None"):
+        module.compute(predictions=TEXTS, model=model)
+
+
+def test_evaluate_loads_a_metric_of_tokens():
+    module = metrics.evaluate_module("token_accuracy")
+    found = module.compute(predictions=[[1, 2, 3], [4]], references=[[1, 5, IGNORED], [4]])
+    assert found == {"accuracy": pytest.approx(2 / 3), "tokens": 3}
+    with pytest.raises(ValueError, match="as many of each"):
+        module.compute(predictions=[[1, 2]], references=[[1]])
+
+
+def test_a_metric_of_evaluate_fits_into_a_trainer():
+    logits, labels = np.eye(3)[[[0, 1, 2]]], np.array([[0, 1, 1]])
+
+    def per_token(predictions, references):
+        return metrics.evaluate_module("token_accuracy").compute(predictions=[predictions], references=[references])
+
+    assert of_classes(per_token)(EvalPrediction(logits, labels))["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_an_unknown_module_is_refused():
+    with pytest.raises(HoloError, match=r"unknown module 'perplexety'.* known are language_model, token_accuracy"):
+        metrics.evaluate_module("perplexety")
 
 
 def test_text_scores_compare_first_guesses_with_the_labels():

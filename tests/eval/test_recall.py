@@ -51,7 +51,7 @@ def test_a_seed_gives_the_same_again():
     [
         (["--pairs", "4", "0"], r"pairs=\[4, 0\] must be at least 1"),
         (["--rounds", "0"], "rounds=0 must be at least 1"),
-        (["--seed", "-1"], "seed=-1 must lie in"),
+        (["--seed", "-1"], "seed: -1 must be in"),
         (["--dimensions", "wide"], "invalid int value: 'wide'"),
     ],
 )

@@ -54,8 +54,8 @@ def test_the_seed_makes_the_points():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--steps", "0"], "steps=0 must be at least 1"),
-        (["--seed", "-1"], "seed=-1 must lie in"),
+        (["--steps", "0"], "steps: 0 must be at least 1"),
+        (["--seed", "-1"], "seed: -1 must be in"),
         (["--colour"], "unrecognized arguments: --colour"),
     ],
 )

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from small_models import new_model
 
+from hf_holo.data.tokenizers import make_tokenizer
 from hf_holo.eval.conformance.subject import perturb
 from hf_holo.export.graph import TASKS, WITH_PAST
-from hf_holo.training.tokenizers import make_tokenizer
 
 TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer"
 

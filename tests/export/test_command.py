@@ -24,7 +24,7 @@ from hf_holo.export.graph import Graph, folded
 from .conftest import auto_of, bytes_in, save, tiny_model
 
 
-def test_a_format_gets_a_folder_with_its_report(hsn_folder, tmp_path, quick_export):
+def test_a_format_gets_a_folder_with_its_report(hsn_folder, tmp_path, quick_export, capsys):
     (tmp_path / "text.txt").write_text("To be or not to be. " * 10)
     text = str(tmp_path / "text.txt")
     assert main(["export", str(hsn_folder), str(tmp_path / "out"), "--format", "torchscript", "--text", text]) == 0
@@ -37,6 +37,11 @@ def test_a_format_gets_a_folder_with_its_report(hsn_folder, tmp_path, quick_expo
     assert 0 < max(row["max"] for row in report["parity"]) < 1e-4
     assert report["perplexity"]["exported"] == pytest.approx(report["perplexity"]["float32"], rel=1e-4)
     assert set(report["milliseconds"]) == {"text", "token"}
+    size, times = report["bytes"] / report["float32_bytes"], report["milliseconds"]["token"]
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("torchscript: ")]
+    assert f"({size:.2f} of the float32 weights), text in " in said
+    assert f"perplexity {report['perplexity']['exported']:.3f} (PyTorch " in said
+    assert f"token in {times['exported']:.2f} ms (PyTorch {times['pytorch']:.2f})" in said
     card = (folder / "README.md").read_text()
     assert "pipeline_tag: text-generation" in card and "torch::jit::load" in card
     assert "- past_key_values.0.memory: [batch_size, 1, 32, 32] float32" in card
@@ -167,8 +172,8 @@ def test_a_wrong_export_is_a_failed_one(hsn_folder, tmp_path, quick_export, monk
         (["--task", "image-classification"], "the family 'hsn' has no head for it"),
         (["--task", "fill-mask-with-past"], "unknown task 'fill-mask-with-past'"),
         (["--task", "text-generation-with-pasty"], "did you mean 'text-generation-with-past'?"),
-        (["--text", "missing.txt"], "text='missing.txt' cannot be read"),
-        (["--text", os.devnull], "text='/dev/null': 0 tokens are too few; give at least 256"),
+        (["--text", "missing.txt"], "text: 'missing.txt' cannot be read"),
+        (["--text", os.devnull], "text: '/dev/null': 0 tokens are too few; give at least 256"),
         (["--text", __file__, "--task", "feature-extraction"], "the task 'feature-extraction' has no perplexity"),
     ],
 )

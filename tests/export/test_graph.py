@@ -74,7 +74,7 @@ def test_the_task_is_that_of_the_saved_head():
         config.architectures = [name]
         assert task_of(config) == task
     config.architectures = ["Nonsense"]
-    with pytest.raises(HoloError, match="architectures='Nonsense'"):
+    with pytest.raises(HoloError, match="architectures: 'Nonsense'"):
         task_of(config)
     assert head_for("text-generation", LlamaConfig()).__name__ == "LlamaForCausalLM"
     with pytest.raises(HoloError, match="did you mean 'fill-mask'"):

@@ -134,7 +134,7 @@ def test_a_tied_table_is_rounded_once(tmp_path):
     quantize(tmp_path / "model.onnx", tmp_path / "int8.onnx")
     stored = load(tmp_path / "int8.onnx").graph.initializer
     assert [
-        tuple(tensor.dims) for tensor in stored if tensor.data_type == TensorProto.INT8 and len(tensor.dims) > 1
+        tuple(tensor.dims) for tensor in stored if tensor.data_type == TensorProto.UINT8 and len(tensor.dims) > 1
     ] == [(4, 6)]
     assert "table" not in {tensor.name for tensor in stored}
     feed = {"ids": np.array([5, 0, 3]), "zero": np.array([0])}
@@ -144,6 +144,17 @@ def test_a_tied_table_is_rounded_once(tmp_path):
     largest = np.abs(rows["model"]).max(1, keepdims=True)
     assert (np.abs(rows["model"] - rows["int8"]) <= largest / 250).all() and (rows["model"] != rows["int8"]).any()
     np.testing.assert_allclose(scores["int8"], scores["model"], atol=0.1)
+
+
+def test_rounded_weights_saturate_on_no_processor(tmp_path):
+    """Products of unsigned activations and signed weights do where there is no VNNI: pairs are summed in 16 bits. What
+    is stored tells, whatever processor the test runs on."""
+    save_onnx(small_model(), tmp_path / "model.onnx")
+    quantize(tmp_path / "model.onnx", tmp_path / "int8.onnx")
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in load(tmp_path / "int8.onnx").graph.initializer}
+    rounded = [array for name, array in stored.items() if name.endswith("_quantized")]
+    assert rounded and all(array.dtype == np.uint8 for array in rounded)
+    assert all((array == 128).all() for name, array in stored.items() if name.endswith("_zero_point"))
 
 
 def test_outputs_and_states(exported):

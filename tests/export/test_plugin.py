@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from torch import nn
-from transformers import ViTImageProcessor, Wav2Vec2FeatureExtractor
-from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassifierOutput
+from transformers import GenerationMixin, PreTrainedModel, ViTImageProcessor, Wav2Vec2FeatureExtractor
+from transformers.modeling_outputs import CausalLMOutputWithPast, ImageClassifierOutput, SequenceClassifierOutput
 
 from hf_holo import HoloError, architectures, register_architecture, registry
 from hf_holo.cli import main
@@ -161,6 +161,67 @@ def save_classifier(kind: str, folder):
 def test_its_state_is_known(model):
     (first, _) = states_of(type(model), model.config)
     assert first.input_name == "past_key_values.0.sum" and first.shape == (17,)
+
+
+class BareForCausalLM(PreTrainedModel, GenerationMixin):
+    """Knows nothing of the base classes here: it declares its state, and what it can, as attributes."""
+
+    config_class, capabilities = AverageConfig, frozenset({"causal", "constant_state"})
+
+    @classmethod
+    def state_spec(cls, config):
+        return [{"sum": (config.hidden_size,)}] * config.num_hidden_layers
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None):
+        """Without `return_dict`, which an export does not insist on."""
+        x = torch.tanh(self.embed_tokens(input_ids)) * attention_mask[:, -input_ids.shape[1] :, None]
+        for layer in past_key_values.layers:
+            x = x.cumsum(1) + layer.get("sum")[:, None]
+            layer.put("sum", x[:, -1], x.shape[1], lambda tokens, x=x: x[:, tokens - 1])
+        return CausalLMOutputWithPast(logits=self.lm_head(x), past_key_values=past_key_values)
+
+
+def graph_of(monkeypatch, model_class) -> Graph:
+    monkeypatch.setattr("hf_holo.export.graph.head_for", lambda task, config: model_class)
+    return Graph("text-generation-with-past", AverageConfig(**SIZES))
+
+
+def test_a_class_without_capabilities_of_is_taken_at_its_word(monkeypatch):
+    torch.manual_seed(0)
+    model = BareForCausalLM(AverageConfig(**SIZES)).eval()
+    graph = graph_of(monkeypatch, BareForCausalLM)
+    assert [(state.name, state.shape) for state in graph.states] == [("sum", (16,))] * 2
+    example = graph.example(batch=1, tokens=6)
+    example["attention_mask"].fill_(1)
+    logits, *states = graph.call(model, list(example.values()))
+    halves = [graph.example(batch=1, tokens=3) for _ in range(2)]
+    for half, ids in zip(halves, example["input_ids"].chunk(2, 1), strict=True):
+        half["input_ids"], half["attention_mask"] = ids, torch.ones_like(ids)
+    first, *between = graph.call(model, list(halves[0].values()))
+    inputs = [halves[1][name] for name in graph.inputs]
+    second, *after = graph.call(model, [*inputs, *between])
+    torch.testing.assert_close(torch.cat([first, second], 1), logits)
+    torch.testing.assert_close(after, states)
+
+
+@pytest.mark.parametrize(
+    ("forward", "missing"),
+    [
+        (lambda self, **kwargs: None, "input_ids, attention_mask, cache or past_key_values"),
+        (lambda self, input_ids, past_key_values=None: None, "attention_mask"),
+        (lambda self, input_ids, attention_mask=None, **kwargs: None, "cache or past_key_values"),
+    ],
+)
+def test_a_forward_that_does_not_name_its_arguments_is_one_line(monkeypatch, forward, missing):
+    unnamed = type("Unnamed", (BareForCausalLM,), {"forward": forward})
+    with pytest.raises(HoloError, match=rf"Unnamed\.forward does not name {missing} among its arguments"):
+        _ = graph_of(monkeypatch, unnamed).inputs
 
 
 def test_it_exports_to_onnx_and_generates(model, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hf_holo import get_architecture
-from hf_holo.training.tokenizers import character_tokenizer
+from hf_holo.data.tokenizers import character_tokenizer
 
 sys.path.append(str(Path(__file__).parent))  # for small_hub
 

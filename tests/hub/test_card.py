@@ -44,7 +44,7 @@ def test_a_card_tells_what_the_folder_shows(run_folder):
     assert "| architecture | HsnForCausalLM |" in text and "| hidden size | 32 |" in text
     assert "Trained on `plays.txt`, of which 10% was held out." in text
     assert "| validation loss | 1.7500 nats per token |" in text and "2.5247 bits per character" in text
-    assert "causal: no output depends on a later input" in text and "by prefixes" in text
+    assert "no look-ahead, tested at " in text and "by prefixes" in text
     assert "max_steps: 9" in text and torch.__version__ in text
     assert "secret" not in text and str(run_folder.parent) not in text
 
@@ -68,7 +68,7 @@ def test_paths_are_cut_wherever_they_stand_and_repositories_are_named(saved, mon
 @pytest.mark.parametrize("content", [b"a: [", b"- 1", b"3", b"\xff\xfe\x00", b"a: &a [*a]", b"[" * 100_000])
 def test_a_recipe_that_is_none_is_named(saved, content):
     (saved / "recipe.yaml").write_bytes(content)
-    with pytest.raises(HoloError, match=r"recipe\.yaml' is n"):
+    with pytest.raises(HoloError, match=r"recipe\.yaml' is not "):
         make_card(saved, "me/it")
 
 
@@ -78,7 +78,7 @@ def test_a_recipe_that_is_none_is_named(saved, content):
 )
 def test_a_recipe_may_not_say_everything(saved, line):
     (saved / "recipe.yaml").write_text(line)
-    with pytest.raises(HoloError, match=rf"recipe\.yaml' says {line.partition(':')[0]}=.* which no recipe does"):
+    with pytest.raises(HoloError, match=rf"recipe\.yaml' says {line.partition(':')[0]}=.* which is not a value for it"):
         make_card(saved, "me/it")
 
 
@@ -87,14 +87,14 @@ def test_a_recipe_may_not_say_everything(saved, line):
 )
 def test_metrics_that_are_none_are_named(saved, content):
     (saved / "metrics.csv").write_bytes(content)
-    with pytest.raises(HoloError, match=r"metrics\.csv' is no table of metrics"):
+    with pytest.raises(HoloError, match=r"metrics\.csv' is not a table of metrics"):
         make_card(saved, "me/it")
 
 
 @pytest.mark.parametrize("content", [b"", b"123", b"\x02" + bytes(7) + b"[]", b"\x08" + bytes(7) + b'{"a": 1}'])
 def test_weights_that_cannot_be_counted_are_named(saved, content):
     (saved / "model.safetensors").write_bytes(content)
-    with pytest.raises(HoloError, match="are no whole safetensors"):
+    with pytest.raises(HoloError, match="are not complete safetensors"):
         make_card(saved, "me/it")
 
 

@@ -17,6 +17,7 @@ from transformers.dynamic_module_utils import get_relative_import_files, get_rel
 
 import hf_holo
 from hf_holo import HoloError, HoloSurgeryConfig, HsnForCausalLM, apply_surgery, architectures, registry
+from hf_holo.cli import main
 from hf_holo.hub.code import add_code, missing_code
 from hf_holo.modeling import remote_code
 from hf_holo.registry import register_architecture
@@ -160,10 +161,15 @@ def test_a_folder_of_an_earlier_release_is_completed(saved):
     assert missing_code(saved) == {}
 
 
-def test_code_of_an_earlier_release_is_refreshed(saved):
-    (saved / "heads.py").write_text("# what an earlier release said\n")
-    assert add_code(saved) == ["heads.py"]
-    assert (saved / "heads.py").read_text() == (MODELING / "heads.py").read_text()
+def test_code_of_another_version_is_brought_up_to_date(saved, capsys):
+    """Copies that hf_holo saved before transformers 5.24 ignore its renamed cache argument."""
+    current = (saved / "cache.py").read_bytes()
+    (saved / "cache.py").write_text("OLD = True\n")
+    assert main(["push", str(saved), "me/tiny", "--dry-run"]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if " cache.py " in line]
+    assert "brought up to date" in row and (saved / "cache.py").read_text() == "OLD = True\n"
+    assert add_code(saved) == ["cache.py"]
+    assert (saved / "cache.py").read_bytes() == current and add_code(saved) == []
 
 
 def test_a_class_of_a_notebook_is_saved_with_a_warning(saved, tmp_path):
@@ -191,7 +197,7 @@ def test_code_that_cannot_go_along_is_named(tmp_path, monkeypatch, forget):
 def test_a_family_of_this_package_after_surgery_is_named(saved):
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "holo"}}))
-    with pytest.warns(UserWarning, match="HsnForCausalLM with holographic layers is no class of transformers"):
+    with pytest.warns(UserWarning, match="HsnForCausalLM with holographic layers is not a class of transformers"):
         assert add_code(saved) == []
 
 
@@ -202,7 +208,7 @@ def test_a_family_of_this_package_after_surgery_is_named(saved):
         ("{", "no config.json"),
         ("[" * 100_000, "no config.json"),
         ("[]", "mapping"),
-        ('{"auto_map": [1]}', r"says auto_map=\[1\], which no config does"),
+        ('{"auto_map": [1]}', r"says auto_map=\[1\], which is not a value for it"),
         ('{"architectures": [3]}', r"says architectures=\[3\]"),
         ('{"architectures": "Hsn"}', "says architectures='Hsn'"),
         ('{"model_type": {}}', "says model_type={}"),

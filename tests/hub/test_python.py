@@ -149,5 +149,5 @@ def test_pulling_ends_with_the_model_or_with_a_clear_error(hub, run, saved):
     assert "401" in found[2] and "Invalid credentials" in found[2]
     assert first == "HsnForCausalLM" or "Connection broken" in first
     assert second == "HsnForCausalLM" and hub.requests["resumed download"] == 1
-    assert "hf-holo: error: path: 'me/closed' is no causal language model" in done.stderr
+    assert "hf-holo: error: path: 'me/closed' is not a causal language model" in done.stderr
     assert "gated repo" in done.stderr and "Traceback" not in done.stderr

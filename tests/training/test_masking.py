@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
 
 from hf_holo import architectures
+from hf_holo.data.masking import MaskedWindows, Masking, MaskingCollator, fill, masked_splits
+from hf_holo.data.tokenizers import make_tokenizer
 from hf_holo.errors import HoloError
-from hf_holo.training.data import IGNORED
-from hf_holo.training.masking import MaskedWindows, Masking, MaskingCollator, fill, masked_splits
-from hf_holo.training.tokenizers import make_tokenizer
+from hf_holo.modeling.losses import IGNORED
 from hf_holo.training.train import main
 
 from .conftest import TINY, prose

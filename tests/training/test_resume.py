@@ -163,7 +163,7 @@ def test_half_written_checkpoints_are_passed_over(tiny_run, tmp_path, damage):
 def test_a_folder_with_a_run_is_left_alone(tiny_run, tmp_path):
     tiny_run("--max_steps", "3")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    with pytest.raises(HoloError, match=r"already holds a run; add --resume_from_checkpoint .* --overwrite"):
+    with pytest.raises(HoloError, match=r"already holds a run, which is complete: .* --overwrite"):
         tiny_run("--max_steps", "3")
     with pytest.raises(HoloError, match="nowhere"):  # bad input does not cost the old run either
         tiny_run("--overwrite", "--train_file", "nowhere")

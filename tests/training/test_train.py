@@ -10,9 +10,11 @@ import torch.nn.functional as F
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_holo.data.documents import hold_out_documents, read_documents
 from hf_holo.errors import HoloError
-from hf_holo.training.arguments import parse, recipe_names
-from hf_holo.training.data import IGNORED, hold_out_documents, read_documents
+from hf_holo.modeling.losses import IGNORED
+from hf_holo.recipes import recipe_names
+from hf_holo.training.arguments import parse
 from hf_holo.training.train import main
 
 from .conftest import TINY, prose
@@ -137,7 +139,7 @@ def test_alpaca_starts_from_a_checkpoint_and_lowers_the_held_out_loss(tiny_run, 
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "tuned").config.hidden_size == 16
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", recipe_names("hf_holo.training"))
 def test_recipes_parse(name):
     run = parse(["--recipe", name])
     assert run.training.output_dir == f"runs/{name}"
@@ -194,7 +196,7 @@ def test_bad_flags(text_file, tmp_path, flags, message):
     "content, message",
     [
         ("lerning_rate: 1", "'lerning_rate'; did you mean learning_rate"),
-        ("a: [", "no valid YAML"),
+        ("a: [", "not valid YAML"),
         ("- 1", "not a mapping"),
         ("model: 3", "not a mapping"),
     ],

@@ -1,0 +1,21 @@
+"""Measurements in processes of their own: the most memory that a process ever had is then that of one measurement."""
+
+import json
+import resource
+import subprocess
+import sys
+
+
+def peak_gib() -> float:
+    """The most memory that this process has had so far, in GiB."""
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def in_own_process(script: str, **arguments) -> dict:
+    """What `script --own_process ARGUMENTS` prints as JSON, run in a process of its own.
+
+    A process starts with the peak of the one that started it, so the one that calls should do nothing large itself.
+    """
+    command = [sys.executable, script, "--own_process", json.dumps(arguments)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)

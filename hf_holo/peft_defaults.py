@@ -1,0 +1,67 @@
+"""Defaults for PEFT, so that LoRA, VeRA and IA3 need no `target_modules` on the families of this package.
+
+PEFT looks them up by `model_type` in tables of its own. They are filled when PEFT is imported, which takes too long to
+do it for them.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+TABLES = "peft.utils.constants"
+IN_BLOCKS = r"(.*\.)?layers\.\d+\..*_proj"  # every linear layer in the blocks, of all families
+
+_SCALED: dict[str, tuple[Sequence[str], Sequence[str]]] = {}  # by family: what IA3 scales
+
+
+def offer_adapters(family: str, outputs: Sequence[str], inputs: Sequence[str]) -> None:
+    """Make LoRA, VeRA and IA3 work on a family without arguments.
+
+    LoRA and VeRA adapt every linear layer in the blocks.
+
+    Args:
+        family: the `model_type` of its config.
+        outputs: names of the linear layers whose outputs IA3 scales: those of keys and values.
+        inputs: names of those whose inputs it scales: what reads the inner activations of a channel mix.
+    """
+    _SCALED[family] = outputs, inputs
+    if TABLES in sys.modules:
+        _fill(sys.modules[TABLES])
+
+
+def _fill(tables: ModuleType) -> None:
+    for family, (outputs, inputs) in _SCALED.items():
+        entries: Mapping[str, str | list[str]] = {
+            "LORA_TARGET": IN_BLOCKS,
+            "VERA_TARGET": IN_BLOCKS,
+            "IA3_TARGET": [*outputs, *inputs],
+            "IA3_FEEDFORWARD": [*inputs],
+        }
+        for table, entry in entries.items():
+            getattr(tables, f"TRANSFORMERS_MODELS_TO_{table}_MODULES_MAPPING").setdefault(family, entry)
+
+
+class _AfterImport(MetaPathFinder):
+    """Fills the tables as soon as PEFT has made them."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != TABLES:
+            return None
+        spec = PathFinder.find_spec(name, path)
+        execute = spec.loader.exec_module
+
+        def execute_and_fill(module: ModuleType) -> None:
+            sys.meta_path.remove(self)
+            execute(module)
+            _fill(module)
+
+        spec.loader.exec_module = execute_and_fill
+        return spec
+
+
+def install() -> None:
+    """Fill the tables of PEFT as soon as it is imported, if it has not been."""
+    if TABLES not in sys.modules and not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
