@@ -233,11 +233,13 @@ def _carry_by_jumps(sources, size, powers_of, carried):
     """
     at, jumps = (torch.arange(n, device=sources.device) for n in (sources.shape[2], JUMPS))
     for level in range(LEVELS):
+        # 1. from where: the segment itself and the ones before it, in strides of this level
         steps = JUMPS**level * jumps  # [J]
         source = at[:, None] - steps  # [N, J]
         seen, source = source >= 0, source.clamp_min(0)
         if carried is not None:
             seen = seen & (carried[:, :, None] == carried[:, source])  # [B, N, J]
+        # 2. what those have gathered, turned and faded on the way, and 3. the sum
         heard = sources[:, :, source] * seen[..., None].to(sources.dtype)  # [D, B, N, J, 2K]
         turn = _of_channels(powers_of(size * steps).mT, sources)[:, None, None]  # [D, 1, 1, J, 2K]
         sources = multiply(heard, turn).sum(-2)
@@ -251,6 +253,7 @@ def _of_channels(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 def _final_state(length, lengths, rows, before, powers, document):
     """The state `[B, D, 2K]` after `lengths` tokens `[B]`, or after all `length` of them if it is None."""
+    # 1. where every row ends: the segment, and the token inside it
     size, each = rows.shape[-1], torch.arange(rows.shape[1], device=rows.device)
     last = (torch.full((1,), length, device=rows.device) if lengths is None else lengths) - 1
     segment = last.clamp_min(0) // size
@@ -260,6 +263,7 @@ def _final_state(length, lengths, rows, before, powers, document):
         """The segment in which every row ends: [D, B, N, ...] to [D, B, ...], without a copy where it is the last."""
         return x[:, :, -1] if lengths is None else x[:, each, segment]
 
+    # 2. what the tokens of that segment have left by then, those of the last document
     lag = inside[:, None] - torch.arange(size, device=rows.device)  # [B or 1, L]
     seen = lag >= 0
     if document is not None:
@@ -270,6 +274,7 @@ def _final_state(length, lengths, rows, before, powers, document):
     fading = powers[..., lag.clamp_min(0)] * seen.to(powers.dtype)  # [G, 2K, B or 1, L]
     inputs = pick(rows).unflatten(0, (powers.shape[0], -1)).transpose(1, 2)  # [G, B, W, L]
     state = (inputs @ fading.permute(0, 2, 3, 1)).transpose(1, 2).flatten(0, 1)  # [D, B, 2K]
+    # 3. what the state before the segment has left, if it is of the same document
     if before is not None:
         kept = pick(before)  # [D, B, 2K]
         if document is not None:
@@ -468,6 +473,7 @@ class ChunkContext(nn.Module):
     def _scan(self, u, layout: TokenLayout, running: torch.Tensor | None, coarse: torch.Tensor | None):
         """What every token hears [B, T, D]; the sum and the number of the tokens in the last chunk [B, D + 1], zeros
         if it is complete; and the coarse state of the complete ones [B, D, 2K]."""
+        # 1. inside chunks: sum and number of the tokens of each, those that an earlier call has left included
         ones = u.new_ones(u.shape[:2]) if layout.valid is None else layout.valid.to(u.dtype)
         chunk = self._chunks(ones.long(), layout.document, None if running is None else running[:, -1])  # [B, T]
         sums = u.new_zeros(u.shape[0], self._most(chunk, layout), u.shape[2] + 1)
@@ -478,16 +484,19 @@ class ChunkContext(nn.Module):
         if layout.document is not None:
             document = torch.zeros_like(sums[..., 0], dtype=torch.long).scatter(1, chunk, layout.document)
             document = document.cummax(1).values
+        # 2. chunks that are complete: all before the last, and that too if it is full
         last = chunk[:, -1:]
         complete = sums[..., -1].gather(1, last) > self.chunk_length - 0.5
         done = last + complete  # [B, 1]
         means = sums[..., :-1] / self.chunk_length
-        # [B, S, D], by the tokens of every chunk; in one call, around which weights may come from the CPU or the disk
+        # 3. carry: the coarse bank over their means, and 4. read: what the tokens of every chunk hear of it [B, S, D];
+        #    in one call, around which weights may come from the CPU or the disk
         heard, state = self.bank(means, coarse, done[:, 0], document, delayed=True)
         if document is not None:
             earlier = F.pad(document, (1, 0))
             heard = heard * (document == earlier[:, :-1])[..., None]
             state = state * (document.gather(1, last) == earlier.gather(1, done))[..., None]
+        # 5. what the next call continues from
         running = sums.gather(1, last[..., None].expand(-1, -1, sums.shape[2]))[:, 0] * ~complete
         return heard.gather(1, chunk[..., None].expand(-1, -1, u.shape[2])), (running, state)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from .recording import exporting, fixed_table, single_token
 
 CHUNK = 32  # tokens handled by one masked product; the fastest of 32, 64 and 128 on two CPU cores
-DOUBLINGS = 12  # so an exported scan takes up to 2^12 chunks, 131,072 tokens, in one call
+DOUBLINGS = 13  # so an exported scan takes up to 2^13 - 1 chunks, 262,112 tokens, in one call
 
 
 def interference_scan(
@@ -133,19 +133,20 @@ def _carry(written, across, state):
 def _compose(turn, shift, state, product):
     """Twin of the loops over chunks: the state before every chunk [B, H, N, F, V], and after the last [B, H, F, V].
 
-    A chunk takes the state M to `product`(turn, M) + shift, and two of those in a row are another one. So `DOUBLINGS`
-    steps, each of which joins every chunk with the ones before it, reach 2^DOUBLINGS chunks back; a longer text gives
-    NaN. Only products of decays occur, no quotients: nothing can overflow or cancel.
+    A chunk takes the state M to `product`(turn, M) + shift, and two of those in a row are another one; the first state
+    is a chunk that forgets all and writes it. So `DOUBLINGS` steps, each of which joins every chunk with the ones
+    before it, reach all that came before; where they do not, the state is NaN. Only products of decays occur, no
+    quotients: nothing can overflow or cancel.
     """
-    number = torch.arange(shift.shape[2], device=shift.device)  # of every chunk
+    turn = torch.cat([torch.zeros_like(turn[:, :, :1]), turn], 2)
+    shift = torch.cat([state[:, :, None], shift], 2)  # [B, H, 1 + N, F, V]
+    number = torch.arange(shift.shape[2], device=shift.device)
     for level in range(DOUBLINGS):
-        at = number - 2**level
-        joined, at = (at >= 0)[:, None, None], at.clamp_min(0)
-        shift = shift + product(turn, shift.index_select(2, at)).masked_fill(~joined, 0.0)
-        turn = torch.where(joined, product(turn, turn.index_select(2, at)), turn)
-    after = product(turn, state[:, :, None]) + shift
-    after = after.masked_fill((number >= 2**DOUBLINGS)[:, None, None], float("nan"))
-    return torch.cat([state[:, :, None], after], 2)[:, :, :-1], after[:, :, -1]
+        at = (number - 2**level).clamp_min(0)  # joining the first one again changes nothing
+        shift = shift + product(turn, shift.index_select(2, at))
+        turn = product(turn, turn.index_select(2, at))
+    shift = shift.masked_fill((number >= 2**DOUBLINGS)[:, None, None], float("nan"))
+    return shift[:, :, :-1], shift[:, :, -1]
 
 
 def _spread(weights: torch.Tensor, rows: int) -> torch.Tensor:

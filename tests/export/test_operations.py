@@ -65,7 +65,7 @@ def test_a_long_text_costs_neither_precision_nor_the_square_of_its_length(in_a_g
         found, last = getattr(scans, scan)(*(x.float() for x in inputs), chunk=2)
     for got, wanted in ((found, expected), (last, state)):
         assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
-    assert sizes.largest <= 2 * 2 * 2048 * 6 * 6  # no [N, N]
+    assert sizes.largest <= 2 * 2 * (1 + 2048) * 6 * 6  # no [N, N]
 
 
 class Sizes(TorchDispatchMode):
@@ -90,8 +90,8 @@ def test_a_short_text_does_not_pay_for_the_longest(in_a_graph, scan):
 @pytest.mark.parametrize("scan", ["interference_scan", "cancelling_scan"])
 def test_too_many_chunks_give_nan_and_no_wrong_number(in_a_graph, monkeypatch, scan):
     monkeypatch.setattr(scans, "DOUBLINGS", 2)
-    y, state = getattr(scans, scan)(*scan_inputs(5 * scans.CHUNK))
-    assert y[:, :, : 5 * scans.CHUNK].isfinite().all()  # the output of chunk 5 reads the state behind chunk 4
+    y, state = getattr(scans, scan)(*scan_inputs(4 * scans.CHUNK))
+    assert y.isfinite().all()  # the output of chunk 4 reads the state behind chunk 3
     assert state.isnan().all()
 
 
