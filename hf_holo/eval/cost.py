@@ -157,6 +157,7 @@ def _tensor_bytes(cache: Any) -> int:
     if cache is None:
         return 0
     tensors = [x for layer in cache.layers for x in tree_leaves(vars(layer)) if isinstance(x, torch.Tensor)]
+    tensors = [x for x in tensors if x.is_floating_point()]  # without the count of tokens that a row has had
     return sum({x.untyped_storage(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
