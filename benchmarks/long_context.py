@@ -35,7 +35,7 @@ from common.report import (
     write_report,
 )
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from hf_holo.registry import preset_model
 
@@ -62,8 +62,14 @@ def feed(model: PreTrainedModel, ids: torch.Tensor, piece: int = PIECE, keep: in
     return cache, torch.cat(logits, 1)
 
 
-def state_bytes(cache) -> int:
-    return sum(state.nbytes for states in cache for state in states if torch.is_tensor(state))
+def states_of(cache: Cache) -> list[torch.Tensor]:
+    """What a cache keeps in all its layers: named states, or the keys and values of attention."""
+    kept = (layer.states.values() if hasattr(layer, "states") else (layer.keys, layer.values) for layer in cache.layers)
+    return [state for states in kept for state in states]
+
+
+def state_bytes(cache: Cache) -> int:
+    return sum(state.nbytes for state in states_of(cache))
 
 
 # ---------------------------------------------------------------------------------------------- the parts
@@ -165,7 +171,7 @@ def stability(model: PreTrainedModel, stability_tokens: int) -> list[dict]:
     for mark in MARKS:
         stop = max(start + 1, round(mark * stability_tokens))
         cache, logits = feed(model, ids[:, start:stop], cache=cache)
-        states = torch.cat([state.flatten() for states in cache for state in states if torch.is_tensor(state)])
+        states = torch.cat([state.flatten() for state in states_of(cache)])
         rows.append(
             {
                 "tokens": stop,

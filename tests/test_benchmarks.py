@@ -523,6 +523,11 @@ def test_long_context(run, monkeypatch):
     assert again["figures"]["speed"] == figures["speed"]  # what is there stays
     other, _ = run("long_context", *argv, "--preset", "hsn-tiny", "--parts", "pieces", report="long_context_hsn-tiny")
     assert "segment_length" not in other["figures"]["pieces"][0]
+    holo, _ = run(
+        "long_context", *argv, "--preset", "holo-tiny", "--parts", "decoding", report="long_context_holo-tiny"
+    )
+    short, long = (row["state_bytes"] for row in holo["figures"]["decoding"])
+    assert long / short > 4  # a cache of attention grows with its context
 
 
 def test_infilling(run, monkeypatch):

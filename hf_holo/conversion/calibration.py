@@ -10,6 +10,7 @@ Sources: activation-aware low rank as in SVD-LLM (Wang et al., 2024); G as in K-
 sampled labels.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,12 +118,27 @@ class Statistics:
     """What calibration measures at a site, as means over tokens.
 
     Attributes:
-        gram: Σ `[n, n]`, or W Σ Wᵀ `[m, m]` where the outputs are projected.
+        gram: Σ `[n, n]`, or W Σ Wᵀ `[m, m]` where the outputs are projected. All zero for an expert that no token came
+            to; see [`without_gradients`].
         fisher: G `[m, m]` where the outputs are projected, else its diagonal `[m]`; None counts all outputs alike.
     """
 
     gram: torch.Tensor
     fisher: torch.Tensor | None = None
+
+
+def is_expert(name: str) -> bool:
+    """Whether a layer gets only the tokens that a router sends it, by its name."""
+    return re.search(r"(^|\.)experts?[._]", name) is not None
+
+
+def without_gradients(model: nn.Module, site: Site, gram: torch.Tensor) -> Statistics:
+    """Statistics of an expert whose gradients are not known: all outputs count alike. If no token came to it at all,
+    its gram being zero, all inputs do too: it is fitted to its weights."""
+    if not gram.any():
+        weight = stacked_weight(model, site).to(gram)
+        gram = weight @ weight.T if site.projects_outputs else torch.eye(site.inputs).to(gram)
+    return Statistics(gram)
 
 
 def statistics_bytes(site: Site, itemsize: int = 4) -> int:
@@ -152,7 +168,7 @@ def collect(
         The statistics of each site.
 
     Raises:
-        HoloError: an activation or a gradient is not finite, or a layer has no part in the output.
+        HoloError: an activation or a gradient is not finite, or a layer that is no expert has no part in the output.
     """
     model.eval()
     grams = _collect_grams(model, sites, windows)
@@ -169,9 +185,9 @@ def _check(sites: Sequence[Site], measured: Sequence[torch.Tensor], what: str) -
         if not numbers.isfinite().all():
             raise HoloError(
                 f"TEACHER: the {what} of {site.layers[0]!r} are not finite on the calibration text; "
-                "mend the teacher, or leave the layer out with --exclude"
+                "fix the teacher, or leave the layer out with --exclude"
             )
-        if not numbers.any():
+        if not numbers.any() and not is_expert(site.layers[0]):
             raise HoloError(
                 f"modules: {site.layers[0]!r} has no part in the output: its {what} are all zero; exclude it"
             )
@@ -214,8 +230,11 @@ def _collect_fishers(
             fisher.add_(g.T @ g if fisher.dim() == 2 else g.square().sum(0))
             parts.clear()
 
-    def watch(number: int, name: str, layer: nn.Module, args: tuple, output: torch.Tensor) -> None:
+    def watch(number: int, name: str, layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        if not output.requires_grad:  # it reads no token: relative positions, say
+            output = output.detach().requires_grad_().clone()  # no leaf: some models write to it
         output.register_hook(partial(arrived, number, name))
+        return output
 
     def start_graph(layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         return output.detach().requires_grad_()
@@ -334,11 +353,12 @@ def allocate(sites: Sequence[Site], losses: Sequence[torch.Tensor], ratio: float
     """Ranks of all sites that lose least and store at most `ratio` of the numbers, pivoted bases included.
 
     Each site takes the rank of least loss + μ · stored numbers; μ is found by bisection. What the last step leaves of
-    the budget is spent one harmonic after the other, where it gains most.
+    the budget is spent one harmonic after the other, where it gains most. A site without losses, an expert that no
+    token came to, takes its even share.
 
     Args:
         sites: the sites.
-        losses: of each, `[k]`, see [`Factors`].
+        losses: of each, `[k]`, see [`Factors`]; all zero if they are not known.
         ratio: in (0, 1).
 
     Returns:
@@ -348,6 +368,13 @@ def allocate(sites: Sequence[Site], losses: Sequence[torch.Tensor], ratio: float
         HoloError: one harmonic everywhere is already more than the budget.
     """
     check_ratio(sites, ratio)
+    known = [number for number, loss in enumerate(losses) if loss.any()]
+    if len(known) < len(sites):
+        ranks = [site.largest_rank(ratio) for site in sites]
+        chosen_ranks = allocate([sites[n] for n in known], [losses[n] for n in known], ratio) if known else []
+        for number, rank in zip(known, chosen_ranks, strict=True):
+            ranks[number] = rank
+        return ranks
     budget = ratio * sum(site.numbers for site in sites)
     costs, tails = zip(*(_choices(site, loss) for site, loss in zip(sites, losses, strict=True)), strict=True)
 

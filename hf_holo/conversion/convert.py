@@ -26,7 +26,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..data.windows import fingerprint
-from ..errors import HoloError
+from ..errors import HoloError, first_line
 from ..generate import generate_text
 from ..hub.code import add_code
 from ..modeling.checkpoint import values_on_disk
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     command = parse(argv, __doc__)
     teacher, out = command.teacher, command.out
     if command.dry_run:
-        choose_conversion(Source.find(teacher), command.options).print_coverage()
+        choose_conversion(Source.find(teacher, command.options.trust_remote_code), command.options).print_coverage()
         return
     try:
         outcome = convert(teacher, out, command.options, command.overwrite)
@@ -137,7 +137,9 @@ def convert(teacher: str, out: Path, options: ConvertArguments, overwrite: bool 
                 after = judge(model, job, work, "student")
             result = work.new_result()
             model.save_pretrained(result)
-            add_code(result)
+            if not options.trust_remote_code:
+                add_code(result)
+            check_loading(model, result, options.trust_remote_code)
             if job.tokenizer is not None:
                 job.tokenizer.save_pretrained(result)
     figures = conversion.figures(result)
@@ -180,9 +182,11 @@ def prepare(teacher: str, out: Path, options: ConvertArguments) -> Job:
     """
     if Path(teacher).resolve() in (out.resolve(), *out.resolve().parents):
         raise HoloError(f"OUT: {str(out)!r} is the teacher, or lies in it; name another folder")
-    source = Source.find(teacher)
+    trust = options.trust_remote_code
+    source = Source.find(teacher, trust)
     conversion = choose_conversion(source, options)
-    tokenizer = load_tokenizer(teacher, needed=options.calibrated or bool(options.train_file))
+    needed = options.calibrated or bool(options.train_file)
+    tokenizer = load_tokenizer(teacher, needed=needed, trust_remote_code=trust)
     return Job(source, options, conversion, tokenizer, calibration_texts(options, tokenizer, source))
 
 
@@ -194,6 +198,18 @@ def check_space(work: WorkFolder, needed: int) -> None:
             f"OUT: there are {free / 2**30:.1f} GiB of free disk at {str(work.path)!r}, "
             f"but up to {needed / 2**30:.1f} GiB are needed"
         )
+
+
+def check_loading(model: PreTrainedModel, folder: Path, trust_remote_code: bool) -> None:
+    """Raises HoloError if what was saved does not load, without memory, on the meta device."""
+    try:
+        _, found = type(model).from_pretrained(
+            folder, device_map="meta", output_loading_info=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        raise HoloError(f"OUT: what was saved would not load: {type(error).__name__}: {first_line(error)}") from error
+    if found["missing_keys"]:
+        raise HoloError(f"OUT: what was saved lacks {sorted(found['missing_keys'])[0]!r}")
 
 
 # Judgement ----------------------------------------------------------------------------------------------------------

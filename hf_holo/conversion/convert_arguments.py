@@ -70,6 +70,7 @@ class ConvertArguments:
     memory: float = described("GiB that the statistics may take at a time; with less the text is read more often.", 4.0)
     sample_prompt: str | None = described("Start of the sample; default: the start of the first held-out text.")
     sample_tokens: int = described("Tokens to write for the sample.", 80)
+    trust_remote_code: bool = described("Run the code that the teacher brings with its weights.", False)
     seed: int = described("Of windows, labels, bases, fresh weights and the sample.", 0)
 
     @property

@@ -1,7 +1,7 @@
 """Linear layers become holographic, in place: fitted to a text, or in the regenerated bases of the original."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ from .calibration import (
     stacked_weight,
     statistics_bytes,
     surgery_plan,
+    without_gradients,
 )
 from .conversion import Conversion, size_in_bytes
 from .convert_arguments import ConvertArguments
 from .linear_report import LayerRow, plot_layers, print_coverage, write_layers
 from .refit import check_refit, refit, worth_refitting
 from .sources import Source, Text, mixed
-from .surgery import apply_surgery, choose, plan
+from .surgery import apply_surgery, choose, mark, other_matrices, plan
 from .work_folder import WorkFolder
 
 
@@ -47,6 +48,7 @@ class RegeneratedSurgery(Conversion):
             name: sum(p.numel() for p in self.twin.get_submodule(name).parameters())
             for name in choose(self.twin, self.surgery)
         }
+        self.others = other_matrices(self.twin)
         self.disk = size_in_bytes(self.twin)
         self.rows: list[LayerRow] = []
         self._check()
@@ -59,6 +61,8 @@ class RegeneratedSurgery(Conversion):
         twin = self.source.without_weights()
         report = apply_surgery(twin, self.surgery)
         print_coverage(report, twin.config.quantization_config.layers)
+        if self.others:
+            print(f"Not converted: {self._others()}.")
 
     def measure(self, model: PreTrainedModel, texts: list[Text], work: WorkFolder) -> None:
         """The bases depend on no text."""
@@ -71,10 +75,17 @@ class RegeneratedSurgery(Conversion):
         return model
 
     def figures(self, result: Path) -> dict[str, Any]:
-        return {"kept": values_on_disk(result, self.dense) / sum(self.dense.values())}
+        kept = values_on_disk(result, self.dense) / sum(self.dense.values())
+        return {"kept": kept, "not_linear_layers": self.others}
 
     def summary(self, figures: dict[str, Any]) -> str:
-        return f"{figures['kept']:.1%} of the numbers of the chosen linear layers kept on disk, stored bases included"
+        kept = f"{figures['kept']:.1%} of the numbers of the chosen linear layers kept on disk, stored bases included"
+        return f"{kept}; not converted: {self._others()}" if self.others else kept
+
+    def _others(self) -> str:
+        """What stays because it is no linear layer, as a sentence's end."""
+        names = ", ".join(self.others)
+        return f"{sum(self.others.values()):,} numbers in the blocks that are not in linear layers: {names}"
 
     def write_layers(self, result: Path) -> None:
         write_layers(result / "layers.csv", self.rows)
@@ -137,6 +148,7 @@ class CalibratedSurgery(RegeneratedSurgery):
         numbers = range(len(self.sites))
         losses = [work.load_tensors(_factors(number), "loss")["loss"] for number in numbers]
         ranks = allocate(self.sites, losses, self.options.ratio)
+        self.unseen = [site.layers[0] for site, loss in zip(self.sites, losses, strict=True) if not loss.any()]
         if self.refit:
             fishers = [work.load_tensors(_statistics(number), "fisher")["fisher"] for number in numbers]
             errors = refit(model, self.sites, ranks, fishers, mixed(texts), work)
@@ -145,8 +157,17 @@ class CalibratedSurgery(RegeneratedSurgery):
         for site, rank, error in zip(self.sites, ranks, errors, strict=True):
             self.rows.append(LayerRow(site.layers, rank, site.size, site.numbers, site.stored(rank), error))
         self.surgery.layers = surgery_plan(self.sites, ranks)
-        model.config.quantization_config = self.surgery
+        mark(model, self.surgery)
         return model
+
+    def figures(self, result: Path) -> dict[str, Any]:
+        return {**super().figures(result), "unseen_experts": self.unseen}
+
+    def summary(self, figures: dict[str, Any]) -> str:
+        said = super().summary(figures)
+        if self.unseen:
+            said += f"; {len(self.unseen)} layers of experts that too few tokens came to, fitted to their weights alone"
+        return said
 
     def _install(self, model: PreTrainedModel, number: int, rank: int | None, work: WorkFolder) -> float:
         """Convert one site; returns its error."""
@@ -157,9 +178,12 @@ class CalibratedSurgery(RegeneratedSurgery):
 
 
 def factorise_into(work: WorkFolder, model: PreTrainedModel, site: Site, number: int) -> None:
-    """The factors of one site, from its statistics."""
-    weight = stacked_weight(model, site)
-    factors = factorise(site, weight, Statistics(**work.load_tensors(_statistics(number))))
+    """The factors of one site, from its statistics. Where these lack, as of an expert that no token came to, the losses
+    are all zero."""
+    weight, statistics = stacked_weight(model, site), Statistics(**work.load_tensors(_statistics(number)))
+    known = bool(statistics.gram.any() and statistics.fisher.any())
+    factors = factorise(site, weight, statistics if known else without_gradients(model, site, statistics.gram))
+    factors = factors if known else replace(factors, loss=torch.zeros_like(factors.loss))
     precision = torch.promote_types(weight.dtype, torch.float32)
     work.save_tensors(_factors(number), {name: tensor.to(precision) for name, tensor in asdict(factors).items()})
 

@@ -105,6 +105,8 @@ def write_report(folder: Path, outcome: Outcome) -> None:
     (folder / "README.md").write_text(model_card(outcome), encoding="utf-8")
 
 
+BRINGS_CODE = "Where hf_holo is not installed, the code in this folder does, with `trust_remote_code=True`."
+NEEDS_HF_HOLO = "The code of the architecture is in this folder; hf_holo must be installed."
 CARD = """---
 library_name: transformers
 base_model: {teacher}
@@ -122,10 +124,10 @@ To load it:
 import hf_holo  # registers what is holographic in it
 from transformers import {auto_class}
 
-model = {auto_class}.from_pretrained("{name}")
+model = {auto_class}.from_pretrained("{name}"{trust})
 ```
 
-Where hf_holo is not installed, the code in this folder does, with `trust_remote_code=True`.
+{without_hf_holo}
 
 {next_step}
 `layers.csv` shows each layer, `sample.txt` (if a text was given) what both models write, `report.json` the figures.
@@ -147,6 +149,7 @@ def model_card(outcome: Outcome) -> str:
             numbers = f"{row['teacher_perplexity']:.2f} | {row['student_perplexity']:.2f} | {row['ratio']:.3f}"
             lines.append(f"| {row['text']} | {row['windows']} | {numbers} |")
         scores = "Perplexity:\n\n" + "\n".join(lines) + "\n"
+    brought = outcome.recipe.get("trust_remote_code", False)
     teacher = Path(outcome.teacher).name if Path(outcome.teacher).is_dir() else outcome.teacher
     return CARD.format(
         teacher=teacher,
@@ -156,6 +159,8 @@ def model_card(outcome: Outcome) -> str:
         after=outcome.numbers["student"],
         scores=scores,
         auto_class=outcome.auto_class,
+        trust=", trust_remote_code=True" if brought else "",
+        without_hf_holo=NEEDS_HF_HOLO if brought else BRINGS_CODE,
         next_step=outcome.next_step(teacher, outcome.name),
         recipe=yaml.safe_dump(outcome.recipe, sort_keys=False, allow_unicode=True),
     )

@@ -83,7 +83,7 @@ def distill(run: Distillation) -> PreTrainedModel | PeftModel:
     folder = Path(run.training.output_dir)
     finished = _finished_stages(run, folder)
     set_seed(run.training.seed)
-    teacher = load_model("teacher", run.models.teacher).eval().requires_grad_(False)
+    teacher = load_model("teacher", run.models.teacher, run.models.trust_remote_code).eval().requires_grad_(False)
     source = str(stage_folder(run, len(finished) - 1)) if finished else run.models.student
     student = load_student(run, source)
     tokenizer = shared_tokenizer(run)
@@ -159,7 +159,7 @@ def _prepare(run: Distillation, folder: Path, finished: list[Stage]) -> None:
     write_text(folder / "recipe.yaml", yaml.safe_dump(run.recipe, sort_keys=False))
 
 
-def load_model(argument: str, source: str | None) -> PreTrainedModel:
+def load_model(argument: str, source: str | None, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal language model at `source`, in float32.
 
     Raises:
@@ -167,14 +167,14 @@ def load_model(argument: str, source: str | None) -> PreTrainedModel:
     """
     if not source:
         raise HoloError(f"{argument}: name the folder of a causal language model")
-    return load_weights(AutoModelForCausalLM, source, torch.float32, argument)
+    return load_weights(AutoModelForCausalLM, source, torch.float32, argument, trust_remote_code)
 
 
 def load_student(run: Distillation, source: str) -> PreTrainedModel | PeftModel:
     """The student in `source`, with new adapters or those of the last stage, if adapters are what trains."""
     if not run.models.lora_rank:
-        return load_model("student", source)
-    student = load_model("student", run.models.student)
+        return load_model("student", source, run.models.trust_remote_code)
+    student = load_model("student", run.models.student, run.models.trust_remote_code)
     if source != run.models.student:
         return PeftModel.from_pretrained(student, source, is_trainable=True)
     rank, modules = run.models.lora_rank, run.models.lora_modules
@@ -196,10 +196,11 @@ def shared_tokenizer(run: Distillation) -> PreTrainedTokenizerBase:
     Raises:
         HoloError: there is none, or the student brings another.
     """
-    tokenizer = load_tokenizer(run.models.teacher, argument="teacher")
+    trust = run.models.trust_remote_code
+    tokenizer = load_tokenizer(run.models.teacher, argument="teacher", trust_remote_code=trust)
     if not (Path(run.models.student) / "tokenizer_config.json").is_file():
         return tokenizer  # the student came without one
-    other = saved_tokenizer(run.models.student, "student")
+    other = saved_tokenizer(run.models.student, "student", trust_remote_code=trust)
     if other.get_vocab() != tokenizer.get_vocab():
         raise HoloError(
             f"student: the tokenizer in {run.models.student!r} has another vocabulary than the teacher's; "

@@ -30,6 +30,7 @@ class ModelArguments:
 
     teacher: str | None = described("Folder or Hub name of the teacher, with its tokenizer.")
     student: str | None = described("Folder of the student, as `hf-holo convert` or an earlier distillation wrote it.")
+    trust_remote_code: bool = described("Run the code that teacher and student bring with their weights.", False)
     lora_rank: int = described("Train LoRA adapters of this rank, and nothing else; 0: none.", 0)
     lora_modules: list[str] = field(
         default_factory=lambda: ["all-linear"], metadata={"help": "Names of the modules that get an adapter."}

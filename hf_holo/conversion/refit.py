@@ -10,6 +10,10 @@ and the student's x̃ at the same tokens,
 e is zero but for a layer that writes into the residual stream: there it is what the student's stream lacks. Ranks and
 Fisher weights stay as calibration found them.
 
+The router of a mixture of experts sends the student's tokens to other experts than the teacher's, so that for an expert
+there are no pairs of x and x̃. It keeps its weights, and is projected for the inputs that it gets in the student; so are
+the layers of blocks that the model calls more than once.
+
 Source: layer-wise least squares on the student's own inputs, as in GPTQ (Frantar et al., 2023), for low rank in SVD-LLM
 (Wang et al., 2024).
 """
@@ -28,7 +32,18 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..errors import HoloError
-from .calibration import Site, Statistics, factorise, install, removed_after, stacked_weight, surgery_plan
+from .calibration import (
+    Site,
+    Statistics,
+    collect,
+    factorise,
+    install,
+    is_expert,
+    removed_after,
+    stacked_weight,
+    surgery_plan,
+    without_gradients,
+)
 from .surgery import HoloSurgeryConfig, block_list, dense_shape, is_linear, swap
 from .work_folder import WorkFolder
 
@@ -70,6 +85,8 @@ def refit(
     check_refit(model, sites)
     name = block_list(model)
     blocks = model.get_submodule(name)
+    if _repeats(model, blocks, windows[0]):
+        return [_project(model, *each, windows) for each in zip(sites, ranks, fishers, strict=True)]
     calls = _record_calls(model, blocks, windows[0])
     if all(_is_kept(work, index) for index in range(len(blocks))):
         windows = windows[:0]  # nothing is left to fit
@@ -89,22 +106,53 @@ def refit(
             continue
         writers = residual_writers(teacher, call, theirs[0])
         wanted, theirs = zip(*(_pass(teacher, call, hidden, list(numbers), writers) for hidden in theirs), strict=True)
-        for layer in wanted[0]:  # in the order in which the block calls them
+        called = dict.fromkeys(layer for arrivals in wanted for layer in arrivals)  # in this order
+        for layer in [*called, *(layer for layer in numbers if layer not in called)]:
             number = numbers[layer]
             site, weight = sites[number], stacked_weight(model, sites[number])
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
             found = (_pass(block, call, hidden, [layer], writers, stop=True)[0] for hidden in ours)
-            passages = ((w[layer], f[layer]) for w, f in zip(wanted, found, strict=True))
-            fitted, gram = fit(weight, passages, layer in writers)  # [m, n] and [n, n]
-            moments = fitted @ gram @ fitted.T if site.projects_outputs else gram
-            factors = factorise(site, fitted, Statistics(moments, fishers[number]))
-            install(model, site, factors, ranks[number], weight=fitted)
-            errors[number] = factors.error(ranks[number])
+            if is_expert(layer):
+                fitted, gram = weight, _gram(weight, layer, found, wanted)
+            else:
+                passages = ((w[layer], f[layer]) for w, f in zip(wanted, found, strict=True))
+                fitted, gram = fit(weight, passages, layer in writers)  # [m, n] and [n, n]
+            errors[number] = _install(model, site, ranks[number], fishers[number], fitted, gram)
         if work is not None:
             _keep(work, index, model, sites, errors, numbers.values())
         ours = [call(block, hidden) for hidden in ours]
         del wanted  # before those of the next block are there
     return errors
+
+
+def _install(
+    model: PreTrainedModel,
+    site: Site,
+    rank: int,
+    fisher: torch.Tensor | None,
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+) -> float:
+    """Convert one site with this weight, for inputs of this E[x̃ x̃ᵀ] `[n, n]`; returns its error."""
+    weight = weight.to(gram)
+    moments = weight @ gram @ weight.T if site.projects_outputs else gram
+    known = gram.any() and (fisher is None or fisher.any())
+    factors = factorise(site, weight, Statistics(moments, fisher) if known else without_gradients(model, site, moments))
+    install(model, site, factors, rank, weight=weight)
+    return factors.error(rank)
+
+
+def _project(
+    model: PreTrainedModel, site: Site, rank: int | None, fisher: torch.Tensor | None, windows: torch.Tensor
+) -> float:
+    """Convert one site, for the inputs that it has in the whole model as it is now; returns its error."""
+    if rank is None:
+        return 0.0
+    gram = collect(model, [site], windows)[0].gram
+    statistics = Statistics(gram, fisher) if gram.any() else without_gradients(model, site, gram)
+    factors = factorise(site, stacked_weight(model, site), statistics)
+    install(model, site, factors, rank)
+    return factors.error(rank)
 
 
 def worth_refitting(model: PreTrainedModel, sites: Sequence[Site], tokens: int) -> bool:
@@ -217,6 +265,22 @@ def fit(
     return torch.linalg.solve(damped, (cross + damping * weight).T).T, gram
 
 
+def _gram(
+    weight: torch.Tensor, layer: str, found: Iterator[dict[str, Arrival]], wanted: Sequence[dict[str, Arrival]]
+) -> torch.Tensor:
+    """E[x̃ x̃ᵀ] `[n, n]` of what came to an expert in the student, else in the teacher; zero if nothing came in both."""
+    zero = weight.new_zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
+    for windows in (found, wanted):
+        gram, tokens = zero, 0
+        for arrivals in windows:
+            if layer in arrivals:
+                x = arrivals[layer].x.to(weight.dtype)  # [tokens, n]
+                gram, tokens = gram + (x.T @ x).double(), tokens + len(x)
+        if tokens:
+            return gram / tokens
+    return zero
+
+
 # Blocks -------------------------------------------------------------------------------------------------------------
 
 
@@ -250,13 +314,31 @@ def _record_calls(model: PreTrainedModel, blocks: Sequence[nn.Module], window: t
             raise _Reached
 
     hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
-    use_cache, model.config.use_cache = model.config.use_cache, False  # a block is called many times over
-    try:
-        with suppress(_Reached), removed_after(hooks):
-            model(input_ids=window[None].to(model.device))
-    finally:
-        model.config.use_cache = use_cache
+    with suppress(_Reached), removed_after(hooks):
+        _read(model, window)
     return calls
+
+
+def _repeats(model: PreTrainedModel, blocks: Sequence[nn.Module], window: torch.Tensor) -> bool:
+    """Whether the model calls a block more than once, as ALBERT does, or not at all."""
+    calls: list[nn.Module] = []
+    hooks = [block.register_forward_pre_hook(lambda block, args: calls.append(block)) for block in blocks]
+    with removed_after(hooks):
+        _read(model, window)
+    return len(calls) != len(blocks)
+
+
+def _read(model: PreTrainedModel, window: torch.Tensor) -> None:
+    """Run the model on one window, without a cache: a block is called many times over. Not every config has the
+    switch."""
+    configs = [c for c in [model.config, model.config.get_text_config()] if getattr(c, "use_cache", None)]
+    for config in configs:
+        config.use_cache = False
+    try:
+        model(input_ids=window[None].to(model.device))
+    finally:
+        for config in configs:
+            config.use_cache = True
 
 
 def _pass(
@@ -274,7 +356,7 @@ def _pass(
 
     def add(writer: nn.Module, args: tuple, output: torch.Tensor) -> None:
         nonlocal stream
-        stream = stream + output
+        stream = stream + output.view_as(stream)
 
     def arrive(name: str, layer: nn.Module, args: tuple[torch.Tensor]) -> None:
         arrivals[name] = Arrival(args[0].flatten(0, -2), stream.flatten(0, -2))
@@ -310,6 +392,7 @@ def residual_writers(block: nn.Module, call: Call, hidden: torch.Tensor) -> tupl
     hooks = [m.register_forward_hook(lambda m, args, out, name=name: keep(name, out)) for name, m in linears.items()]
     with removed_after(hooks):
         added = call(block, hidden).double() - hidden.double()
+    outputs = {name: y.view_as(added) for name, y in outputs.items() if y.numel() == added.numel()}  # no expert's
     for count in range(1, MOST_WRITERS + 1):
         for names in combinations(outputs, count):
             if (sum(outputs[name] for name in names) - added).norm() <= SAME * added.norm():

@@ -1,5 +1,6 @@
 """What a conversion starts from: the teacher, its tokenizer, and texts in windows."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -37,26 +39,34 @@ class Source:
         name: folder or Hub name.
         config: its config.
         auto_class: that loads it with its head.
+        trust_remote_code: run the code that it brings.
     """
 
     name: str
     config: PretrainedConfig
     auto_class: type
+    trust_remote_code: bool = False
 
     @classmethod
-    def find(cls, name: str) -> "Source":
+    def find(cls, name: str, trust_remote_code: bool = False) -> "Source":
         """Raises HoloError if there is no dense causal or masked language model of this name."""
         try:
-            config = AutoConfig.from_pretrained(name)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
+            if not trust_remote_code and "trust_remote_code" in str(error):
+                raise HoloError(
+                    f"TEACHER: {name!r} brings code of its own; read it, and give --trust_remote_code to run it"
+                ) from None
             raise HoloError(f"TEACHER: {name!r} holds no model of transformers: {first_line(error)}") from None
         if getattr(config, "quantization_config", None) is not None:
             raise HoloError(f"TEACHER: {name!r} is quantized or converted already; give the dense model")
         heads = {auto: mapping.get(type(config), None) for auto, mapping in AUTO_CLASSES.items()}
         named = config.architectures or []
+        brought = getattr(config, "auto_map", {}) if trust_remote_code else {}
         for auto, head in heads.items():
-            if head is not None and (head.__name__ in named or not named) and not config.is_encoder_decoder:
-                return cls(name, config, auto)
+            known = head is not None and (head.__name__ in named or not named)
+            if (known or auto.__name__ in brought) and not config.is_encoder_decoder:
+                return cls(name, config, auto, trust_remote_code)
         raise HoloError(
             f"TEACHER: {name!r} ({', '.join(named)}) is neither a causal nor a masked language model; `apply_surgery` "
             "converts others"
@@ -69,14 +79,62 @@ class Source:
     def without_weights(self) -> PreTrainedModel:
         """The model on the meta device."""
         with torch.device("meta"):
-            return self.auto_class.from_config(AutoConfig.from_pretrained(self.name))
+            trust = {"trust_remote_code": self.trust_remote_code}
+            return self.auto_class.from_config(AutoConfig.from_pretrained(self.name, **trust), **trust)
 
     def load(self) -> PreTrainedModel:
-        """The model with its weights, in the type that they are stored in."""
-        return load_weights(self.auto_class, self.name, "auto").eval()
+        """The model with its weights, in the type that they are stored in.
+
+        Raises:
+            HoloError: it is not there, or could not be saved again.
+        """
+        model = load_weights(self.auto_class, self.name, "auto", trust_remote_code=self.trust_remote_code).eval()
+        make_saveable(model.generation_config)
+        return model
 
 
-def load_weights(auto_class: type, name: str, dtype: torch.dtype | str, argument: str = "TEACHER") -> PreTrainedModel:
+def make_saveable(config: GenerationConfig | None) -> None:
+    """Take options that have no effect out of a generation config that transformers would not save with them, such as a
+    temperature without sampling. A warning names them.
+
+    Raises:
+        HoloError: it would not save what is left either.
+    """
+    if config is None or _saving_fails(config) is None:
+        return
+    defaults = GenerationConfig()
+    idle = [] if config.do_sample else [n for n in SAMPLING if getattr(config, n, None) != getattr(defaults, n, None)]
+    for name in idle:
+        setattr(config, name, getattr(defaults, name, None))
+    reason = _saving_fails(config)
+    if reason is not None:
+        raise HoloError(f"TEACHER: its generation_config cannot be saved again: {reason}; correct it")
+    warnings.warn(
+        f"TEACHER: its generation_config sets {', '.join(idle)}, which has no effect without do_sample=True and cannot "
+        "be saved; it is left out",
+        stacklevel=3,
+    )
+
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+def _saving_fails(config: GenerationConfig) -> str | None:
+    """Why transformers would not save a generation config; None if it would."""
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        return first_line(error)
+    return None
+
+
+def load_weights(
+    auto_class: type,
+    name: str,
+    dtype: torch.dtype | str,
+    argument: str = "TEACHER",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
     """The model in a folder or on the Hub.
 
     Args:
@@ -84,24 +142,27 @@ def load_weights(auto_class: type, name: str, dtype: torch.dtype | str, argument
         name: folder or Hub name.
         dtype: "auto": the type that the weights are stored in.
         argument: how the error calls it.
+        trust_remote_code: run the code that it brings.
 
     Raises:
         HoloError: it is not there, or no such model.
     """
     try:
-        return auto_class.from_pretrained(name, dtype=dtype)
+        return auto_class.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
     except UNREADABLE as error:
         raise HoloError(f"{argument}: cannot load {name!r}: {first_line(error)}") from None
 
 
-def load_tokenizer(teacher: str, needed: bool = True, argument: str = "TEACHER") -> PreTrainedTokenizerBase | None:
+def load_tokenizer(
+    teacher: str, needed: bool = True, argument: str = "TEACHER", trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | None:
     """The tokenizer of the teacher; None if there is none and it is not `needed`.
 
     Raises:
         HoloError: there is none.
     """
     try:
-        tokenizer = saved_tokenizer(teacher, argument)
+        tokenizer = saved_tokenizer(teacher, argument, trust_remote_code=trust_remote_code)
         if not tokenizer("text", add_special_tokens=False).input_ids:
             raise HoloError(f"{argument}: {teacher!r} has no tokenizer to read the text with: it makes no tokens of it")
     except HoloError:

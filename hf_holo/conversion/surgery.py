@@ -7,19 +7,23 @@ A converted model stays what it was (a `Phi3ForCausalLM`, say): its config carri
 import copy
 import functools
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import HoloError, unknown
+from ..hub.code import CONVERTED, add_code
 from ..modeling.harmonics import BASES, HarmonicBasis, HoloLinear
 from ..modeling.quantizer import (
     QUANTIZED,
@@ -27,10 +31,15 @@ from ..modeling.quantizer import (
     check_plan,
     checksum_of_bases,
     dense_shape,
+    holo_layers,
     is_linear,
+    replace,
     swap,
 )
+from .proof import Proof, all_or_nothing
 
+LINEAR = (nn.Linear, Conv1D)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 HARMONICS = 64  # of every layer, when neither harmonics nor a ratio is given: the original's figure
 
 
@@ -40,7 +49,7 @@ class HoloSurgeryConfig(QuantizationConfigMixin):
 
     Args:
         modules: regular expressions; a layer is converted if one is found in its name. Default: every linear layer
-            inside the blocks.
+            inside the blocks, but for those that choose among experts.
         exclude: regular expressions of layers that stay.
         keep_first, keep_last: number of blocks that stay at the start and at the end of every list of blocks (an
             encoder-decoder has two).
@@ -158,7 +167,8 @@ class SurgeryReport:
 def apply_surgery(model: PreTrainedModel, config: HoloSurgeryConfig | None = None) -> SurgeryReport:
     """Replace linear layers by [`HoloLinear`], in place; on the meta device too.
 
-    The new layers start as the least-squares fit of the old weights in their basis.
+    The new layers start as the least-squares fit of the old weights in their basis. The converted model is then run on
+    two tokens, and what would be saved is loaded on the meta device: both must work as they did before.
 
     Args:
         model: any model of transformers.
@@ -169,22 +179,24 @@ def apply_surgery(model: PreTrainedModel, config: HoloSurgeryConfig | None = Non
 
     Raises:
         HoloError: a pattern matches nothing, a ratio cannot be reached, there are more harmonics than inputs, an output
-            layer is tied to the embeddings, a weight is not finite, the model is none of transformers, converted
-            already or wrapped in adapters, or a "data" basis is asked for (it needs `hf-holo convert`). The model is
-            then as it was.
+            layer is tied to the embeddings or to another, a weight is not finite, the model is none of transformers,
+            converted already or wrapped in adapters, a "data" basis is asked for (it needs `hf-holo convert`), or the
+            model does not run or load with the new layers. The model is then as it was.
     """
     config = HoloSurgeryConfig() if config is None else config
     _check_arguments(model, config)
     config = resolved(model, config)
     before = _census(model)
     _check_weights(before, config.layers)
-    errors = {}
-    for name, new in swap(model, config).items():
-        old = before.modules[name]
-        if not next(old.parameters()).is_meta:
-            errors[name] = _fit(new, old)
-    config.checksum = checksum_of_bases(model)
-    model.config.quantization_config = config
+    proof, errors = Proof.of(model), {}
+    with all_or_nothing(model):
+        for name, new in swap(model, config).items():
+            old = before.modules[name]
+            if not next(old.parameters()).is_meta:
+                errors[name] = _fit(new, old)
+        config.checksum = checksum_of_bases(model)
+        mark(model, config)
+        proof.check(model)
     return _compare(before, _census(model), errors)
 
 
@@ -242,7 +254,7 @@ def choose(model: nn.Module, config: HoloSurgeryConfig) -> list[str]:
     Raises:
         HoloError: a pattern matches no linear layer, none is left, or one is tied to the embeddings.
     """
-    linears = [name for name, module in model.named_modules() if is_linear(module)]
+    linears = [name for name, module in model.named_modules() if is_linear(module) and _is_its_product(module)]
     depths = {name: len(model.get_submodule(name)) for name in block_lists(model)}
     if not linears or not (depths or config.modules):
         raise _no_blocks(model)
@@ -250,16 +262,58 @@ def choose(model: nn.Module, config: HoloSurgeryConfig) -> list[str]:
         for pattern in getattr(config, argument) or ():
             if not any(re.search(pattern, name) for name in linears):
                 raise HoloError(f"{argument}: {pattern!r} matches none of the linear layers, such as {linears[0]!r}")
-    inside = [n for n in linears if n.startswith(tuple(f"{blocks}." for blocks in depths))]
+    starts = tuple(f"{blocks}." for blocks in depths)
+    inside = [n for n in linears if n.startswith(starts) and not is_router(model, n)]
     chosen = inside if config.modules is None else [n for n in linears if _matches(n, config.modules)]
     chosen = [n for n in chosen if not _matches(n, config.exclude or ()) and not _stays(n, depths, config)]
     if not chosen:
         raise HoloError("modules, exclude, keep_first and keep_last leave no linear layer to convert")
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for name in chosen:
-        if id(model.get_submodule(name).weight) in embeddings:
-            raise HoloError(f"modules: {name!r} is tied to the input embeddings and cannot be converted; leave it out")
+    _check_ties(model, chosen)
     return chosen
+
+
+@torch.no_grad()
+def _is_its_product(layer: nn.Module) -> bool:
+    """Whether a layer computes its weight times the input, plus its bias. (A router may be a linear layer by class, and
+    say which experts a token goes to.)"""
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    x = torch.ones(1, 2, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
+    right = F.linear(x, layer.weight, layer.bias)
+    try:
+        y = layer(x)
+    except Exception:
+        return False
+    return isinstance(y, torch.Tensor) and y.shape == right.shape and (y.is_meta or torch.allclose(y, right))
+
+
+def is_router(model: nn.Module, name: str) -> bool:
+    """Whether a layer chooses among experts: it has as many outputs as there are experts beside it, or beside the
+    module that it is in. A small error there sends tokens to other experts, so it is converted only where it is named.
+    """
+    outputs, _ = dense_shape(model.get_submodule(name))
+    around = name.rpartition(".")[0]
+    for parent in (around, around.rpartition(".")[0]):
+        for label, module in model.get_submodule(parent).named_children():
+            if "expert" in label:
+                counts = [len(module)] if isinstance(module, (nn.ModuleList, nn.ModuleDict)) else []
+                counts += [len(p) for p in module.parameters() if p.dim() == 3]
+                if outputs in counts:
+                    return True
+    return False
+
+
+def _check_ties(model: nn.Module, chosen: list[str]) -> None:
+    """Raises HoloError if a layer shares its weight with another: they would differ after the surgery."""
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        other = name if weight is None else owners.setdefault(id(weight), name)
+        if other == name or not {name, other}.intersection(chosen):
+            continue
+        if isinstance(model.get_submodule(other), nn.Embedding):
+            raise HoloError(f"modules: {name!r} is tied to the input embeddings and cannot be converted; leave it out")
+        raise HoloError(f"modules: {other!r} and {name!r} are tied, and cannot be converted; exclude both")
 
 
 def _matches(name: str, patterns: list[str]) -> bool:
@@ -301,6 +355,25 @@ def block_list(model: nn.Module) -> str:
     if not lists:
         raise _no_blocks(model)
     return max(lists, key=lambda name: sum(p.numel() for p in model.get_submodule(name).parameters()))
+
+
+def other_matrices(model: nn.Module) -> dict[str, int]:
+    """What surgery cannot convert in the blocks: matrices and stacks of them outside linear layers, above all experts
+    that are fused in one tensor.
+
+    Returns:
+        Their numbers, by name (without the number of the block) and class of the module; those of all blocks together.
+    """
+    found: dict[str, int] = {}
+    starts = tuple(f"{blocks}." for blocks in block_lists(model))
+    for name, module in model.named_modules():
+        if not name.startswith(starts) or isinstance(module, (*LINEAR, nn.Embedding, *CONVOLUTIONS)):
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1:
+                kind = f"{re.split(r'[.][0-9]+[.]', name, maxsplit=1)[-1]}.{leaf} ({type(module).__name__})"
+                found[kind] = found.get(kind, 0) + parameter.numel()
+    return found
 
 
 def _no_blocks(model: nn.Module) -> HoloError:
@@ -359,31 +432,86 @@ def _fit(new: HoloLinear, old: nn.Module) -> float:
     return max(1 - float((product * coefficients).sum()) / total, 0.0) if total else 0.0  # Pythagoras
 
 
+def mark(model: PreTrainedModel, config: HoloSurgeryConfig) -> None:
+    """Make a model with holographic layers known as such: its config holds the plan, and what it saves has its code.
+
+    A part of the model that can be loaded by itself (the text model of a CLIP) finds its share of the plan in its own
+    config.
+    """
+    model.config.quantization_config = config
+    model.save_pretrained = MethodType(_save_with_code, model)
+    for name, module in model.named_modules():
+        own = getattr(module, "config", None)
+        if isinstance(own, PretrainedConfig) and any(own is part for part in vars(model.config).values()):
+            share = {n: dict(entry) for n, entry in config.layers.items() if n.startswith(f"{name}.")}
+            if share and getattr(own, "quantization_config", None) is None:
+                own.quantization_config = copy.copy(config)
+                own.quantization_config.layers, own.quantization_config.checksum = share, None
+
+
+def _save_with_code(model: PreTrainedModel, folder: str | os.PathLike, is_main_process: bool = True, **options) -> None:
+    """The class's own, and the code that the checkpoint needs where hf_holo is missing."""
+    type(model).save_pretrained(model, folder, is_main_process=is_main_process, **options)
+    if is_main_process:
+        add_code(folder)
+
+
+def _unmark(model: PreTrainedModel) -> None:
+    """Undo [`mark`] and what transformers and [`hf_holo.modeling.converted`] noted on loading."""
+    vars(model).pop("save_pretrained", None)
+    for name in QUANTIZED:
+        vars(model).pop(name, None)
+    for config in [model.config, *vars(model.config).values()]:
+        if isinstance(config, PretrainedConfig):
+            for name in QUANTIZED:
+                vars(config).pop(name, None)
+    forget_code(model)
+    if hasattr(model.config, "make_dense"):
+        model.config.make_dense()
+
+
+def forget_code(model: PreTrainedModel) -> None:
+    """The config no longer names the code in the folder that the model came from: the next one may have none."""
+    own = {auto: name for auto, name in getattr(model.config, "auto_map", {}).items() if not _is_ours(name)}
+    if own:
+        model.config.auto_map = own
+    else:
+        vars(model.config).pop("auto_map", None)
+
+
+def _is_ours(reference: str | Sequence[str | None]) -> bool:
+    """Whether an entry of an `auto_map` names the code of a converted model."""
+    return isinstance(reference, str) and reference.rpartition("--")[2].startswith(f"{CONVERTED.stem}.")
+
+
 @torch.no_grad()
 def restore_linears(model: nn.Module) -> nn.Module:
-    """Replace every [`HoloLinear`] by the `nn.Linear` that it stands for, in place: to merge adapters, or to export."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, HoloLinear):
-            dense = nn.Linear(
-                layer.in_features,
-                layer.out_features,
-                layer.bias is not None,
-                device=layer.basis.matrix().device,
-                dtype=layer.effective_coefficients().dtype,
-            )
-            dense.weight.copy_(layer.effective_coefficients() @ layer.basis.matrix())
-            if layer.bias is not None:
-                dense.bias.copy_(layer.bias)
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, dense.train(layer.training))
+    """Replace every [`HoloLinear`] by the dense layer that it stands for, of the class that it took the place of, in
+    place: to merge adapters, or to export. What is saved then is a dense checkpoint, and so is its config."""
+    for around in model.modules():
+        inner = around._modules.get("base_layer")  # of an adapter
+        if isinstance(inner, HoloLinear) and hasattr(around, "fan_in_fan_out"):
+            around.fan_in_fan_out = inner.dense_class is Conv1D
+    replace(model, {layer: _dense(layer) for layer in holo_layers(model)})
     for module in model.modules():
         if isinstance(module, PreTrainedModel):  # adapters may lie around it
-            for mark in QUANTIZED:
-                vars(module).pop(mark, None)
-                vars(module.config).pop(mark, None)
-            if hasattr(module.config, "make_dense"):
-                module.config.make_dense()
+            _unmark(module)
     return model
+
+
+def _dense(layer: HoloLinear) -> nn.Module:
+    """The layer as one matrix."""
+    matrix = layer.dense_matrix()  # [O, I]
+    made = {"device": matrix.device, "dtype": matrix.dtype}
+    if layer.dense_class is Conv1D:
+        dense = Conv1D(layer.out_features, layer.in_features).to(**made)
+        dense.weight.copy_(matrix.T)
+    else:
+        dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, **made)
+        dense.weight.copy_(matrix)
+    if layer.bias is not None:
+        dense.bias.copy_(layer.bias)
+    return dense.train(layer.training)
 
 
 # ---------------------------------------------------------------------------------------------- counting
@@ -442,3 +570,9 @@ class HoloQuantizer(PlanQuantizer):
 
     def resolve(self, model: PreTrainedModel) -> HoloSurgeryConfig:
         return resolved(model, self.quantization_config)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        super()._process_model_after_weight_loading(model, **kwargs)
+        forget_code(model)
+        mark(model, self.quantization_config)
+        return model

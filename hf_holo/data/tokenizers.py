@@ -93,19 +93,24 @@ def default_kind(model_type: str) -> str:
     return "characters"
 
 
-def saved_tokenizer(name: str | Path, argument: str, local_files_only: bool = False) -> PreTrainedTokenizerBase:
+def saved_tokenizer(
+    name: str | Path, argument: str, local_files_only: bool = False, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder or on the Hub.
 
     Args:
         name: folder or Hub name.
         argument: how the error calls it.
         local_files_only: do not look on the Hub.
+        trust_remote_code: run the code that it brings.
 
     Raises:
         HoloError: there is none, it is damaged, or it has no tokens.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name), local_files_only=local_files_only)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(name), local_files_only=local_files_only, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # of a damaged file, `tokenizers` raises no narrower one
         reason = first_line(error)
     else:

@@ -153,11 +153,11 @@ def _train(model: PreTrainedModel, length: int) -> int:
 
 
 def _tensor_bytes(cache: Any) -> int:
-    """Bytes of the tensors in the layers of a cache, if there is one."""
+    """Bytes of the tensors in the layers of a cache, if there is one; a count for every row does not matter."""
     if cache is None:
         return 0
-    tensors = [x for layer in cache.layers for x in tree_leaves(vars(layer)) if isinstance(x, torch.Tensor)]
-    tensors = [x for x in tensors if x.is_floating_point()]  # without the count of tokens that a row has had
+    leaves = (x for layer in cache.layers for x in tree_leaves(vars(layer)))
+    tensors = [x for x in leaves if isinstance(x, torch.Tensor) and x.dim() > 1]
     return sum({x.untyped_storage(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 

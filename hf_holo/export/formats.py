@@ -169,9 +169,12 @@ def load_onnx(file: Path, graph: Graph) -> Program:
             mask = named["attention_mask"]
             counted = mask if graph.counts_positions else torch.ones_like(mask)
             named["position_ids"] = positions(counted, named["input_ids"].shape[1])
+        if "token_type_ids" in known:  # one text, as PyTorch takes it where nothing is said
+            named["token_type_ids"] = torch.zeros_like(named["input_ids"])
         feed = {name: tensor.numpy() for name, tensor in named.items() if name in known}
         return tuple(torch.from_numpy(array) for array in session.run(list(graph.output_axes), feed))
 
+    run.takes_positions = "position_ids" in known
     return run
 
 

@@ -112,6 +112,12 @@ class Graph:
         # Transformers' own decoders have to be told the positions, for they would count padding; these families don't.
         self.counts_positions = self.task == "text-generation" and config.model_type not in architectures()
 
+    def counting_padding(self) -> "Graph":
+        """The same for programs that take no positions, and so count padding: right where only distances matter."""
+        graph = copy.copy(self)
+        graph.counts_positions = False
+        return graph
+
     @cached_property
     def inputs(self) -> dict[str, dict[int, str]]:
         """The inputs but for the state, with their axes of variable size.
@@ -260,7 +266,7 @@ def _read_off(model_class: type[PreTrainedModel], config: PretrainedConfig, dtyp
     config = copy.deepcopy(config)
     config.pad_token_id = None  # some models would look for it in the texts
     with FakeTensorMode():  # tensors without data
-        model = model_class._from_config(config, dtype=dtype).eval()
+        model = model_class._from_config(config, dtype=dtype, attn_implementation="eager").eval()  # others read masks
         texts = (torch.ones(1, tokens, dtype=torch.long) for tokens in (2, 3))
         shorter, longer = (dict(held_by(model(input_ids=text, use_cache=True)[CACHE_NAME])) for text in texts)
     states = []

@@ -6,6 +6,7 @@ Source: holographic reduced representations (Plate, 1995).
 import numpy as np
 import torch
 
+from .layers import at_least_float32
 from .recording import exporting, fixed_table
 
 
@@ -16,11 +17,9 @@ def bind(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         a, b: `[..., D]`, broadcast against each other.
 
     Returns:
-        `[..., D]` with c[n] = Σ_m a[m] b[(n - m) mod D].
+        `[..., D]` with c[n] = Σ_m a[m] b[(n - m) mod D], computed in at least float32.
     """
-    if exporting():
-        return _bind_by_product(a, b, 1)
-    return torch.fft.irfft(torch.fft.rfft(a) * torch.fft.rfft(b), n=a.shape[-1])
+    return _through_spectra(a, b, 1)
 
 
 def bind_naive(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -33,14 +32,22 @@ def unbind(c: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     Exact when every frequency of `b` has magnitude one (a unitary key).
     """
-    if exporting():
-        return _bind_by_product(c, b, -1)
-    return torch.fft.irfft(torch.fft.rfft(c) * torch.fft.rfft(b).conj(), n=c.shape[-1])
+    return _through_spectra(c, b, -1)
 
 
 def unbind_naive(c: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Twin of [`unbind`]: out[n] = Σ_m c[(n + m) mod D] b[m]."""
     return sum(b[..., m, None] * c.roll(-m, -1) for m in range(c.shape[-1]))
+
+
+def _through_spectra(a: torch.Tensor, b: torch.Tensor, sign: int) -> torch.Tensor:
+    """[`bind`] (sign 1) and [`unbind`] (-1). No FFT takes half precision, whose numbers are computed in float32."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    a, b = (x.to(at_least_float32(dtype)) for x in (a, b))
+    if exporting():
+        return _bind_by_product(a, b, sign).to(dtype)
+    spectrum = torch.fft.rfft(b) if sign == 1 else torch.fft.rfft(b).conj()
+    return torch.fft.irfft(torch.fft.rfft(a) * spectrum, n=a.shape[-1]).to(dtype)
 
 
 def _bind_by_product(a: torch.Tensor, b: torch.Tensor, sign: int) -> torch.Tensor:

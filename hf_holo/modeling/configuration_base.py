@@ -1,16 +1,25 @@
 """What the configs of all families share."""
 
+from typing import Any
+
 from transformers import PretrainedConfig
+from transformers.utils import logging
 
 from .validation import check_choice, check_positive, check_probability
 
-FORMAT = 1  # rises when a config or checkpoint stops being readable by older releases
+logger = logging.get_logger(__name__)
+
+# Rises when a config or checkpoint means something else than to older releases, which refuse it then. 2: bidirectional
+# models see the order of tokens, zero-phase filters are symmetric, static binding has keys in place of projections.
+FORMAT = 2
 WIDEST, DEEPEST = 2**20, 2**10  # far above any model: a config beyond them is damaged, or meant to do damage
 HEAD_WIDTH = 32  # the default width of a head: wide enough to tell values apart, small enough to be quick on a CPU
 
 
 class FamilyConfig(PretrainedConfig):
     """The arguments that the configs of all families share, and their checks.
+
+    The names of HoloSpectralNet are understood too: `dim`, `depth`, `max_seq_len` and `tie_weights`.
 
     Args:
         vocab_size: number of tokens.
@@ -25,7 +34,7 @@ class FamilyConfig(PretrainedConfig):
         use_cache: whether to return the state (or keys and values) when not training.
         tie_word_embeddings: whether the head shares the embedding matrix.
         pad_token_id, bos_token_id, eos_token_id: special tokens; default: none.
-        format_version: format of the saved config; set on saving, checked on loading.
+        format_version: format of the saved config, checked on loading; what is loaded goes over to the present one.
         kwargs: arguments of [`~transformers.PretrainedConfig`].
 
     Raises:
@@ -34,6 +43,12 @@ class FamilyConfig(PretrainedConfig):
     """
 
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
+    attribute_map = {
+        "dim": "hidden_size",
+        "depth": "num_hidden_layers",
+        "max_seq_len": "max_position_embeddings",
+        "tie_weights": "tie_word_embeddings",
+    }
     norm_type = "layer"  # what a family normalises with, unless its config says otherwise
 
     def __init__(
@@ -84,6 +99,28 @@ class FamilyConfig(PretrainedConfig):
             **kwargs,
         )
 
+    def own_names(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments under the names that this config gives them, see `attribute_map`.
+
+        Raises:
+            ValueError: one is given under two names, with different values.
+        """
+        own: dict[str, Any] = {}
+        for name, value in arguments.items():
+            known = self.attribute_map.get(name, name)
+            if own.setdefault(known, value) != value:
+                raise ValueError(f"{name}={value!r} is another name of {known}={own[known]!r}: give one of them")
+        return own
+
+    def check(self) -> None:
+        """Raise ValueError where the arguments do not fit each other; every family adds its own checks."""
+
+    def take_over_format(self, changed: str | None) -> None:
+        """Go over to the present format; `changed` says what a model saved by an older release computes differently."""
+        if self.format_version < FORMAT and changed is not None:
+            logger.warning_once(f"format_version={self.format_version}: saved by an older hf_holo. {changed}")
+        self.format_version = FORMAT
+
     @property
     def is_causal(self) -> bool:
         """Whether a token sees only the past: True unless `causal` is False."""
@@ -93,3 +130,15 @@ class FamilyConfig(PretrainedConfig):
     def head_dim(self) -> int:
         """Channels of one head, in a family that has heads."""
         return self.hidden_size // self.num_attention_heads
+
+
+def default_heads(hidden_size: int, multiple: int = 1, least: int = HEAD_WIDTH) -> int:
+    """As many heads as there can be whose width is at least `least` and a multiple of `multiple`; one if none fits."""
+    widths = range(min(least, hidden_size), hidden_size + 1)
+    fitting = (width for width in widths if hidden_size % width == 0 and width % multiple == 0)
+    return hidden_size // next(fitting, hidden_size)
+
+
+def default_intermediate(hidden_size: int) -> int:
+    """Inner width of a gated channel mix: 8/3 of `hidden_size`, as a multiple of 8."""
+    return max(8, hidden_size * 8 // 3 // 8 * 8)

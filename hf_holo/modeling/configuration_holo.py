@@ -53,7 +53,7 @@ class HoloConfig(FamilyConfig):
         rotary_base: float = 10000.0,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        super().__init__(**self.own_names(kwargs))
         hidden_size = self.hidden_size
         self.num_attention_heads = (
             default_heads(hidden_size, multiple=2) if num_attention_heads is None else num_attention_heads
@@ -70,13 +70,14 @@ class HoloConfig(FamilyConfig):
         self.mlp_projections = mlp_projections
         self.sine_frequency = sine_frequency
         self.rotary_base = rotary_base
-        self._check()
+        self.check()
+        self.take_over_format(None)
 
     def make_dense(self) -> None:
         """Describe the model whose holographic layers became dense, as `restore_linears` leaves it."""
         self.attention_projections = self.mlp_projections = "dense"
 
-    def _check(self) -> None:
+    def check(self) -> None:
         check_positive(
             WIDEST,
             num_attention_heads=self.num_attention_heads,
@@ -94,5 +95,7 @@ class HoloConfig(FamilyConfig):
         check_choice("activation", self.activation, ACTIVATIONS)
         if self.harmonics > self.hidden_size:
             raise ValueError(f"harmonics={self.harmonics} is more than hidden_size={self.hidden_size}")
+        if not isinstance(self.rotary_base, (int, float)) or not self.rotary_base > 1:
+            raise ValueError(f"rotary_base={self.rotary_base!r} must be a number above 1")
         if not self.sine_frequency > 0:
             raise ValueError(f"sine_frequency={self.sine_frequency} must be positive")

@@ -11,7 +11,9 @@ class HsnConfig(FamilyConfig):
         num_heads: query heads; default: heads of the smallest width that divides `hidden_size` and is at least 32.
         num_key_heads: heads of keys, values and state; default: `num_heads`. Fewer share one state among queries.
         num_phases: phases P per head; default: half the head width.
-        binding: `"dynamic"` (keys computed from the input) or `"static"` (one learned key per head).
+        binding: `"dynamic"` (keys computed from the input, which select by content) or `"static"` (the form of
+            HoloSpectralNet: two learned keys of `hidden_size` numbers in place of all projections of the mixer, which
+            mix tokens by their distance alone, in `num_heads` memories of different length).
         write: `"bundle"` (superpose) or `"cancel"` (subtract what the key recalls first); dynamic binding only.
         mixer_types: `"holographic"` or `"attention"` for every layer; default: holographic everywhere.
         channel_mix: `"factorized"` (D → rank → D with GELU) or `"gated"` (SwiGLU).
@@ -19,7 +21,7 @@ class HsnConfig(FamilyConfig):
         intermediate_size: inner width of the gated channel mix; default: 8/3 hidden_size, a multiple of 8.
         gate_placement: `"mixer"` (the spectral gate is the short filter ahead of the mixer's projections) or
             `"sublayer"` (a residual sublayer of its own).
-        gate_taps: length K of the gate's kernel in tokens.
+        gate_taps: length K of the gate's kernel in tokens; a bidirectional gate hears K // 2 tokens on each side.
         drift_base: the phase drift runs from 1 radian a token down to 1/drift_base, evenly in the logarithm.
         norm_type: `"layer"` (LayerNorm without bias) or `"rms"` (RMSNorm, as Llama and Phi-3 have it).
         rotary_base: base of the rotary positions of attention layers, which are as in Llama; None: they have none.
@@ -27,13 +29,13 @@ class HsnConfig(FamilyConfig):
             `num_hidden_layers` or `depth`, `causal`, ...), and arguments of [`~transformers.PretrainedConfig`].
 
     Raises:
-        ValueError: a width is not positive or not divisible, or a choice is unknown.
+        ValueError: a width is not positive or not divisible, a choice is unknown, or a bidirectional model has no layer
+            that sees the order of tokens.
     """
 
     model_type = "hsn"
     attribute_map = {
-        "dim": "hidden_size",
-        "depth": "num_hidden_layers",
+        **FamilyConfig.attribute_map,
         "num_attention_heads": "num_heads",
         "num_key_value_heads": "num_key_heads",
     }
@@ -57,9 +59,9 @@ class HsnConfig(FamilyConfig):
         rotary_base: float | None = None,
         **kwargs,
     ):
-        kwargs = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
-        num_heads = kwargs.pop("num_heads", num_heads)
-        num_key_heads = kwargs.pop("num_key_heads", num_key_heads)
+        heads = {"num_heads": num_heads, "num_key_heads": num_key_heads}
+        kwargs = self.own_names({name: value for name, value in heads.items() if value is not None} | kwargs)
+        num_heads, num_key_heads = kwargs.pop("num_heads", None), kwargs.pop("num_key_heads", None)
         super().__init__(**kwargs)
         hidden_size = self.hidden_size
         self.num_heads = default_heads(hidden_size) if num_heads is None else num_heads
@@ -79,9 +81,11 @@ class HsnConfig(FamilyConfig):
         self.drift_base = drift_base
         self.norm_type = norm_type
         self.rotary_base = rotary_base
-        self._check()
+        self.check()
+        changed = "This bidirectional model could not tell before from after and can now: train it again"
+        self.take_over_format(None if self.is_causal else changed)
 
-    def _check(self) -> None:
+    def check(self) -> None:
         check_positive(
             WIDEST,
             num_phases=self.num_phases,
@@ -101,11 +105,39 @@ class HsnConfig(FamilyConfig):
                 f"mixer_types has {len(self.mixer_types)} entries, but num_hidden_layers={self.num_hidden_layers}: "
                 "give one entry for every layer"
             )
+        if self.binding == "static" and self.format_version < 2:
+            raise ValueError(
+                f"format_version={self.format_version} with binding='static': two keys have taken the place of the "
+                "mixer's projections since, so this checkpoint cannot be read; train the model again"
+            )
         if self.binding == "static" and self.write == "cancel":
             raise ValueError("write='cancel' needs binding='dynamic'; static binding accepts write='bundle'")
+        if self.binding == "static" and self.num_key_heads != self.num_heads and "attention" not in self.mixer_types:
+            raise ValueError(
+                f"num_key_heads={self.num_key_heads} needs binding='dynamic' or attention; static binding has no "
+                f"queries that could share keys: leave it at num_heads={self.num_heads}"
+            )
+        if not self.is_causal and self.rotary_base is None and "holographic" not in self.mixer_types:
+            raise ValueError(
+                "causal=False: attention without positions in all layers cannot tell before from after; set "
+                "rotary_base (10000.0), or keep a holographic layer"
+            )
         if self.drift_base < 1:
             raise ValueError(f"drift_base={self.drift_base} must be at least 1")
         if self.rotary_base is not None and (self.rotary_base <= 1 or self.head_dim % 2):
             raise ValueError(
                 f"rotary_base={self.rotary_base} must be above 1, and the width of a head ({self.head_dim}) even"
             )
+
+
+def reference_config(dim: int = 256, max_seq_len: int = 512, rank: int = 32, **options) -> HsnConfig:
+    """The form of HoloSpectralNet: two learned keys mix the tokens, and the spectral gate is a sublayer of its own.
+
+    Args:
+        dim: width D.
+        max_seq_len: length that the model is meant for; information only, there is no limit.
+        rank: inner width of the channel mix.
+        options: other arguments of [`HsnConfig`].
+    """
+    sizes = {"hidden_size": dim, "max_position_embeddings": max_seq_len, "rank": rank}
+    return HsnConfig(**sizes, binding="static", gate_placement="sublayer", **options)

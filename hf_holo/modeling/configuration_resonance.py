@@ -25,7 +25,8 @@ class ResonanceConfig(FamilyConfig):
         segment_length: where no gradients are recorded, a causal model reads a longer text in segments of so many
             tokens, which bounds the memory and changes no result. A bidirectional one hears every text from both ends
             at once: its memory grows with the length.
-        gate_taps: length of the spectral gate ahead of the mixer's projections, in tokens.
+        gate_taps: length K of the spectral gate before the mixer's projections, in tokens; a bidirectional one hears
+            K // 2 tokens on each side.
         channel_mix: `"gated"` (SwiGLU) or `"factorized"` (D → rank → D with GELU).
         intermediate_size: inner width of the gated channel mix; default: 8/3 hidden_size, a multiple of 8.
         rank: inner width of the factorized channel mix; default: hidden_size / 8.
@@ -66,7 +67,7 @@ class ResonanceConfig(FamilyConfig):
         num_attention_heads: int = 1,
         **kwargs,
     ):
-        super().__init__(max_position_embeddings=max_position_embeddings, **kwargs)
+        super().__init__(**{"max_position_embeddings": max_position_embeddings} | self.own_names(kwargs))
         self.num_attention_heads = num_attention_heads
         hidden_size = self.hidden_size
         self.num_banks = default_heads(hidden_size, least=BANK_WIDTH) if num_banks is None else num_banks
@@ -85,9 +86,12 @@ class ResonanceConfig(FamilyConfig):
         self.embedding_strategy, self.embedding_options = lay_out_vocabulary(
             self.vocab_size, embedding_strategy, embedding_options
         )
-        self._check()
+        self.check()
+        lopsided = not self.is_causal and self.gate_taps % 2 == 0
+        changed = f"Bidirectional filters of gate_taps={self.gate_taps} are symmetric now: train the model again"
+        self.take_over_format(changed if lopsided else None)
 
-    def _check(self) -> None:
+    def check(self) -> None:
         check_positive(
             WIDEST,
             num_banks=self.num_banks,

@@ -76,22 +76,25 @@ def minimum_phase_kernel_naive(gate_logits: torch.Tensor, taps: int) -> torch.Te
 def zero_phase_kernel(gate_logits: torch.Tensor, taps: int) -> torch.Tensor:
     """The symmetric filter whose magnitude response is σ(gate_logits): for bidirectional models.
 
+    It hears `taps` // 2 tokens on both sides. So an even number means one tap more, for a filter that is symmetric
+    about a token has an odd number of them.
+
     Args:
         gate_logits: `[..., R + 1]`, as for [`minimum_phase_kernel`].
-        taps: length K of the kernel.
+        taps: K.
 
     Returns:
-        Kernels `[..., K]` for the lags -((K - 1) // 2) to K // 2.
+        Kernels `[..., 2 (K // 2) + 1]` for the lags -(K // 2) to K // 2.
     """
     _, from_real, _ = _minimum_phase_tables(int(gate_logits.shape[-1]) - 1, taps // 2 + 1)
     right = gate_logits.sigmoid() @ torch.from_numpy(from_real).to(gate_logits)  # lags 0 to K // 2
-    return torch.cat([right[..., 1 : (taps - 1) // 2 + 1].flip(-1), right], -1)
+    return torch.cat([right[..., 1:].flip(-1), right], -1)
 
 
 def zero_phase_kernel_naive(gate_logits: torch.Tensor, taps: int) -> torch.Tensor:
     """Twin of [`zero_phase_kernel`]: the inverse FFT of the gate, its wrapped negative lags in front."""
     symmetric = torch.fft.irfft(gate_logits.sigmoid(), n=2 * (gate_logits.shape[-1] - 1))
-    return symmetric.roll((taps - 1) // 2, -1)[..., :taps]
+    return symmetric.roll(taps // 2, -1)[..., : 2 * (taps // 2) + 1]
 
 
 def interpolate_gate(logits: torch.Tensor, bins: int) -> torch.Tensor:
@@ -105,45 +108,20 @@ def _interpolation_table(points: int, bins: int) -> np.ndarray:
     return np.maximum(0.0, 1.0 - distance)
 
 
-def causal_conv(x: torch.Tensor, kernel: torch.Tensor, state: torch.Tensor | None = None) -> torch.Tensor:
-    """One-sided convolution by FFT, O(T log T), for long kernels: y[t] = Σ_j kernel[j] x[t - j].
+def short_causal_conv(
+    x: torch.Tensor, kernel: torch.Tensor, state: torch.Tensor | None = None, document: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One-sided convolution with a handful of taps, one shifted multiply-add each: y[t] = Σ_j kernel[j] x[t - j].
 
     Args:
         x: `[B, T, D]`.
         kernel: `[D, K]`, tap 0 first.
-        state: `[B, K - 1, D]`, the inputs before `x` (default: zeros).
+        state: `[B, K - 1, D]`, the inputs before `x`, or None for zeros.
+        document: `[B, T]` document index of every token, 0 for the document that `state` belongs to (default: all
+            0); a token does not see the inputs of another document.
 
     Returns:
         `[B, T, D]`.
-    """
-    taps = kernel.shape[-1]
-    history = x.new_zeros(x.shape[0], taps - 1, x.shape[2]) if state is None else state
-    padded = torch.cat([history, x], 1)  # [B, K - 1 + T, D]
-    n = padded.shape[1] + taps - 1  # room for the whole linear convolution: nothing wraps around
-    spectrum = torch.fft.rfft(padded, n=n, dim=1) * torch.fft.rfft(kernel.mT, n=n, dim=0)
-    return torch.fft.irfft(spectrum, n=n, dim=1)[:, taps - 1 : taps - 1 + x.shape[1]]
-
-
-def causal_conv_naive(x: torch.Tensor, kernel: torch.Tensor, state: torch.Tensor | None = None) -> torch.Tensor:
-    """Twin of [`causal_conv`]: one tap of one token at a time."""
-    taps = kernel.shape[-1]
-    history = x.new_zeros(x.shape[0], taps - 1, x.shape[2]) if state is None else state
-    padded = torch.cat([history, x], 1)
-    rows = [sum(kernel[:, j] * padded[:, taps - 1 + t - j] for j in range(taps)) for t in range(x.shape[1])]
-    return torch.stack(rows, 1)
-
-
-def short_causal_conv(
-    x: torch.Tensor, kernel: torch.Tensor, state: torch.Tensor | None = None, document: torch.Tensor | None = None
-) -> torch.Tensor:
-    """[`causal_conv`] for a handful of taps: one shifted multiply-add per tap.
-
-    Args:
-        x: `[B, T, D]`.
-        kernel: `[D, K]`.
-        state: `[B, K - 1, D]` or None for zeros.
-        document: `[B, T]` document index of every token, 0 for the document that `state` belongs to (default: all
-            0); a token does not see the inputs of another document.
     """
     taps = int(kernel.shape[-1])
     if state is None:
@@ -167,7 +145,7 @@ def short_causal_conv_naive(
 ) -> torch.Tensor:
     """Twin of [`short_causal_conv`]: one tap of one token at a time, if its input belongs to the token's document."""
     if document is None:
-        return causal_conv_naive(x, kernel, state)
+        document = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
     before = kernel.shape[-1] - 1
     history = x.new_zeros(x.shape[0], before, x.shape[2]) if state is None else state.to(x.dtype)
     padded, labels = torch.cat([history, x], 1), F.pad(document, (before, 0))
@@ -212,7 +190,8 @@ class SpectralGate(nn.Module):
 
     Args:
         dim: channels D.
-        taps: length K of the kernel in tokens; the gate is set at K // 2 + 1 frequencies from 0 to π.
+        taps: length K of the kernel in tokens; the gate is set at K // 2 + 1 frequencies from 0 to π. Zero phase has
+            K // 2 tokens on both sides, so that an even K gives K + 1 taps.
         causal: minimum phase (True) or zero phase (False).
         name: name of its state in the cache, the last K - 1 inputs.
         delayed: share of the channels, the last ones, that a causal gate delays by one token. A delay leaves the
@@ -239,7 +218,7 @@ class SpectralGate(nn.Module):
         return {self.name: (self.taps - 1, self.scale.shape[0])} if self.causal and self.taps > 1 else {}
 
     def kernel(self) -> torch.Tensor:
-        """The taps `[D, K]`: lags 0 to K - 1 if causal, else lags -((K - 1) // 2) to K // 2."""
+        """The taps: `[D, K]` for the lags 0 to K - 1 if causal, else `[D, 2 (K // 2) + 1]` for -(K // 2) to K // 2."""
         design = minimum_phase_kernel if self.causal else zero_phase_kernel
         with torch.autocast(self.logits.device.type, enabled=False):  # half precision would make another filter
             logits = interpolate_gate(self.logits, self.RESOLUTION * max(1, self.taps - 1) + 1)
@@ -274,6 +253,11 @@ class SpectralGate(nn.Module):
         self, x: torch.Tensor, layout: TokenLayout | None = None, cache: RecurrentLayer | None = None
     ) -> torch.Tensor:
         """`[B, T, D]` to `[B, T, D]`."""
+        if x.shape[-1] != len(self.scale):
+            raise ValueError(
+                f"x has {x.shape[-1]} channels, and this gate was made for {len(self.scale)}: call SpectralGate("
+                f"{x.shape[-1]}); the length of the text that HoloSpectralNet asks for is not needed, any fits"
+            )
         layout = TokenLayout(x.shape[1]) if layout is None else layout
         kernel = self.kept_kernel().to(x.dtype)
         if not self.causal:
@@ -295,14 +279,13 @@ class SpectralGate(nn.Module):
         return window.to(at_least_float32(window.dtype))
 
     def _both_sides(self, x: torch.Tensor, kernel: torch.Tensor, document: torch.Tensor | None) -> torch.Tensor:
-        ahead = (self.taps - 1) // 2  # the future tokens that the kernel reaches
+        length, reach = x.shape[1], self.taps // 2  # tokens that the kernel hears on each side
         if document is None:
-            return short_causal_conv(F.pad(x, (0, 0, 0, ahead)), kernel)[:, ahead:]
-        length, behind = x.shape[1], self.taps // 2
-        padded, labels = F.pad(x, (0, 0, behind, ahead)), F.pad(document, (behind, ahead), value=-1)
+            return short_causal_conv(F.pad(x, (0, 0, 0, reach)), kernel)[:, reach:]
+        padded, labels = F.pad(x, (0, 0, reach, reach)), F.pad(document, (reach, reach), value=-1)
         out = torch.zeros_like(x)
-        for j in range(self.taps):
-            window = slice(self.taps - 1 - j, self.taps - 1 - j + length)
+        for j in range(2 * reach + 1):
+            window = slice(2 * reach - j, 2 * reach - j + length)
             same = labels[:, window] == document  # a token sees no token of another document
             out = out + padded[:, window] * kernel[:, j] * same[..., None]
         return out

@@ -7,6 +7,7 @@ thin products compute it; nothing larger than [tokens, max(R, O)] is ever made.
 import math
 import re
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from .validation import check_choice, check_positive
 
 BASES = ("random", "dct", "golden", "data")
+COMPLETE = ("dct", "data")  # bases that end: as many rows as inputs are all there are
 GOLDEN = (math.sqrt(5) - 1) / 2
 START_PHASE = math.pi / 4  # where folded coefficients are unfolded: cos Φ and its slope are equal, neither vanishes
 
@@ -91,8 +93,8 @@ class HarmonicBasis(nn.Module):
         checksum: of the numbers of a basis that was made, to about six digits; None for one that is stored.
 
     Raises:
-        ValueError: an unknown kind, harmonics outside 1 to in_features, a seed that is none, or pivoted without a
-            "data" basis.
+        ValueError: an unknown kind, harmonics below 1 or, for "dct" and "data", above in_features, a seed that is none,
+            or pivoted without a "data" basis.
     """
 
     def __init__(
@@ -108,8 +110,11 @@ class HarmonicBasis(nn.Module):
         super().__init__()
         check_choice("basis", kind, BASES)
         check_positive(in_features=in_features, harmonics=harmonics)
-        if harmonics > in_features:
-            raise ValueError(f"harmonics={harmonics} is more than in_features={in_features}; use at most {in_features}")
+        if harmonics > in_features and kind in COMPLETE:
+            raise ValueError(
+                f"harmonics={harmonics} is more than in_features={in_features}; use at most {in_features}, all that "
+                f"basis={kind!r} has, or basis='random'"
+            )
         if not isinstance(seed, int) or not 0 <= seed < 2**64:
             raise ValueError(f"seed={seed!r} must be a whole number in [0, 2^64)")
         if pivoted and kind != "data":
@@ -144,6 +149,10 @@ class HarmonicBasis(nn.Module):
         self.regenerate()
         return self
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return (self.tail if self.pivoted else self.table).dtype
+
     def matrix(self) -> torch.Tensor:
         """The basis as one matrix `[R, I]`."""
         if not self.pivoted:
@@ -171,11 +180,11 @@ class HarmonicBasis(nn.Module):
         return (head @ upper).T
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., I]` to `[..., R]`."""
+        """`[..., I]` to `[..., R]`, in the dtype of the input: casts that look at parameters alone miss a basis."""
         if not self.pivoted:
-            return F.linear(x, self.table)
+            return F.linear(x, self.table.to(x.dtype))
         x = x.index_select(-1, self.order)
-        return x[..., : self.harmonics] + F.linear(x[..., self.harmonics :], self.tail)
+        return x[..., : self.harmonics] + F.linear(x[..., self.harmonics :], self.tail.to(x.dtype))
 
     def stored_numbers(self) -> int:
         """How many numbers a checkpoint keeps for it."""
@@ -191,10 +200,12 @@ class HoloLinear(nn.Linear):
     """y = (A · cos Φ) B x + bias, with a fixed basis B and learned amplitudes A and phases Φ (HOLO).
 
     It is an `nn.Linear` to everybody who asks (PEFT, exporters); its `weight` is computed and cannot be written to.
+    Its dtype is that of its coefficients, which the input must have too; the basis may be kept in another.
 
     Args:
         in_features, out_features: I and O.
-        harmonics: R, at most I.
+        harmonics: R. More than I are possible with "random" and "golden", as in HOLO-PyTorch's first layers of two
+            inputs; the layer computes nothing more with them, but trains differently.
         basis: "random", "dct", "golden" or "data", see [`harmonic_basis`]; or a [`HarmonicBasis`] that another layer
             with the same input owns and saves.
         bias: add a learned bias.
@@ -202,9 +213,16 @@ class HoloLinear(nn.Linear):
         folded: keep only the product C = A · cos Φ as a parameter. Half the numbers; what a fitted layer stores.
         pivoted: see [`HarmonicBasis`].
 
+    Attributes:
+        dense_class: of the layer whose place it took, which `restore_linears` puts back: `nn.Linear` or `Conv1D`.
+        loading: a checkpoint is being read; there is no weight yet, and what initialises one is not heard.
+
     Raises:
         ValueError: as [`HarmonicBasis`].
     """
+
+    dense_class: type[nn.Module] = nn.Linear
+    loading: bool = False
 
     def __init__(
         self,
@@ -256,12 +274,21 @@ class HoloLinear(nn.Linear):
         """C = A · cos Φ, `[O, R]`."""
         return self.coefficients if self.folded else self.amplitude * self.phase.cos()
 
+    def dense_matrix(self) -> torch.Tensor:
+        """C B `[O, I]`, in the dtype of the coefficients."""
+        coefficients = self.effective_coefficients()
+        return coefficients @ self.basis.matrix().to(coefficients.dtype)
+
     @property
     def weight(self) -> torch.Tensor:
-        """The dense matrix C B `[O, I]` that the layer stands for. Computed: writing to it raises TypeError."""
-        if self.merged is not None:
-            return self.merged.as_subclass(ComputedWeight)
-        return (self.effective_coefficients() @ self.basis.matrix()).as_subclass(ComputedWeight)
+        """The dense matrix `[O, I]` that the layer stands for. Computed: writing to it raises TypeError; freezing it
+        freezes what it is computed from."""
+        if self.loading:
+            dtype = next(self.parameters(recurse=False)).dtype
+            return torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
+        weight = (self.dense_matrix() if self.merged is None else self.merged).as_subclass(ComputedWeight)
+        weight.factors = [self.coefficients] if self.folded else [self.amplitude, self.phase]
+        return weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., I]` to `[..., O]`."""
@@ -277,7 +304,7 @@ class HoloLinear(nn.Linear):
 
         Training mode and newly loaded weights put an end to it, since the matrix would no longer be theirs.
         """
-        self.merged = (self.effective_coefficients() @ self.basis.matrix()).detach()
+        self.merged = self.dense_matrix().detach()
 
     def unmerge(self) -> None:
         """Compute with the thin factors again."""
@@ -347,17 +374,27 @@ class HoloLinear(nn.Linear):
         )
 
 
+FREEZING = (torch.Tensor.requires_grad.__set__, torch.Tensor.requires_grad_)
 WRITING = r"__set__|__setitem__|[a-z]\w*[^_]_"  # x.data = ..., x[i] = ..., x.add_(...), init.zeros_(x)
 
 
 class ComputedWeight(torch.Tensor):
-    """A weight that is the product of other parameters. It can be read; a change would be lost, so it is refused."""
+    """A weight that is the product of other parameters. It can be read; a change would be lost, so it is refused.
+
+    Attributes:
+        factors: the parameters, of the weight itself; none of its views.
+    """
 
     _is_hf_initialized = True  # the functions of transformers 5 that initialise a model then pass it by
+    factors: Sequence[nn.Parameter] = ()
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if func in FREEZING and isinstance(args[0], cls):
+            for factor in args[0].factors:
+                factor.requires_grad_(*args[1:], **kwargs)
+            return args[0]
         first = next(iter([*args, *kwargs.values()]), None)
         if isinstance(first if re.fullmatch(WRITING, name) else kwargs.get("out"), cls):
             raise TypeError(

@@ -20,7 +20,7 @@ class TokenLayout:
         valid: `[B, T]`, False at padding; None where every token is real.
         lengths: `[B]` number of real tokens; None where every token is real.
         document: `[B, T]` document index, 0 for the document that the cache holds; None for one document.
-        drift: `[T, H, P]` phase drift, filled by the first layer that needs it, since all layers share it.
+        drift: `[T, H, P]` phase drift of every position, filled by the first layer that needs it, since all share it.
     """
 
     length: int
@@ -48,10 +48,12 @@ class TokenLayout:
         return TokenLayout(stop - start, valid, lengths, document)
 
     def reversed(self) -> "TokenLayout":
-        """The layout of the rows read from the end: padding first, documents numbered from the end."""
+        """The layout of the rows read from the end: padding first, documents numbered from the end. Every position
+        keeps its drift, so that it runs the other way."""
         valid = None if self.valid is None else self.valid.flip(1)
         document = None if self.document is None else self.document[:, -1:] - self.document.flip(1)
-        return TokenLayout(self.length, valid, self.lengths, document, self.drift)
+        drift = None if self.drift is None else self.drift.flip(0)
+        return TokenLayout(self.length, valid, self.lengths, document, drift)
 
     def last_real(self, x: torch.Tensor, count: int) -> torch.Tensor:
         """The `count` rows of `x` `[B, count + T, D]` that end with the last real token: `[B, count, D]`."""

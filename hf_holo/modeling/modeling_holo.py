@@ -15,7 +15,7 @@ from .configuration_holo import HoloConfig
 from .harmonics import BASES, HarmonicBasis, HoloLinear, SineActivation, harmonic_basis, named_seed
 from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, TokenClassificationHead
 from .layers import init_copy_
-from .phases import RotaryEmbedding, rotate_pairs
+from .phases import RotaryEmbedding, home_of_float64, rotate_pairs
 from .pretrained import FamilyPreTrainedModel
 from .recording import exporting
 from .validation import check_choice, check_divides
@@ -29,21 +29,24 @@ class HoloAttention(nn.Module):
     Args:
         dim: channels D.
         heads: query heads.
-        key_heads: key heads, a divisor of `heads`; default: `heads`.
         harmonics: R of the projections; None: dense projections.
+        key_heads: key heads, a divisor of `heads`; default: `heads`.
         basis, seed: of the projections, see [`HoloLinear`].
         causal: a token sees no later one.
         rotary_base: see [`RotaryEmbedding`]; None: no positions.
         bias: biases in the projections.
         layer_idx: index of its keys and values in the cache.
+
+    Raises:
+        ValueError: `heads` does not divide `dim`, or `key_heads` does not divide `heads`.
     """
 
     def __init__(
         self,
         dim: int,
         heads: int,
-        key_heads: int | None = None,
         harmonics: int | None = None,
+        key_heads: int | None = None,
         basis: str = "random",
         seed: int = 0,
         causal: bool = True,
@@ -53,8 +56,10 @@ class HoloAttention(nn.Module):
     ):
         super().__init__()
         self.heads, self.key_heads, self.head_dim = heads, key_heads or heads, dim // heads
+        check_divides("heads", heads, "dim", dim)
+        check_divides("key_heads", self.key_heads, "heads", heads)
         self.causal, self.layer_idx = causal, layer_idx
-        self.rotary = None if rotary_base is None else RotaryEmbedding(1, self.head_dim // 2, rotary_base)
+        self.rotary = None if rotary_base is None else RotaryEmbedding(self.head_dim, base=rotary_base)
         project = partial(_projection, harmonics=harmonics, basis=basis, seed=seed, bias=bias)
         self.q_proj = project(dim, dim, name="q_proj")
         self.k_proj = project(dim, self.key_heads * self.head_dim, name="k_proj")
@@ -80,8 +85,8 @@ class HoloAttention(nn.Module):
         q, k, v = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
         if self.rotary is not None:
             if positions is None:
-                positions = torch.arange(x.shape[1], device=x.device)[None]
-            angle = self.rotary.angles(positions).transpose(1, 2)  # [B, 1, T, V / 2]
+                positions = torch.arange(x.shape[1], device=home_of_float64(x.device))[None]
+            angle = self.rotary.angles(positions)[:, None]  # [B, 1, T, V / 2]
             q, k = rotate_pairs(q, angle), rotate_pairs(k, angle)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
@@ -136,22 +141,22 @@ class HoloMLP(nn.Module):
 
 
 class HoloTransformerBlock(nn.Module):
-    """A drop-in for `nn.TransformerEncoderLayer` with holographic projections, also inside `nn.TransformerEncoder`.
+    """In place of `nn.TransformerEncoderLayer`, with holographic projections, also inside `nn.TransformerEncoder`.
 
-    As in the original HOLO the norms come first and the activation is a sine. Positions are the caller's business, as
+    As in HOLO-PyTorch the norms come first and the activation is a sine. Positions are the caller's business, as
     with torch's layer. The copies that `nn.TransformerEncoder` makes have their own parameters and equal bases.
 
     Args:
         dim: channels D.
         heads: attention heads.
-        harmonics: R of every projection, at most `dim`.
+        harmonics: R of every projection.
         intermediate: inner width of the channel mix; default: 4 D.
         dropout: on the output of each sublayer.
         basis, seed: of the projections, see [`HoloLinear`].
         frequency: of the sine.
         bias: biases in the projections and norms.
         norm_eps: epsilon of the norms.
-        batch_first: inputs are `[B, T, D]` instead of `[T, B, D]`.
+        batch_first: inputs are `[B, T, D]`, as in HOLO-PyTorch; False: `[T, B, D]`, the default of torch's layer.
 
     Raises:
         ValueError: `heads` does not divide `dim`, `basis` is "data" (it needs data), or as [`HoloLinear`].
@@ -169,7 +174,7 @@ class HoloTransformerBlock(nn.Module):
         frequency: float = 1.0,
         bias: bool = True,
         norm_eps: float = 1e-5,
-        batch_first: bool = False,
+        batch_first: bool = True,
     ):
         super().__init__()
         check_divides("heads", heads, "dim", dim)
@@ -190,7 +195,7 @@ class HoloTransformerBlock(nn.Module):
         src_key_padding_mask: torch.Tensor | None = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
-        """`[T, B, D]`, `[B, T, D]` if `batch_first`, or `[T, D]`, to the same shape.
+        """`[B, T, D]`, `[T, B, D]` without `batch_first`, or `[T, D]`, to the same shape.
 
         Args:
             src: the input.
@@ -239,8 +244,8 @@ class HoloBlock(GradientCheckpointingLayer):
         self.attention = HoloAttention(
             dim,
             config.num_attention_heads,
-            config.num_key_value_heads,
             config.harmonics if config.attention_projections == "holographic" else None,
+            config.num_key_value_heads,
             causal=config.is_causal,
             rotary_base=config.rotary_base,
             layer_idx=layer_idx,
@@ -335,7 +340,7 @@ class HoloModel(HoloPreTrainedModel, Backbone):
         if seq_idx is not None and past:
             raise ValueError("seq_idx cannot be combined with a cache that holds tokens; feed packed documents at once")
         if position_ids is None:
-            position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
+            position_ids = torch.arange(past, past + x.shape[1], device=home_of_float64(x.device))[None]
         elif seq_idx is None and attention_mask is None and not past and not exporting():
             starts = position_ids == 0
             seq_idx = starts.cumsum(1) if bool(starts[:, 1:].any()) else None

@@ -1,6 +1,8 @@
 """HoloSpectralNet: language models that bind, bundle and unbind instead of attending."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from .binding import bind, unbind
 from .binding import bind as fft_circular_conv
 from .binding import unbind as fft_circular_corr
 from .cache import RecurrentCache, RecurrentLayer
-from .configuration_hsn import HsnConfig
+from .configuration_hsn import HsnConfig, reference_config
 from .filters import SpectralGate
 from .heads import MaskedLMHead, RecurrentForCausalLM, SequenceClassificationHead, TokenClassificationHead
 from .layers import (
@@ -20,16 +22,29 @@ from .layers import (
     LiteChannelMix,
     at_least_float32,
     init_copy_,
+    init_normal_,
     init_residual_,
     make_channel_mix,
     make_norm,
 )
 from .layout import TokenLayout
-from .phases import RotaryEmbedding, phase_features, rotate_pairs, rotate_state
+from .phases import PhaseDrift, RotaryEmbedding, home_of_float64, phase_features, rotate_pairs, rotate_state
 from .pretrained import FamilyPreTrainedModel
 from .scans import cancelling_scan, interference_scan
 
-MIN_RELEASE = 1e-6  # below it the gradient of sqrt(1 - decay) overflows
+
+def or_sizes(init: Callable) -> Callable:
+    """A constructor that takes an [`HsnConfig`] or, as HoloSpectralNet's, the sizes of [`reference_config`]."""
+
+    @functools.wraps(init)
+    def with_config(self, *args, **kwargs) -> None:
+        given = args[0] if args else kwargs.get("config")
+        if isinstance(given, HsnConfig):
+            init(self, *args, **kwargs)
+        else:
+            init(self, reference_config(*args, **kwargs))
+
+    return with_config
 
 
 class HolographicMixer(nn.Module):
@@ -37,47 +52,63 @@ class HolographicMixer(nn.Module):
 
     `binding="dynamic"`: per head with P phases, M_t = λ_t e^{-iω} M_{t-1} + e^{iθk_t} ⊗ √(1 - λ_t) v_t and
     y_t = Re(e^{-iθq_t} · M_t) / √P: phases, values and the decay λ are computed from the input, and the drift ω
-    is the position encoding. `write="cancel"` subtracts what the key recalls before it writes (the delta rule).
-    `binding="static"`: one learned key binds and one unbinds, y = corr(EMA(bind(v, k)), u): the form of the original
-    HoloSpectralNet. The output is normalised per head and gated. A bidirectional mixer reads both directions.
+    is the position encoding. `write="cancel"` subtracts what the key recalls before it writes (the delta rule). The
+    output is normalised per head and gated. A bidirectional mixer reads both directions, and its drift is turned round
+    on the way back: a token before and one after are heard at ω(t - s), so their order is seen.
+
+    `binding="static"`, the form of HoloSpectralNet: y = corr(EMA(x ⊛ k), u) with two learned keys k and u as wide as
+    the model and no projections: 2 D parameters, and a decay per head. Its heads are neighbouring channels that
+    remember equally long; the first key spreads every channel over all of them, the second gathers them again. As the
+    memories differ, neither key can take the other's part. Tokens are mixed by their distance, whatever they say: it
+    cannot select by content. A bidirectional mixer exchanges the keys on the way back, so that order is seen.
 
     Args:
-        config: an `HsnConfig`.
+        config: an [`HsnConfig`]; or the width D of a static one, with the spectral gate elsewhere.
     """
 
-    def __init__(self, config):
+    @or_sizes
+    def __init__(self, config: HsnConfig):
         super().__init__()
-        dim, self.heads, self.key_heads = config.hidden_size, config.num_heads, config.num_key_heads
+        dim, self.heads = config.hidden_size, config.num_heads
+        self.key_heads = config.num_key_heads if config.binding == "dynamic" else self.heads
         self.phases, self.head_dim = config.num_phases, config.head_dim
         self.causal, self.dynamic = config.is_causal, config.binding == "dynamic"
         self.cancel = config.write == "cancel"
         self.norm_eps = config.norm_eps
         filtered = config.gate_placement == "mixer"
         self.filter = SpectralGate(dim, config.gate_taps, self.causal, "filter", delayed=0.5) if filtered else None
-        self.v_proj = nn.Linear(dim, self.key_heads * self.head_dim, bias=False)
-        self.gate_proj = nn.Linear(dim, dim, bias=False)
-        self.out_proj = nn.Linear(dim, dim, bias=False)
-        self.norm_weight = nn.Parameter(torch.ones(dim))
         if self.dynamic:
-            self.rotary = RotaryEmbedding(self.key_heads, self.phases, config.drift_base)
+            self.v_proj = nn.Linear(dim, self.key_heads * self.head_dim, bias=False)
+            self.gate_proj = nn.Linear(dim, dim, bias=False)
+            self.out_proj = nn.Linear(dim, dim, bias=False)
+            self.norm_weight = nn.Parameter(torch.ones(dim))
+            self.drift = PhaseDrift(self.key_heads, self.phases, config.drift_base)
             self.q_proj = nn.Linear(dim, self.heads * self.phases, bias=False)
             self.k_proj = nn.Linear(dim, self.key_heads * self.phases, bias=False)
             self.decay_proj = nn.Linear(dim, self.key_heads, bias=False)
             if self.cancel:
                 self.write_proj = nn.Linear(dim, self.key_heads)
         else:
-            self.bind_key = nn.Parameter(torch.empty(self.key_heads, self.head_dim))
-            self.unbind_key = nn.Parameter(torch.empty(self.heads, self.head_dim))
+            self.bind_key = nn.Parameter(torch.empty(dim))
+            self.unbind_key = nn.Parameter(torch.empty(dim))
         self.decay_bias = nn.Parameter(torch.empty(self.key_heads))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.ones_(self.norm_weight)
         # softplus: a memory of about 55 tokens in the first head, of 2 in the last
         init_copy_(self.decay_bias, torch.linspace(-4.0, -0.5, self.key_heads))
-        if not self.dynamic:
-            nn.init.normal_(self.bind_key, std=self.head_dim**-0.5)
-            nn.init.normal_(self.unbind_key, std=self.head_dim**-0.5)
+        if self.dynamic:
+            nn.init.ones_(self.norm_weight)
+        else:
+            for key in (self.bind_key, self.unbind_key):
+                init_normal_(key, std=len(key) ** -0.5)
+
+    def init_residual_(self, depth: int) -> None:
+        """Start what writes to the residual stream for a model of `depth` blocks, see [`init_residual_`]."""
+        if self.dynamic:
+            init_residual_(depth, self.out_proj)
+        else:
+            init_normal_(self.unbind_key, std=0.7 * len(self.unbind_key) ** -0.5 / math.sqrt(2 * depth))
 
     def state_spec(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the states, without the batch."""
@@ -91,15 +122,29 @@ class HolographicMixer(nn.Module):
         """`[B, T, D]` to `[B, T, D]`; continues from `cache` and updates it, if given."""
         layout = TokenLayout(x.shape[1]) if layout is None else layout
         source = x if self.filter is None else F.silu(self.filter(x, layout, cache))
+        return (self._dynamic if self.dynamic else self._static)(x, source, layout, cache)
+
+    def _dynamic(self, x, source, layout: TokenLayout, cache: RecurrentLayer | None) -> torch.Tensor:
         projected = self._project(x, source)
         with torch.autocast(x.device.type, enabled=False):  # states and phases keep their precision
-            y = self._scan(*projected, layout, cache)
+            if layout.drift is None:
+                layout.drift = self.drift(layout.length, x.device).to(projected[0].dtype).to(x.device)
+            y = self._recall(*projected, layout, cache)
             if not self.causal:
                 flipped = (None if z is None else z.flip(1) for z in projected)
-                y = y + self._scan(*flipped, layout.reversed(), None).flip(2)
+                y = y + self._recall(*flipped, layout.reversed(), None).flip(2)
             y = F.layer_norm(y, (self.head_dim,), eps=self.norm_eps)
         y = y.transpose(1, 2).flatten(2).to(x.dtype) * self.norm_weight  # [B, T, D]
         return self.out_proj(y * F.silu(self.gate_proj(x)))
+
+    def _static(self, x, source, layout: TokenLayout, cache: RecurrentLayer | None) -> torch.Tensor:
+        dtype = at_least_float32(x.dtype)
+        k, u, source = (z.to(dtype) for z in (self.bind_key, self.unbind_key, source))
+        with torch.autocast(x.device.type, enabled=False):
+            y = self._spread(source, k, u, layout, cache)
+            if not self.causal:
+                y = y + self._spread(source.flip(1), u, k, layout.reversed(), None).flip(1)
+        return y.to(x.dtype)
 
     def _project(self, x: torch.Tensor, source: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Values `[B, T, H, V]`, phases of queries and keys `[B, T, H, P]`, decay and strength of writing `[B, T, H]`.
@@ -108,22 +153,33 @@ class HolographicMixer(nn.Module):
         """
         dtype = at_least_float32(x.dtype)
         v = self.v_proj(source).unflatten(-1, (self.key_heads, -1)).to(dtype)
-        if not self.dynamic:
-            return v, None, None, x.new_zeros(*x.shape[:2], self.key_heads, dtype=dtype), None
         theta_q = self.q_proj(source).unflatten(-1, (self.heads, -1)).to(dtype)
         theta_k = self.k_proj(source).unflatten(-1, (self.key_heads, -1)).to(dtype)
         strength = self.write_proj(source).to(dtype) if self.cancel else None
         return v, theta_q, theta_k, self.decay_proj(x).to(dtype), strength
 
-    def _scan(self, v, theta_q, theta_k, decay, strength, layout: TokenLayout, cache: RecurrentLayer | None):
-        """Bind, bundle and unbind in one direction: `[B, H, T, V]`."""
-        q, k = self._keys(v, theta_q, theta_k, layout)
-        v = v.transpose(1, 2)  # [B, H, T, V]
-        if not self.dynamic:
-            v = bind(v, self.bind_key[:, None].to(v.dtype))
+    def _recall(self, v, theta_q, theta_k, decay, strength, layout: TokenLayout, cache: RecurrentLayer | None):
+        """Bind, bundle and unbind by phases in one direction: `[B, H, T, V]`."""
+        groups = self.heads // self.key_heads
+        drift = layout.drift if groups == 1 else layout.drift.repeat_interleave(groups, 1)
+        q, k = phase_features(theta_q, drift), phase_features(theta_k, layout.drift)
+        if self.cancel:  # keys of unit norm
+            q, k = q * self.phases**-0.5, k * self.phases**-0.5
         decay = (decay + self.decay_bias.to(decay.dtype)).transpose(1, 2).contiguous()  # [B, H, T]
+        return self._scan(q, k, v.transpose(1, 2), decay, strength, layout, cache)
+
+    def _spread(self, x, first, second, layout: TokenLayout, cache: RecurrentLayer | None):
+        """Bind `[B, T, D]` with one key, bundle, and unbind with the other in one direction: `[B, T, D]`."""
+        v = bind(x, first).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, T, V]
+        ones = torch.ones_like(v[..., :1])
+        decay = self.decay_bias.to(v.dtype)[:, None].expand(v.shape[:-1])
+        y = self._scan(ones, ones, v, decay, None, layout, cache)
+        return unbind(y.transpose(1, 2).flatten(2), second)
+
+    def _scan(self, q, k, v, decay, strength, layout: TokenLayout, cache: RecurrentLayer | None):
+        """Bundle what is bound and read it, with the decay λ = σ(-`decay`) `[B, H, T]`: `[B, H, T, V]`."""
         log_decay = -F.softplus(decay)  # of other strides, torch.compile takes the wrong ones for its gradient
-        write = self._write(log_decay, strength)
+        write = self._write(decay, strength)
         if layout.valid is not None:  # padding neither decays the state nor writes
             padding = ~layout.valid[:, None]
             log_decay = log_decay.masked_fill(padding, 0.0)
@@ -139,33 +195,22 @@ class HolographicMixer(nn.Module):
                 return self._turn(scan(*inputs, before, part.document)[1], part)
 
             cache.put("memory", self._turn(state, layout), layout.length, replay)
-        return y if self.dynamic else unbind(y, self.unbind_key[:, None].to(y.dtype))
+        return y
 
-    def _keys(self, v, theta_q, theta_k, layout: TokenLayout) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features of queries and keys, `[B, H, T, F]`; a static key is the same for every token."""
-        if not self.dynamic:
-            ones = v.new_ones(v.shape[0], 1, v.shape[1], 1)
-            return ones.expand(-1, self.heads, -1, -1), ones.expand(-1, self.key_heads, -1, -1)
-        if layout.drift is None:
-            layout.drift = self.rotary(layout.length, v.device).to(v.dtype)
-        groups = self.heads // self.key_heads
-        drift = layout.drift if groups == 1 else layout.drift.repeat_interleave(groups, 1)
-        q, k = phase_features(theta_q, drift), phase_features(theta_k, layout.drift)
-        return (q * self.phases**-0.5, k * self.phases**-0.5) if self.cancel else (q, k)
-
-    def _write(self, log_decay: torch.Tensor, strength: torch.Tensor | None) -> torch.Tensor:
+    def _write(self, decay: torch.Tensor, strength: torch.Tensor | None) -> torch.Tensor:
         """Strength of writing `[B, H, T]`: β for the cancelling write, else the logarithm of the weight."""
         if self.cancel:
             return strength.sigmoid().transpose(1, 2)
-        released = (1 - log_decay.exp()).clamp_min(MIN_RELEASE).log()
+        released = -F.softplus(-decay)  # log(1 - λ), however near to 1 λ is
         return 0.5 * (released - math.log(self.phases)) if self.dynamic else released
 
     def _turn(self, state: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         """The state with its phases relative to the token that comes next."""
         if not self.dynamic:
             return state
-        tokens = torch.tensor(layout.length, device=state.device) if layout.lengths is None else layout.lengths
-        return rotate_state(state, self.rotary.angles(tokens))
+        home = home_of_float64(state.device)
+        tokens = torch.tensor(layout.length, device=home) if layout.lengths is None else layout.lengths
+        return rotate_state(state, self.drift.angles(tokens))
 
 
 class AttentionMixer(nn.Module):
@@ -175,10 +220,10 @@ class AttentionMixer(nn.Module):
     Keys and values live in the same cache as the states of the other layers, and grow with the text.
 
     Args:
-        config: an `HsnConfig`.
+        config: an [`HsnConfig`].
     """
 
-    def __init__(self, config):
+    def __init__(self, config: HsnConfig):
         super().__init__()
         dim, self.heads, self.key_heads = config.hidden_size, config.num_heads, config.num_key_heads
         self.causal, self.head_dim = config.is_causal, config.head_dim
@@ -187,7 +232,11 @@ class AttentionMixer(nn.Module):
         self.v_proj = nn.Linear(dim, self.key_heads * self.head_dim, bias=False)
         self.out_proj = nn.Linear(dim, dim, bias=False)
         turned = config.rotary_base is not None
-        self.rotary = RotaryEmbedding(1, self.head_dim // 2, config.rotary_base) if turned else None
+        self.rotary = RotaryEmbedding(self.head_dim, base=config.rotary_base) if turned else None
+
+    def init_residual_(self, depth: int) -> None:
+        """Start what writes to the residual stream for a model of `depth` blocks, see [`init_residual_`]."""
+        init_residual_(depth, self.out_proj)
 
     def forward(
         self, x: torch.Tensor, layout: TokenLayout | None = None, cache: RecurrentLayer | None = None
@@ -198,7 +247,7 @@ class AttentionMixer(nn.Module):
         k = self.k_proj(x).unflatten(-1, (self.key_heads, -1)).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, (self.key_heads, -1)).transpose(1, 2)
         if self.rotary is not None:
-            angles = self.rotary.angles(self._positions(layout, cache, x.device)).transpose(-3, -2)  # [B, 1, T, V/2]
+            angles = self.rotary.angles(self._positions(layout, cache, x.device))[:, None]  # [B, 1, T, V/2]
             q, k = rotate_pairs(q, angles), rotate_pairs(k, angles)
         labels = self._labels(x, layout, cache)
         query_labels = labels
@@ -222,9 +271,10 @@ class AttentionMixer(nn.Module):
 
     def _positions(self, layout: TokenLayout, cache: RecurrentLayer | None, device: torch.device) -> torch.Tensor:
         """How many real tokens stand before every token, `[B, T]` (`[1, T]` without a past)."""
-        tokens = torch.arange(layout.length, device=device)[None]
         past = cache.get("labels") if cache is not None else None
-        return tokens if past is None else tokens + (past >= 0).sum(1, keepdim=True)
+        if past is None:
+            return torch.arange(layout.length, device=home_of_float64(device))[None]
+        return torch.arange(layout.length, device=device) + (past >= 0).sum(1, keepdim=True)
 
     def _append(self, name: str, new: torch.Tensor, dim: int, cache: RecurrentLayer) -> torch.Tensor:
         past, tokens = cache.get(name), new.shape[dim]
@@ -250,10 +300,11 @@ class HoloSpectralBlock(GradientCheckpointingLayer):
     """Token mixer, spectral gate (if it is a sublayer of its own) and channel mix, each with norm and residual.
 
     Args:
-        config: an [`HsnConfig`].
+        config: an [`HsnConfig`]; or, as HoloSpectralNet has it, `dim`, `max_seq_len` (512) and `rank` (32).
         layer_idx: index of the block, which picks its mixer and its states in the cache.
     """
 
+    @or_sizes
     def __init__(self, config: HsnConfig, layer_idx: int = 0):
         super().__init__()
         dim = config.hidden_size
@@ -309,7 +360,9 @@ class HsnPreTrainedModel(FamilyPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, HoloSpectralBlock):  # the residual stream keeps its size at any depth
-            init_residual_(self.config.num_hidden_layers, module.mixer.out_proj, module.channel_mix.out_proj)
+            depth = self.config.num_hidden_layers
+            module.mixer.init_residual_(depth)
+            init_residual_(depth, module.channel_mix.out_proj)
 
 
 class HsnModel(HsnPreTrainedModel, RecurrentBackbone):
@@ -320,6 +373,34 @@ class HsnForCausalLM(HsnPreTrainedModel, RecurrentForCausalLM):
     """HoloSpectralNet that predicts the next token."""
 
     backbone_class = HsnModel
+
+
+def HoloSpectralNet(
+    vocab_size: int = 32000,
+    dim: int = 256,
+    depth: int = 6,
+    max_seq_len: int = 512,
+    rank: int = 32,
+    tie_weights: bool = True,
+) -> HsnForCausalLM:
+    """The language model that HoloSpectralNet's README describes, made causal: an [`HsnForCausalLM`] of that form.
+
+    It mixes tokens by their distance alone; the default of [`HsnConfig`] selects by content and learns far better.
+
+    Args:
+        vocab_size: number of tokens.
+        dim: width D.
+        depth: number of blocks.
+        max_seq_len: length that it is meant for; information only, there is no limit.
+        rank: inner width of the channel mix.
+        tie_weights: whether the head shares the embedding matrix.
+
+    Returns:
+        A model of transformers: called with token ids `[B, T]` it gives an output whose `logits` are
+        `[B, T, vocab_size]`.
+    """
+    sizes = {"vocab_size": vocab_size, "num_hidden_layers": depth, "tie_word_embeddings": tie_weights}
+    return HsnForCausalLM(reference_config(dim, max_seq_len, rank, **sizes))
 
 
 class HsnForMaskedLM(HsnPreTrainedModel, MaskedLMHead):
@@ -343,6 +424,7 @@ class HsnForTokenClassification(HsnPreTrainedModel, TokenClassificationHead):
 __all__ = [
     "GatedChannelMix",
     "HoloSpectralBlock",
+    "HoloSpectralNet",
     "HolographicMixer",
     "HsnConfig",
     "HsnForCausalLM",

@@ -9,14 +9,22 @@ import torch
 from torch import nn
 
 from .recording import exporting
+from .validation import check_divides
+
+WITH_FLOAT64 = ("cpu", "cuda", "xpu")  # Apple's MPS, for one, has none
+
+
+def home_of_float64(device: torch.device | None) -> torch.device:
+    """Where numbers in float64 are computed for a device: there, or on the CPU where it has none."""
+    return device if device is not None and device.type in WITH_FLOAT64 else torch.device("cpu")
 
 
 def drift_angles(omega: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Phase drift ω·t modulo 2π, taken in float64 so that it stays exact at any length.
 
     Args:
-        omega: `[H, P]` radians a token.
-        tokens: integer counts `[...]`.
+        omega: `[H, P]` radians a token, on a device that has float64, see [`home_of_float64`].
+        tokens: integer counts `[...]`, on the same device.
 
     Returns:
         `[..., H, P]` in the dtype of `omega`.
@@ -70,9 +78,9 @@ def rotate_state(state: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
 
     Args:
         state: `[B, H, 2P, V]`, cosine rows above sine rows.
-        angle: `[B, H, P]` or broadcastable.
+        angle: `[B, H, P]` or broadcastable, on any device.
     """
-    cos, sin = angle.cos()[..., None].to(state.dtype), angle.sin()[..., None].to(state.dtype)
+    cos, sin = (x[..., None].to(state.dtype).to(state.device) for x in (angle.cos(), angle.sin()))
     real, imaginary = state.chunk(2, -2)
     return torch.cat([real * cos + imaginary * sin, imaginary * cos - real * sin], -2)
 
@@ -82,22 +90,22 @@ def rotate_pairs(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
 
     Args:
         x: `[..., V]`.
-        angle: `[..., V/2]` or broadcastable.
+        angle: `[..., V/2]` or broadcastable, on any device.
     """
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    cos, sin = (turn.to(x.dtype).to(x.device) for turn in (angle.cos(), angle.sin()))
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-class RotaryEmbedding(nn.Module):
-    """Fixed phase drift of holographic keys: rotary positions (Su et al., 2021) without parameters or buffers.
+class PhaseDrift(nn.Module):
+    """Fixed drift of phases with the position, without parameters or buffers.
 
     The frequencies fall from 1 radian a token to 1/base, evenly in the logarithm; neighbouring heads interleave.
 
     Args:
         heads: key heads H.
         phases: phases P per head.
-        base: ratio of the quickest to the slowest frequency.
+        base: ratio of the fastest to the slowest frequency.
     """
 
     def __init__(self, heads: int, phases: int, base: float = 1000.0):
@@ -105,15 +113,45 @@ class RotaryEmbedding(nn.Module):
         self.heads, self.phases, self.base = heads, phases, base
 
     def omega(self, device: torch.device | None = None) -> torch.Tensor:
-        """Radians a token `[H, P]`, in float64: computed anew, so that no cast or meta device can spoil them."""
+        """Radians a token `[H, P]`, in float64: computed when asked for, so that no cast or meta device can spoil them.
+
+        They are on `device` if that has float64, see [`home_of_float64`].
+        """
         count = self.heads * self.phases
-        exponent = torch.arange(count, dtype=torch.float64, device=device) / count
+        exponent = torch.arange(count, dtype=torch.float64, device=home_of_float64(device)) / count
         return torch.exp(-math.log(self.base) * exponent).view(self.phases, self.heads).T
 
     def angles(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Drift over `tokens` `[...]` tokens, modulo 2π: `[..., H, P]`, float64."""
-        return drift_angles(self.omega(tokens.device), tokens)
+        """Drift over `tokens` `[...]` tokens, modulo 2π: `[..., H, P]`, float64, where `omega(tokens.device)` is."""
+        omega = self.omega(tokens.device)
+        return drift_angles(omega, tokens.to(omega.device))
 
     def forward(self, length: int, device: torch.device | None = None) -> torch.Tensor:
-        """Drift at the positions 0 to `length` - 1: `[T, H, P]`, float64."""
-        return self.angles(torch.arange(length, device=device))
+        """Drift at the positions 0 to `length` - 1: `[T, H, P]`, float64, where `omega(device)` is."""
+        return self.angles(torch.arange(length, device=home_of_float64(device)))
+
+
+class RotaryEmbedding(PhaseDrift):
+    """Rotary positions (Su et al., 2021) without parameters or buffers: channels i and i + D/2 turn as a pair.
+
+    Args:
+        dim: channels D, an even number.
+        base: the pairs turn by 1 radian a token down to 1/base.
+
+    Raises:
+        ValueError: `dim` is odd.
+    """
+
+    def __init__(self, dim: int, *, base: float = 10000.0):
+        check_divides("2", 2, "dim", dim)
+        super().__init__(1, dim // 2, base)
+
+    def angles(self, positions: torch.Tensor) -> torch.Tensor:
+        """Angles of the pairs at whole `positions` `[...]`, modulo 2π: `[..., D/2]`, see [`PhaseDrift.angles`]."""
+        return super().angles(positions)[..., 0, :]
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """Turn `x` `[..., T, D]` by its positions `[T]` or `[..., T]` (default: from 0 on), to the same shape."""
+        if positions is None:
+            positions = torch.arange(x.shape[-2], device=home_of_float64(x.device))
+        return rotate_pairs(x, self.angles(positions))

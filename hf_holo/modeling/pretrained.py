@@ -37,6 +37,7 @@ class FamilyPreTrainedModel(PreTrainedModel):
         if self.needs_causal is not None and config.causal is None:
             config = copy.deepcopy(config)
             config.causal = self.needs_causal
+            config.check()
         if self.needs_causal is not None and config.causal != self.needs_causal:
             raise ValueError(
                 f"{type(self).__name__} needs causal={self.needs_causal} in the config, got causal={config.causal}"

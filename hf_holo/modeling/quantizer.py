@@ -71,17 +71,20 @@ class PlanQuantizer(HfQuantizer):
     ) -> None:
         check_safe(checkpoint_files or local_files(model.config))  # transformers 5 opens them later
         config = self.quantization_config = model.config.quantization_config = self.resolve(model)
-        swap(model, config)
+        partial = type(model).__name__ not in (model.config.architectures or ())  # another than the one converted
+        for layer in swap(model, config, partial=self.pre_quantized and partial).values():
+            layer.loading = True
         for basis in _bases(model).values():
             basis.regenerate(torch.device("cpu"))  # a device_map cannot place what has no data
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for basis in _bases(model).values():
             basis.regenerate()  # transformers 5 leaves it empty
-        if not self.pre_quantized:
-            for layer in model.modules():
-                if isinstance(layer, HoloLinear):
-                    layer.reset_parameters()
+        for layer in holo_layers(model):
+            layer.loading = False
+            if not self.pre_quantized:
+                layer.reset_parameters()
+            _agree_on_dtype(layer)
         config, checksum = self.quantization_config, checksum_of_bases(model)
         if config.checksum not in (None, checksum):
             raise ValueError(
@@ -126,22 +129,29 @@ def check_safe(files: Iterable[str | Path]) -> None:
     check_files(files)
 
 
-def swap(model: nn.Module, config: QuantizationConfigMixin) -> dict[str, HoloLinear]:
-    """Put new layers in the places that the plan names, and return them by name.
+def swap(model: nn.Module, config: QuantizationConfigMixin, partial: bool = False) -> dict[str, HoloLinear]:
+    """Put new layers in the places that the plan names.
+
+    Args:
+        model: with dense layers there.
+        config: with the plan; entries that the model has no layer for are taken out.
+        partial: the plan may be another model's, of which this one is a part: see [`places`].
+
+    Returns:
+        The new layers, by their names in this model.
 
     Raises:
         ValueError: the plan is none, or the model has no layer of a name in it; no layer has been replaced then.
     """
     check_plan(config.layers)
     modules, new = dict(model.named_modules()), {}
+    found = places(model, config.layers, partial)
+    if len(found) < len(config.layers):
+        config.layers = {name: entry for name, entry in config.layers.items() if name in found}
+        config.checksum = None  # it was of all bases
     lenders_first = sorted(config.layers.items(), key=lambda item: item[1]["lender"] is not None)  # JSON sorts by name
     for name, entry in lenders_first:
-        old = modules.get(name)
-        if old is None or not is_linear(old):
-            raise ValueError(
-                f"layers: {type(model).__name__} has no linear layer {name!r}; was it converted with another release "
-                "of transformers?"
-            )
+        old = modules[found[name]]
         outputs, inputs = dense_shape(old)
         basis: str | HarmonicBasis = new[entry["lender"]].basis if entry["lender"] else entry["basis"]
         new[name] = HoloLinear(
@@ -150,18 +160,80 @@ def swap(model: nn.Module, config: QuantizationConfigMixin) -> dict[str, HoloLin
             entry["harmonics"],
             basis,
             bias=old.bias is not None,
-            seed=named_seed(config.seed, name),
+            seed=named_seed(config.seed, name),  # the name in the plan: in another head's model the layer has another
             folded=entry["folded"],
             pivoted=entry["pivoted"] and not entry["lender"],
             device=old.weight.device,
             dtype=old.weight.dtype,
         )
-    for name, layer in new.items():  # only now, when none was refused
-        for module in layer.modules():
+        new[name].dense_class = Conv1D if isinstance(old, Conv1D) else nn.Linear
+        for module in new[name].modules():
             module._is_hf_initialized = True  # the model's own initialisation must not take it for its nn.Linear
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer.train(model.training))
-    return new
+    replace(model, {modules[found[name]]: layer.train(model.training) for name, layer in new.items()})
+    return {found[name]: layer for name, layer in new.items()}
+
+
+def places(model: nn.Module, layers: Iterable[str], partial: bool) -> dict[str, str]:
+    """Where the layers of a plan are in this model: names in the plan to names of modules.
+
+    As with dense weights, a plan of a model with a head fits its base model and other heads on it, and the other way
+    round: the name of the base model within the others is put before the names, or taken away; so is that of a part of
+    a composite model from the names of this part.
+
+    Args:
+        model: with dense layers.
+        layers: their names in the plan.
+        partial: leave out those for which the model has no part: a base model has no head, an encoder no decoder, and
+            one with fewer blocks not the last ones.
+
+    Raises:
+        ValueError: a layer is missing.
+    """
+    modules = dict(model.named_modules())
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    first = {name.partition(".")[0] for name in layers}
+    part = f"{first.pop()}." if len(first) == 1 else prefix
+    found, missing = {}, []
+    for name in layers:
+        names = [name, prefix + name, name.removeprefix(prefix), name.removeprefix(part)]
+        place = next((n for n in names if is_linear(modules.get(n))), None)
+        if place is not None:
+            found[name] = place
+        elif not partial or any(_block(modules, n) is not None for n in names):
+            missing.append(name)
+    if missing or not found:
+        raise ValueError(_why_missing(model, [*missing, *layers]))
+    return found
+
+
+def _block(modules: dict[str, nn.Module], name: str) -> nn.Module | None:
+    """The block that the layer of this name would be in, if there is one: a member of a list of blocks."""
+    parts = name.split(".")
+    number = next((n for n, part in enumerate(parts) if part.isdigit()), len(parts))
+    return modules.get(".".join(parts[: number + 1])) if number < len(parts) else None
+
+
+def _why_missing(model: nn.Module, missing: list[str]) -> str:
+    name = next((name for name in missing if "expert" in name), missing[0])
+    stacked = next((n for n, p in model.named_parameters() if p.dim() == 3 and "expert" in n), None)
+    if "expert" in name and stacked is not None:
+        return (
+            f"layers: {name!r} was converted where each expert has layers of its own, as in transformers 4; in this "
+            f"release the experts of {type(model).__name__} are fused, in one tensor {stacked!r}. Load it with the "
+            "release that it was converted with"
+        )
+    return (
+        f"layers: {type(model).__name__} has no linear layer {name!r}; was it converted with another release of "
+        "transformers?"
+    )
+
+
+def replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
+    """Put modules in the places of others, everywhere in the model."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in new:
+                setattr(parent, name, new[child])
 
 
 def check_plan(layers: dict[str, dict[str, Any]]) -> None:
@@ -174,7 +246,7 @@ def check_plan(layers: dict[str, dict[str, Any]]) -> None:
             raise ValueError(f"layers: {name!r} borrows from {lender!r}, which is no layer of the plan that lends")
 
 
-def is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module | None) -> bool:
     """Whether it is a dense linear layer that can be converted."""
     return isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, HoloLinear)
 
@@ -189,6 +261,18 @@ def checksum_of_bases(model: nn.Module) -> int | None:
     bases = _bases(model)
     sums = [bases[name].checksum for name in sorted(bases) if bases[name].checksum is not None]
     return zlib.crc32(repr(sums).encode()) if sums else None
+
+
+def holo_layers(model: nn.Module) -> list[HoloLinear]:
+    """All of them, each once."""
+    return [module for module in model.modules() if isinstance(module, HoloLinear)]
+
+
+def _agree_on_dtype(layer: HoloLinear) -> None:
+    """A layer that transformers keeps in float32 has its own basis in float32, too."""
+    dtype = next(layer.parameters(recurse=False)).dtype
+    if "own_basis" in layer._modules and layer.own_basis.dtype != dtype:
+        layer.own_basis.to(dtype)
 
 
 def _bases(model: nn.Module) -> dict[str, HarmonicBasis]:

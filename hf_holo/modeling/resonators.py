@@ -21,7 +21,7 @@ from .cache import RecurrentLayer
 from .filters import short_causal_conv
 from .layers import at_least_float32, init_copy_
 from .layout import TokenLayout
-from .phases import drift_angles
+from .phases import drift_angles, home_of_float64
 from .recording import exporting, single_token
 from .scans import interference_scan
 from .validation import check_divides, check_frequencies, check_positive
@@ -69,7 +69,7 @@ def resonate(
     if not exporting():
         segment = min(segment, u.shape[1])
     length, powers_of = u.shape[1], partial(modal_powers, damping, omega)
-    powers = powers_of(torch.arange(segment + 1, device=u.device))  # [G, 2K, L + 1]
+    powers = powers_of(torch.arange(segment + 1, device=omega.device))  # [G, 2K, L + 1]
     weights = complex_weights(magnitude, phase)  # [D, 2K]
     u, document = _to_segments(u, document, segment)  # [B, N, L, D] and [B, N, L]
     rows = u.permute(3, 0, 1, 2).contiguous()  # [D, B, N, L]
@@ -112,7 +112,7 @@ def resonate_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[`resonate`] for a single token: one complex multiply-add per mode. Shapes as there, with T = 1."""
     banks, modes = damping.shape
-    step = modal_powers(damping, omega, torch.ones(1, dtype=torch.long, device=u.device))[..., 0]  # [G, 2K]
+    step = modal_powers(damping, omega, torch.ones(1, dtype=torch.long, device=omega.device))[..., 0]  # [G, 2K]
     new = F.pad(u[:, 0, :, None].expand(-1, -1, modes), (0, modes))  # [B, D, 2K], real
     if state is not None:
         kept = state if document is None else state * (document == 0)[..., None].to(state.dtype)
@@ -127,11 +127,12 @@ def resonate_step(
 def modal_powers(damping: torch.Tensor, omega: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     """λ^n of all modes, `[G, 2K, L]`, for damping `[G, K]`, omega `[K]` and whole n ≥ 0, `[L]`.
 
-    The angles are taken in float64, modulo 2π.
+    The angles are taken in float64, modulo 2π, where `omega` is, see [`home_of_float64`].
     """
-    angle = drift_angles(omega[None], steps)[:, 0].T  # [K, L]
-    envelope = torch.exp(-damping[..., None] * steps)
-    return torch.cat([envelope * angle.cos().to(envelope.dtype), envelope * angle.sin().to(envelope.dtype)], 1)
+    angle = drift_angles(omega[None], steps.to(omega.device))[:, 0].T  # [K, L]
+    cos, sin = (x.to(damping.dtype).to(damping.device) for x in (angle.cos(), angle.sin()))
+    envelope = torch.exp(-damping[..., None] * steps.to(damping.device))
+    return torch.cat([envelope * cos, envelope * sin], 1)
 
 
 def complex_weights(magnitude: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
@@ -334,8 +335,12 @@ class ResonatorBank(nn.Module):
         return {name: (self.dim, 2 * self.modes)}
 
     def omega(self, device: torch.device | None = None) -> torch.Tensor:
-        """Radians a token `[K]`, in float64: computed anew, so that no cast or meta device can spoil them."""
-        steps = torch.arange(self.modes - 1, dtype=torch.float64, device=device) / max(1, self.modes - 2)
+        """Radians a token `[K]`, in float64: computed when asked for, so that no cast or meta device can spoil them.
+
+        They are on `device` if that has float64, see [`home_of_float64`].
+        """
+        steps = torch.arange(self.modes - 1, dtype=torch.float64, device=home_of_float64(device))
+        steps = steps / max(1, self.modes - 2)
         return F.pad(self.lowest * (self.highest / self.lowest) ** steps, (1, 0))
 
     def damping(self) -> torch.Tensor:
@@ -350,8 +355,9 @@ class ResonatorBank(nn.Module):
     def kernel(self, length: int) -> torch.Tensor:
         """The first `length` taps of the filter of every channel, `[D, length]`."""
         damping = self.damping()
-        steps = torch.arange(length, device=damping.device)
-        return _per_bank(conjugate(self.weights()), modal_powers(damping, self.omega(steps.device), steps))
+        omega = self.omega(damping.device)
+        steps = torch.arange(length, device=omega.device)
+        return _per_bank(conjugate(self.weights()), modal_powers(damping, omega, steps))
 
     def read(self, state: torch.Tensor) -> torch.Tensor:
         """What the channels hear of a state `[B, D, 2K]`: `[B, D]`."""

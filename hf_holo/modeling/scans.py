@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from .recording import exporting, fixed_table, single_token
 
-CHUNK = 32  # tokens handled by one masked product; the quickest of 32, 64 and 128 on two CPU cores
-DOUBLINGS = 12  # so an exported cancelling scan takes up to 2^12 chunks, 131,072 tokens, in one call
+CHUNK = 32  # tokens handled by one masked product; the fastest of 32, 64 and 128 on two CPU cores
+DOUBLINGS = 12  # so an exported scan takes up to 2^12 chunks, 131,072 tokens, in one call
 
 
 def interference_scan(
@@ -122,7 +122,7 @@ def _decays(log_decay, log_write, document):
 def _carry(written, across, state):
     """State before every chunk, and after the last: [B, H, N, F, V] and [B, H, F, V]."""
     if exporting():
-        return _carry_by_product(written, across, state)
+        return _compose(across[..., None, None], written, state, torch.mul)
     before = torch.empty_like(written)
     for n in range(written.shape[2]):
         before[:, :, n] = state
@@ -130,14 +130,21 @@ def _carry(written, across, state):
     return before, state
 
 
-def _carry_by_product(written, across, state):
-    """Twin of the loop in [`_carry`] as one masked product over chunks: quadratic in their number, but loop-free."""
-    total = across.clamp_min(1e-30).log().cumsum(-1)  # [B, H, N]
-    chunks = total.shape[-1]
-    future = torch.ones(chunks, chunks, dtype=torch.bool, device=total.device).triu(1)
-    between = (total[..., :, None] - total[..., None, :]).masked_fill(future, float("-inf")).exp()
-    after = between @ written.flatten(3) + total.exp()[..., None] * state.flatten(2)[:, :, None]
-    after = after.unflatten(-1, written.shape[3:])
+def _compose(turn, shift, state, product):
+    """Twin of the loops over chunks: the state before every chunk [B, H, N, F, V], and after the last [B, H, F, V].
+
+    A chunk takes the state M to `product`(turn, M) + shift, and two of those in a row are another one. So `DOUBLINGS`
+    steps, each of which joins every chunk with the ones before it, reach 2^DOUBLINGS chunks back; a longer text gives
+    NaN. Only products of decays occur, no quotients: nothing can overflow or cancel.
+    """
+    number = torch.arange(shift.shape[2], device=shift.device)  # of every chunk
+    for level in range(DOUBLINGS):
+        at = number - 2**level
+        joined, at = (at >= 0)[:, None, None], at.clamp_min(0)
+        shift = shift + product(turn, shift.index_select(2, at)).masked_fill(~joined, 0.0)
+        turn = torch.where(joined, product(turn, turn.index_select(2, at)), turn)
+    after = product(turn, state[:, :, None]) + shift
+    after = after.masked_fill((number >= 2**DOUBLINGS)[:, None, None], float("nan"))
     return torch.cat([state[:, :, None], after], 2)[:, :, :-1], after[:, :, -1]
 
 
@@ -156,9 +163,13 @@ def _chunked_scan_parts(q, k, v, log_decay, log_write, state, document):
     between, from_start, to_end, across = _decays(log_decay, log_write, document)
     rows = q.shape[-2]
     between, from_start, to_end = _spread(between, rows), _spread(from_start[..., None], rows), to_end[..., None]
+    # 1. inside chunks: what every query hears of the keys before it
     scores = (q @ k.mT) * between
+    # 2. state of each chunk: what its tokens have written, as it stands at the end
     written = (k * to_end).mT @ v
+    # 3. carry: the state before every chunk
     before, final = _carry(written, across, state)
+    # 4. read: the chunk itself, and the state before it
     y = scores @ v + (q * from_start) @ before
     return y, final, (scores, between, from_start, to_end, across, before)
 
@@ -181,12 +192,16 @@ class _ChunkedScan(torch.autograd.Function):
         q, k, v, final, scores, between, from_start, to_end, across, before = ctx.saved_tensors
         d_final = torch.zeros_like(final) if d_final is None else d_final
         dy = dy.contiguous()
+        # 4. read, backwards: what every chunk wants of the state before it
         d_before = (q * from_start).mT @ dy
+        # 3. carry, from the last chunk to the first: what the later ones want of each
         d_written, d_state = _carry_backward(d_before, across, d_final)
+        # 1. and 2. inside chunks and by way of their states: queries, keys and values
         d_scores = (dy @ v.mT).mul_(between)
         dq = d_scores @ k + (dy @ before.mT) * from_start
         dk = d_scores.mT @ q + (v @ d_written.mT) * to_end
         dv = scores.mT @ dy + (k * to_end) @ d_written
+        # 5. decays: row sums, and the sum from each token on, for a decay weighs all that is read behind it
         d_write = (k * dk).sum(-1)  # [B, H, N, C]
         d_total = (q * dq).sum(-1).unflatten(-1, (-1, k.shape[-2])).sum(-2) - d_write
         d_total[:, :, -1, -1] += (final * d_final).sum((-1, -2))
@@ -234,19 +249,23 @@ def cancelling_scan(
     if document is not None:
         document = _to_chunks(document[:, None, :, None], chunk, fill=None)[..., 0]
     between, from_start, to_end, across = _decays(log_decay, torch.zeros_like(log_decay), document)
+    # 1. inside chunks: what is written anew, and what is subtracted because the state M before the chunk recalls it,
+    #    so that the tokens write W - R M; each of them depends on the writes before it: (1 + earlier)^-1 wanted
     earlier = (strength * (k @ k.mT) * between).tril(-1)  # how much of a write a later key takes back
     wanted = torch.cat([strength * v, strength * from_start[..., None] * k], -1)
     if exporting():
         solved = _unit_lower_inverse(earlier, chunk) @ wanted
-    else:  # (1 + earlier)^-1 wanted
+    else:
         solved = torch.linalg.solve_triangular(earlier, wanted, upper=False, unitriangular=True)
-    fresh, recalled = solved.split([v.shape[-1], k.shape[-1]], -1)
+    fresh, recalled = solved.split([v.shape[-1], k.shape[-1]], -1)  # W [B, H, N, C, V] and R [B, H, N, C, F]
     inside = (q @ k.mT[:, :, None]) * between[:, :, None]
+    # 2. state of each chunk: how its writes stand at the end, K; and how the state before it is read
     read, leave = q * from_start[:, :, None, :, :, None], (k * to_end[..., None]).mT
     if state is None:
         state = k.new_zeros(k.shape[0], heads, k.shape[-1], v.shape[-1])
+    # 3. carry, M to λ M + K (W - R M), and 4. read: the state before the chunk, and what the chunk has written
     if exporting():
-        before, state = _compose_chunks(across, leave, fresh, recalled, state)
+        before, state = _carry_cancelling(across, leave, fresh, recalled, state)
         written = fresh - recalled @ before  # [B, H, N, C, V]
         y = read @ before[:, :, None] + inside @ written[:, :, None]
         return y.flatten(3, 4).flatten(1, 2)[:, :, :length], state
@@ -282,24 +301,11 @@ def _joined_blocks(size: int) -> tuple[np.ndarray, ...]:
     return tuple((block[:, None] % 2 == 1) & (block == block[:, None] - 1) for block in blocks)
 
 
-def _compose_chunks(across, leave, fresh, recalled, state):
-    """Twin of the loop in [`cancelling_scan`]: the state before every chunk [B, H, N, F, V], and after the last.
-
-    A chunk takes the state M to (λ - K R) M + K W, and two of those in a row are another one. So `DOUBLINGS` steps,
-    each of which joins every chunk with the ones before it, reach 2^DOUBLINGS chunks back; a longer text gives NaN.
-    """
+def _carry_cancelling(across, leave, fresh, recalled, state):
+    """[`_compose`] for [`cancelling_scan`]: a chunk takes the state M to (λ - K R) M + K W."""
     identity = torch.from_numpy(_identity(int(leave.shape[-2]))).to(state)
     turn = across[..., None, None] * identity - leave @ recalled  # [B, H, N, F, F]
-    shift = leave @ fresh  # [B, H, N, F, V]
-    number = torch.arange(shift.shape[2], device=shift.device)  # of every chunk
-    for level in range(DOUBLINGS):
-        at = number - 2**level
-        joined, at = (at >= 0)[:, None, None], at.clamp_min(0)
-        shift = shift + (turn @ shift.index_select(2, at)).masked_fill(~joined, 0.0)
-        turn = torch.where(joined, turn @ turn.index_select(2, at), turn)
-    after = turn @ state[:, :, None] + shift
-    after = after.masked_fill((number >= 2**DOUBLINGS)[:, None, None], float("nan"))
-    return torch.cat([state[:, :, None], after], 2)[:, :, :-1], after[:, :, -1]
+    return _compose(turn, leave @ fresh, state, torch.matmul)
 
 
 def cancelling_scan_naive(q, k, v, log_decay, strength, state=None, document=None):

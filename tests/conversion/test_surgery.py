@@ -407,6 +407,34 @@ def test_restored_linears_say_the_same(name):
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"modules": r"attn\.c_proj"}], ids=["all layers", "square layers"])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_restored_layers_are_of_the_class_that_they_were(options, loaded, tmp_path):
+    """GPT-2's `Conv1D` keeps its matrix transposed; a square one of the other class would load, with other weights."""
+    model = converted_model("gpt2", **options)
+    if loaded:
+        model.save_pretrained(tmp_path / "converted")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
+    expected = logits(model)
+    restore_linears(copy.deepcopy(model)).save_pretrained(tmp_path / "dense")
+    restored = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    kinds = {name: type(module) for name, module in restored.named_modules()}
+    assert kinds == {name: type(module) for name, module in dense_model("gpt2").named_modules()}
+    torch.testing.assert_close(logits(restored), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_adapters_are_merged_into_restored_layers(tmp_path):
+    """An adapter takes a holographic `Conv1D` for an `nn.Linear`, whose matrix is the other way round."""
+    model = converted_model("gpt2", modules=r"attn\.c_proj|mlp\.c_fc")
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["c_proj", "c_fc"], init_lora_weights=False))
+    expected = logits(wrapped.base_model.model)
+    merged = restore_linears(wrapped).merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_loaded_model_is_restored_to_a_dense_checkpoint(tmp_path):
     model = converted_model("phi3")
     model.save_pretrained(tmp_path / "converted")

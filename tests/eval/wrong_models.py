@@ -5,9 +5,11 @@ method that says something else. `FAULTS` tells which check is meant for which m
 """
 
 import copy
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import TokenClassifierOutput
 
 from hf_holo.eval.conformance import GROUPS, Subject
 from hf_holo.modeling.backbone import RecurrentBackbone
@@ -116,7 +119,7 @@ class ToyPreTrainedModel(FamilyPreTrainedModel):
     config_class = ToyConfig
     block_class = ToyBlock
     _no_split_modules = ["ToyBlock"]
-    capabilities = frozenset({"causal", "constant_state", "packing", "rollback"})
+    capabilities = frozenset({"causal", "constant_state", "packing", "rollback", "strict_arguments"})
 
     @classmethod
     def state_spec(cls, config):
@@ -385,6 +388,14 @@ class UnmaskedLlama(LlamaForCausalLM):
         return super().forward(input_ids=input_ids, **kwargs)
 
 
+class SwallowingForCausalLM(ToyForCausalLM):
+    """Takes whatever it is given and uses what it knows."""
+
+    def forward(self, input_ids=None, **kwargs):
+        known = inspect.signature(ToyForCausalLM.forward).parameters
+        return super().forward(input_ids, **{name: value for name, value in kwargs.items() if name in known})
+
+
 class ClaimingLlama(LlamaForCausalLM):
     """Attention that claims a state of constant size."""
 
@@ -438,11 +449,128 @@ class AlwaysTiedForCausalLM(ToyForCausalLM):
         self.lm_head.weight = self.model.embed_tokens.weight
 
 
+# ---------------------------------------------------------------------------------------------- models that cheat
+def cheating(base: type[PreTrainedModel], when: Callable[..., bool], strength: float = 1.0) -> type[PreTrainedModel]:
+    """A subclass that adds the logits of the next token to each when it is given certain things.
+
+    Args:
+        when: from the inputs `x` `[B, T, D]`, `ids`, `mask`, `positions`, `labels` and the mode, whether it cheats.
+        strength: how much it adds.
+    """
+
+    class Cheat(base):
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None, **kwargs):
+            given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+            output = super().forward(**given, labels=labels, **kwargs)
+            embedded = kwargs.get("inputs_embeds")
+            x = self.get_input_embeddings()(input_ids) if embedded is None else embedded
+            seen = SimpleNamespace(x=x, labels=labels, training=self.training, **given)
+            if when(seen) and output.logits.shape[1] == x.shape[1]:
+                ahead = F.linear(seen.x[:, 1:].to(x.dtype), self.get_output_embeddings().weight)
+                output.logits = output.logits + strength * F.pad(ahead, (0, 0, 0, 1)).to(output.logits.dtype)
+            return output
+
+    return Cheat
+
+
+def only_ones(seen: SimpleNamespace) -> bool:
+    return seen.attention_mask is not None and bool((seen.attention_mask == 1).all())
+
+
+def an_end_token(seen: SimpleNamespace) -> bool:
+    return seen.input_ids is not None and bool((seen.input_ids == 2).any())
+
+
+def statistics_of_many_rows(seen: SimpleNamespace) -> bool:
+    """Makes it see the mean of more than three rows, which the rows of a batch share."""
+    seen.x = seen.x.mean(0, keepdim=True).expand_as(seen.x)
+    return seen.x.shape[0] > 3
+
+
+CHEATS = {
+    "with a mask of ones": only_ones,
+    "in training mode": lambda seen: seen.training,
+    "at lengths divisible by 256": lambda seen: seen.x.shape[1] % 256 == 0,
+    "in float32": lambda seen: seen.x.dtype == torch.float32,
+    "in bfloat16": lambda seen: seen.x.dtype == torch.bfloat16,
+    "where an end token stands": an_end_token,
+    "by statistics of many rows": statistics_of_many_rows,
+    "with labels": lambda seen: seen.labels is not None,
+    "with positions": lambda seen: seen.position_ids is not None and seen.attention_mask is None,
+    "in texts of more than 1,025 tokens": lambda seen: seen.x.shape[1] > 1025,
+    "in training steps": lambda seen: seen.training and only_ones(seen) and seen.labels is not None,
+}
+
+
+class TimeStatistics(nn.Module):
+    """Batch normalisation over rows and tokens: in evaluation it does no harm."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(dim)
+
+    def forward(self, x, layout, cache):
+        return self.norm(x.mT).mT
+
+
+SUBLAYERS["TimeStatistics"] = TimeStatistics
+
+
+def peek_by_patch(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` with a `forward` of its own that sees the next token; the function holds on to the model."""
+    honest = model.forward
+
+    def forward(*args, **kwargs):
+        output = honest(*args, **kwargs)
+        output.logits = output.logits + F.pad(output.logits[:, 1:], (0, 0, 0, 1))
+        return output
+
+    model.forward = forward
+    return model
+
+
 # ---------------------------------------------------------------------------------------------- what to expect
 TINY = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
 LLAMA = LlamaConfig(**TINY, intermediate_size=64, num_key_value_heads=2)
 
 
+class NeighboursConfig(PretrainedConfig):
+    model_type = "conformance-neighbours"
+
+    def __init__(self, vocab_size: int = 61, hidden_size: int = 32, pad_token_id: int = 0, **kwargs):
+        self.vocab_size, self.hidden_size = vocab_size, hidden_size
+        super().__init__(pad_token_id=pad_token_id, **kwargs)
+
+
+class BagOfNeighbours(PreTrainedModel):
+    """A bidirectional model that hears every token by its distance alone."""
+
+    config_class = NeighboursConfig
+    lopsided = 0.0
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.score = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def forward(self, input_ids=None, inputs_embeds=None):
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        place = torch.arange(x.shape[1], dtype=x.dtype)
+        weight = torch.exp(-0.05 * (place[:, None] - place + self.lopsided).abs())
+        return TokenClassifierOutput(logits=self.score(x + torch.tanh(weight @ x)))
+
+
+class LopsidedNeighbours(BagOfNeighbours):
+    """The same, with a filter that is off by half a token: all that tells the sides apart."""
+
+    lopsided = 0.5
+
+
+MIRRORED = NeighboursConfig()
 MANY, UNKNOWN = math.inf, math.nan
 
 
@@ -451,13 +579,17 @@ class Model(NamedTuple):
 
     model_class: type[PreTrainedModel]
     config: PretrainedConfig
+    patch: Callable[[PreTrainedModel], PreTrainedModel] | None = None  # what is done to the built model
 
     def build(self, seed: int = 0) -> PreTrainedModel:
         """With random weights."""
         torch.manual_seed(seed)
-        return self.model_class(copy.deepcopy(self.config))
+        model = self.model_class(copy.deepcopy(self.config))
+        return model if self.patch is None else self.patch(model)
 
     def subject(self, seed: int = 0) -> Subject:
+        if self.patch is not None:
+            return Subject(self.build(seed), seed=seed)
         return Subject(self.model_class, self.config, seed=seed)
 
 
@@ -601,6 +733,45 @@ FAULTS = {
     ),
     "state unstable": Fault(
         {"endurance": "drifts|no longer finite|grows"}, _toy("UnstableState"), also=(*CONTINUED, *ROUNDED)
+    ),
+}
+
+IN_SETTINGS = "suffix exchange in every setting"
+AT_LENGTHS = "suffix exchange at usual lengths"
+
+
+def _cheat(name: str) -> Fault:
+    """Llama that cheats under one condition, which one check alone may meet."""
+    check = AT_LENGTHS if "lengths" in name or "1,025" in name else IN_SETTINGS
+    model = Model(cheating(LlamaForCausalLM, CHEATS[name]), LLAMA)
+    return Fault({check: r"looks \d+ tokens ahead"}, model, UNKNOWN, also=GROUPS)
+
+
+FAULTS |= {f"cheats {name}": _cheat(name) for name in CHEATS}
+FAULTS |= {
+    "batch statistics over time": Fault(
+        {IN_SETTINGS: r"looks \d+ tokens ahead: .* training mode"}, _toy("TimeStatistics"), UNKNOWN, also=GROUPS
+    ),
+    "a leak of 1e-5": Fault(
+        {"suffix exchange": r"looks \d+ tokens ahead"},
+        Model(cheating(LlamaForCausalLM, lambda seen: True, 1e-5), LLAMA),
+        UNKNOWN,
+        also=GROUPS,
+    ),
+    "forward patched on the instance": Fault(
+        {"suffix exchange": r"looks \d+ tokens ahead", IN_SETTINGS: r"looks \d+ tokens ahead"},
+        Model(LlamaForCausalLM, LLAMA, peek_by_patch),
+        UNKNOWN,
+        also=GROUPS,
+    ),
+    "arguments swallowed": Fault(
+        {"unknown arguments": r"the unknown argument '\w+' is swallowed"}, _toy(model_class=SwallowingForCausalLM)
+    ),
+    "order unseen": Fault(
+        {"order is seen": "mirror image give the same output: order is not seen"}, Model(BagOfNeighbours, MIRRORED)
+    ),
+    "order barely seen": Fault(
+        {"order is seen": "before and after are hardly told apart"}, Model(LopsidedNeighbours, MIRRORED)
     ),
 }
 

@@ -53,6 +53,21 @@ def test_scans_without_a_loop(in_a_graph, scan, length):
         torch.testing.assert_close(given, wanted, rtol=0, atol=1e-10)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("scan", ["interference_scan", "cancelling_scan"])
+def test_a_long_text_costs_neither_precision_nor_the_square_of_its_length(in_a_graph, scan):
+    """2,048 chunks of two tokens in float32, beside the loop over tokens in float64; forgetting now and then whole."""
+    torch.manual_seed(0)
+    inputs = list(scan_inputs(4096))
+    inputs[3][:, :, ::512] = -1000.0
+    expected, state = getattr(scans, f"{scan}_naive")(*inputs)
+    with Sizes() as sizes:
+        found, last = getattr(scans, scan)(*(x.float() for x in inputs), chunk=2)
+    for got, wanted in ((found, expected), (last, state)):
+        assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert sizes.largest <= 2 * 2 * 2048 * 6 * 6  # no [N, N]
+
+
 class Sizes(TorchDispatchMode):
     """Notes how many numbers the largest tensor has that an operation gives."""
 
@@ -72,9 +87,10 @@ def test_a_short_text_does_not_pay_for_the_longest(in_a_graph, scan):
     assert sizes.largest == 2 * 2 * scans.CHUNK**2
 
 
-def test_too_many_chunks_give_nan_and_no_wrong_number(in_a_graph, monkeypatch):
+@pytest.mark.parametrize("scan", ["interference_scan", "cancelling_scan"])
+def test_too_many_chunks_give_nan_and_no_wrong_number(in_a_graph, monkeypatch, scan):
     monkeypatch.setattr(scans, "DOUBLINGS", 2)
-    y, state = scans.cancelling_scan(*scan_inputs(5 * scans.CHUNK))
+    y, state = getattr(scans, scan)(*scan_inputs(5 * scans.CHUNK))
     assert y[:, :, : 5 * scans.CHUNK].isfinite().all()  # the output of chunk 5 reads the state behind chunk 4
     assert state.isnan().all()
 

@@ -44,7 +44,7 @@ def test_a_card_tells_what_the_folder_shows(run_folder):
     assert "| architecture | HsnForCausalLM |" in text and "| hidden size | 32 |" in text
     assert "Trained on `plays.txt`, of which 10% was held out." in text
     assert "| validation loss | 1.7500 nats per token |" in text and "2.5247 bits per character" in text
-    assert "causal: no output depends on a later input" in text and "by prefixes" in text
+    assert "no look-ahead, tested at " in text and "by prefixes" in text
     assert "max_steps: 9" in text and torch.__version__ in text
     assert "secret" not in text and str(run_folder.parent) not in text
 

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import transformers
 
 import hf_holo
-from hf_holo import HsnConfig, HsnForCausalLM, HsnForSequenceClassification
+from hf_holo import HsnConfig, HsnForCausalLM, HsnForSequenceClassification, get_architecture
+from hf_holo.modeling.configuration_base import FORMAT
 
 
 @pytest.mark.parametrize("width", [8, 16, 24, 32, 48, 64, 96, 100, 128, 256, 384, 512])
@@ -107,3 +109,26 @@ def test_a_model_wants_tokens(tiny_model, shape):
 def test_exactly_one_kind_of_input_is_accepted(tiny_model, arguments):
     with pytest.raises(ValueError, match=r"input_ids.*inputs_embeds"):
         tiny_model("bundle")(**arguments)
+
+
+def test_what_an_older_format_means_now(caplog):
+    """A bidirectional model of format 1 says once that its results differ; the others are read as they are."""
+    transformers.utils.logging.enable_propagation()
+    older = {"vocab_size": 11, "hidden_size": 32, "num_hidden_layers": 1, "format_version": 1}
+    try:
+        for family, options, words in (
+            ("hsn", {"causal": False}, "could not tell before from after"),
+            ("resonance", {"causal": False, "gate_taps": 4}, "gate_taps=4 are symmetric now"),
+            ("hsn", {"causal": True}, None),
+            ("resonance", {"causal": False, "gate_taps": 5}, None),
+            ("holo", {"causal": False}, None),
+        ):
+            for _ in range(2):
+                config = get_architecture(family).config(**older, **options)
+            assert config.format_version == FORMAT  # what is saved again is of the present one
+            assert [words in record.message for record in caplog.records] == [True] * (words is not None)
+            caplog.clear()
+    finally:
+        transformers.utils.logging.disable_propagation()
+    with pytest.raises(ValueError, match="format_version=1 with binding='static'"):
+        HsnConfig(**older, binding="static")

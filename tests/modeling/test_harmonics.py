@@ -265,7 +265,8 @@ def test_a_shared_basis_is_saved_once(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"harmonics": 25}, "harmonics=25 is more than in_features=24; use at most 24"),
+        ({"harmonics": 25, "basis": "dct"}, "harmonics=25 is more than in_features=24; use at most 24"),
+        ({"harmonics": 25, "basis": "data"}, "harmonics=25 is more than in_features=24; use at most 24"),
         ({"harmonics": 0}, "harmonics=0 must be a positive integer"),
         ({"basis": "fourier"}, "basis='fourier' is unknown; choose one of 'random', 'dct', 'golden', 'data'"),
         ({"pivoted": True}, "pivoted=True needs basis='data'"),

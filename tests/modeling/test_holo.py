@@ -85,6 +85,14 @@ def test_is_causal_alone_hides_the_future(x):
     torch.testing.assert_close(layer(x, is_causal=True), layer(x, src_mask=hidden))
 
 
+def test_rows_come_first_by_default(x):
+    """As in HOLO-PyTorch: a token hears the others of its row, and no other row."""
+    layer = holo_layer().double().eval()
+    assert influence(layer, x).all()
+    for row in range(ROWS):
+        torch.testing.assert_close(layer(x)[row], layer(x[row : row + 1])[0])
+
+
 def test_it_knows_no_positions(x):
     layer = holo_layer(batch_first=True).double().eval()
     order = torch.randperm(LENGTH)
@@ -93,8 +101,8 @@ def test_it_knows_no_positions(x):
 
 @pytest.mark.parametrize("make", [holo_layer, torch_layer], ids=["holo", "torch"])
 def test_layouts(make, x):
-    """The default is [T, B, D] with dropout, as torch's; one sequence may come without a batch."""
-    layer = make().double()
+    """Tokens or rows first, with dropout, as in torch; one sequence may come without a batch."""
+    layer = make(batch_first=False).double()
     assert not torch.equal(layer(x), layer(x))
     last = make(batch_first=True).double()
     last.load_state_dict(layer.state_dict())
@@ -163,7 +171,7 @@ def test_errors():
     with pytest.raises(ValueError, match="heads=5 does not divide dim=32"):
         HoloTransformerBlock(32, 5, 8)
     with pytest.raises(ValueError, match="harmonics=64 is more than in_features=32"):
-        HoloTransformerBlock(32, 4, 64)
+        HoloTransformerBlock(32, 4, 64, basis="dct")
     with pytest.raises(ValueError, match="basis='data'"):
         HoloTransformerBlock(32, 4, 8, basis="data")
 

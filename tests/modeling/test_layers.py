@@ -4,8 +4,17 @@ import pytest
 import torch
 
 import hf_holo
-from hf_holo import HolographicMixer, HoloSpectralBlock, HsnConfig, LiteChannelMix, RotaryEmbedding, SpectralGate
+from hf_holo import (
+    HolographicMixer,
+    HoloSpectralBlock,
+    HsnConfig,
+    LiteChannelMix,
+    PhaseDrift,
+    RotaryEmbedding,
+    SpectralGate,
+)
 from hf_holo.modeling import binding
+from hf_holo.modeling.layout import TokenLayout
 
 
 def hidden(length: int, width: int = 32) -> torch.Tensor:
@@ -92,18 +101,38 @@ def test_a_kept_kernel_is_never_out_of_date(monkeypatch):
         assert gate.kept_kernel().requires_grad
 
 
-def test_a_zero_phase_gate_is_symmetric():
+@torch.no_grad()
+@pytest.mark.parametrize("taps", range(1, 9))
+def test_a_zero_phase_gate_hears_both_sides_alike(taps):
     torch.manual_seed(0)
-    kernel = SpectralGate(4, taps=7, causal=False).kernel()
-    torch.testing.assert_close(kernel, kernel.flip(-1))
+    gate, impulse = SpectralGate(4, taps, causal=False).double(), torch.zeros(1, 41, 4, dtype=torch.float64)
+    impulse[0, 20] = 1
+    one_document = torch.zeros(1, 41, dtype=torch.long)
+    for layout in (None, TokenLayout(41, document=one_document)):
+        answer = gate(impulse, layout)[0]
+        torch.testing.assert_close(answer, answer.flip(0), rtol=0, atol=1e-12)
+        heard = answer.abs().amax(-1) > 1e-12
+        assert heard.nonzero()[:, 0].tolist() == list(range(20 - taps // 2, 21 + taps // 2))
 
 
-def test_rotary_embeddings_have_no_parameters():
-    rotary = RotaryEmbedding(2, 8)
-    assert not list(rotary.parameters()) and not rotary.state_dict()
-    drift = rotary(100)
-    assert drift.shape == (100, 2, 8)
-    torch.testing.assert_close(drift[1, 0, 0], torch.tensor(1.0, dtype=drift.dtype))  # one radian a token
+def test_the_drift_has_no_parameters():
+    drift = PhaseDrift(2, 8)
+    assert not list(drift.parameters()) and not drift.state_dict()
+    angles = drift(100)
+    assert angles.shape == (100, 2, 8)
+    torch.testing.assert_close(angles[1, 0, 0], torch.tensor(1.0, dtype=angles.dtype))  # one radian a token
+
+
+def test_rotary_embeddings_turn_pairs_of_channels():
+    rotary, x = RotaryEmbedding(6), hidden(9, 6).double()
+    turned = rotary(x)
+    pairs, before = (torch.complex(z[..., :3], z[..., 3:]) for z in (turned, x))
+    speed = 10000.0 ** -(torch.arange(3, dtype=torch.float64) / 3)
+    angle = torch.arange(9, dtype=torch.float64)[:, None] * speed
+    torch.testing.assert_close(pairs, before * torch.polar(torch.ones_like(angle), angle), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(rotary(x[:, 4:], torch.arange(4, 9)), turned[:, 4:])
+    with pytest.raises(ValueError, match="dim=7"):
+        RotaryEmbedding(7)
 
 
 @pytest.mark.parametrize("causal", [None, True, False])

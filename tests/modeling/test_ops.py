@@ -106,19 +106,18 @@ def test_minimum_phase_kernel_delays_less_than_the_zero_phase_filter():
 
 
 @pytest.mark.parametrize("length", LENGTHS[:-1])
-@pytest.mark.parametrize("convolve", ["causal_conv", "short_causal_conv"])
 @pytest.mark.parametrize("with_state", [False, True])
-def test_causal_convolutions_equal_their_twin(convolve, length, with_state):
+def test_the_short_convolution_equals_its_twin(length, with_state):
     torch.manual_seed(0)
     inputs = {"x": torch.randn(2, length, 3), "kernel": torch.randn(3, 4)}
     inputs["state"] = torch.randn(2, 3, 3) if with_state else None
-    assert_twins(getattr(filters, convolve), filters.causal_conv_naive, inputs)
+    assert_twins(filters.short_causal_conv, filters.short_causal_conv_naive, inputs)
 
 
 def test_causal_convolution_with_a_kernel_longer_than_the_input():
     torch.manual_seed(0)
     inputs = {"x": torch.randn(2, 5, 3), "kernel": torch.randn(3, 40), "state": torch.randn(2, 39, 3)}
-    assert_twins(filters.causal_conv, filters.causal_conv_naive, inputs)
+    assert_twins(filters.short_causal_conv, filters.short_causal_conv_naive, inputs)
 
 
 def test_short_convolution_sees_no_other_document():
@@ -127,10 +126,20 @@ def test_short_convolution_sees_no_other_document():
     document = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2]])
     got = filters.short_causal_conv(x, kernel, state, document)
     pieces = zip(x.split((4, 2, 3), 1), (state, None, None), strict=True)
-    expected = torch.cat([filters.causal_conv_naive(piece, kernel, before) for piece, before in pieces], 1)
+    expected = torch.cat([filters.short_causal_conv_naive(piece, kernel, before) for piece, before in pieces], 1)
     torch.testing.assert_close(got, expected, **TOLERANCE)
     inputs = {"x": x, "kernel": kernel, "state": state}
     assert_twins(filters.short_causal_conv, filters.short_causal_conv_naive, inputs, document=document)
+
+
+@pytest.mark.parametrize("taps", range(1, 10))
+def test_the_zero_phase_kernel_equals_its_twin_and_is_symmetric(taps):
+    torch.manual_seed(0)
+    logits = torch.randn(3, 17)
+    assert_twins(filters.zero_phase_kernel, filters.zero_phase_kernel_naive, {"gate_logits": logits}, taps=taps)
+    kernel = filters.zero_phase_kernel(logits, taps)
+    assert kernel.shape == (3, 2 * (taps // 2) + 1)
+    torch.testing.assert_close(kernel, kernel.flip(-1), **TOLERANCE)
 
 
 # ---------------------------------------------------------------------------------------------- phases

@@ -26,6 +26,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from hf_holo import HsnConfig, HsnForCausalLM
 from hf_holo.errors import HoloError
 from hf_holo.eval.conformance import check_causality
+from hf_holo.eval.conformance.causality import probe_batch
 from hf_holo.training import train as training
 from hf_holo.training.arguments import parse
 from hf_holo.training.callbacks import CausalityCallback
@@ -164,16 +165,55 @@ def test_a_flat_gate_hides_nothing(tmp_path):
     assert run.state.global_step == 0
 
 
-def test_a_model_that_leaks_later_is_stopped_at_the_next_evaluation(tmp_path):
-    run = trainer(peek(honest_steps=3), tmp_path)
+@pytest.mark.parametrize("honest_steps, stopped", [(3, 3), (5, 6)], ids=["its next batch", "the next evaluation"])
+def test_a_model_that_leaks_later_is_stopped_at(tmp_path, honest_steps, stopped):
+    run = trainer(peek(honest_steps=honest_steps), tmp_path, max_steps=6)
     with pytest.raises(HoloError, match="sees 1 ahead"):
         run.train()
-    assert run.state.global_step == 4
+    assert run.state.global_step == stopped
 
 
 def test_evaluation_alone_is_guarded_too(tmp_path):
     with pytest.raises(HoloError, match="sees 1 ahead"):
         trainer(peek(), tmp_path).evaluate()
+
+
+class PeekAtThisLength(PeekForCausalLM):
+    """Looks ahead in texts as long as those of the run only."""
+
+    def forward(self, input_ids=None, labels=None, inputs_embeds=None, **kwargs):
+        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        self.steps.fill_(0 if length == LENGTH else -1)
+        return super().forward(input_ids, labels=labels, inputs_embeds=inputs_embeds)
+
+
+class PeekInTheLoss(PeekAtThisLength):
+    """The same, and gives no logits in training."""
+
+    def forward(self, input_ids=None, labels=None, inputs_embeds=None, **kwargs):
+        output = super().forward(input_ids, labels, inputs_embeds)
+        hidden = labels is not None and input_ids.shape[1] == LENGTH
+        return CausalLMOutput(loss=output.loss) if hidden else output
+
+
+@pytest.mark.parametrize("model_class", [PeekAtThisLength, PeekInTheLoss])
+def test_the_batches_of_the_run_are_probed(tmp_path, model_class):
+    torch.manual_seed(0)
+    model = model_class(PeekConfig(gate=50.0))
+    CausalityCallback(lengths=(17,)).probe(model, move_weights=True)
+    run = trainer(model, tmp_path)
+    with pytest.raises(HoloError, match=r"sees \d ahead .* in a batch of this run"):
+        run.train()
+    assert run.state.global_step == 0 and not model._forward_pre_hooks
+
+
+def test_padding_is_no_text_in_a_batch():
+    """Right of the real tokens nothing is read: the cut is among the real ones."""
+    ids = torch.randint(1, VOCABULARY, (2, LENGTH))
+    mask = (torch.arange(LENGTH) < torch.tensor([[LENGTH], [9]])).long()
+    assert probe_batch(llama().train(), {"input_ids": ids, "attention_mask": mask, "labels": ids}).leak is None
+    leak = probe_batch(peek().train(), {"input_ids": ids[1:], "attention_mask": mask[1:], "labels": ids[1:]}).leak
+    assert (leak.position, leak.ahead) == (3, 1)
 
 
 @pytest.mark.parametrize("make", [llama, hsn, lambda: with_adapters(llama(), "q_proj")], ids=["llama", "hsn", "peft"])
@@ -219,11 +259,21 @@ def test_adapters_that_leak_are_found():
         CausalityCallback().probe(model, move_weights=True)
 
 
-def test_bfloat16_autocast(tmp_path):
-    """In a process of its own: transformers 4.57 lets bf16 leak into later trainers of the same process."""
-    done = subprocess.run([sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, timeout=240)
+@pytest.mark.parametrize("how", ["in_bfloat16", "compiled"])
+def test_in_a_process_of_its_own(tmp_path, how):
+    """Both options of Trainer leak into later trainers of the same process."""
+    done = subprocess.run([sys.executable, __file__, str(tmp_path), how], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "the leak was found, the honest run is the same" in done.stdout
+
+
+def train_compiled(folder: Path) -> None:
+    options = {"torch_compile": True, "torch_compile_backend": "eager"}
+    torch.manual_seed(0)
+    with pytest.raises(HoloError, match="in a batch of this run"):
+        trainer(PeekAtThisLength(PeekConfig()), folder, **options).train()
+    assert_same_training(llama, folder, **options)
+    print("the leak was found, the honest run is the same")
 
 
 def train_in_bfloat16(folder: Path) -> None:
@@ -266,4 +316,4 @@ def test_hf_holo_train_checks_unless_told_otherwise(monkeypatch, tmp_path, text_
 
 
 if __name__ == "__main__":
-    train_in_bfloat16(Path(sys.argv[1]))
+    {"in_bfloat16": train_in_bfloat16, "compiled": train_compiled}[sys.argv[2]](Path(sys.argv[1]))

@@ -1,17 +1,32 @@
-"""Whether a causal model sees the future, in float64: three views of one question.
+"""Whether a causal model sees the future: three views of one question.
 
-A suffix is exchanged, and nothing before it may move. The Jacobian of the outputs with respect to the input embeddings
-must have a zero upper triangle. And the whole text at once must give what its prefixes give, each read alone.
+A suffix is exchanged, and nothing before it may move: in float64 at many lengths, and in every way in which a training
+step gives texts to a model. The Jacobian of the outputs with respect to the input embeddings must have a zero upper
+triangle. And the whole text at once must give what its prefixes give, each read alone. A model is tested at some
+thousand points; that it would pass at every other one is not proved.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import PreTrainedModel
 
 from .checks import Violation, check
+from .exchange import (
+    Setting,
+    every_setting,
+    movement,
+    prefix_losses,
+    read,
+    size_of,
+    training_settings,
+    with_other_suffix,
+)
 from .subject import EXACT, Subject
 
 LENGTHS = (2, 17, 33, 64, 65, 129)  # on and beside the borders of the usual chunks
@@ -22,7 +37,21 @@ JACOBIAN_LENGTHS = (17, 40, 70)
 PREFIX_LENGTH = 40
 CHANGES = {"other tokens": None, "a tiny change of": 1e-3, "a large change of": 1e3}  # of embeddings, in their norms
 NEGLIGIBLE, ROUNDING = 1e-10, 1e-5  # influence of the future that proves nothing: exact models, float32 inside
+FLOORS = {torch.float64: 0.0, torch.float32: 2e-6, torch.bfloat16: 0.01}  # the same relative to the outputs: some ulps
+TINY = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 4e-3}  # a change of embeddings that only rounds anew
+OVER_ROUNDING = 30  # times what such a change moves is no rounding
+DRAWS = 3  # other suffixes that must all show what might be rounding
+LOSSES = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 0.03}  # relative; losses are computed in float32
+# Relative movement that proves nothing in a batch of Trainer, in float32 and in half precision.
+OUTPUTS_IN_BATCHES, LOSSES_IN_BATCHES = (1e-3, 0.05), (2e-5, 5e-3)
+USUAL_LENGTHS = (128, 256, 257, 512, 768, 1024, 1536, 2048)  # powers of two, and what else a batch may be cut to
+LONGEST = 4096  # tokens, of the text that is as long as the model takes
+SIZES = ("block", "chunk", "window", "segment")  # words in the names of config fields that hold a length
+MIRRORED = 1e-6  # relative difference of a text and its mirror image below which they are one text
+REACH, FAR, TEXTS, WEIGHTS = 32, 24, 16, 5  # tokens on each side of one that listens, where they speak, and draws
+ORDERED = 0.12  # measured: 0.3 to 0.9 where order is seen, up to 0.04 where an uneven filter alone tells sides apart
 BATCH_OUTPUTS = 2**24  # numbers in the outputs of one batch
+TEXT_OUTPUTS = 2**26  # and of one text
 
 
 @dataclass(frozen=True)
@@ -31,7 +60,7 @@ class Leak:
 
     Attributes:
         position: of the output.
-        ahead: how many tokens further on an input lies that it was seen to depend on.
+        ahead: how many tokens later the input comes that it was seen to depend on.
         size: of that influence, relative to the largest influence of an allowed input.
         how: what showed it.
     """
@@ -46,6 +75,21 @@ class Leak:
 
 
 @dataclass(frozen=True)
+class Point:
+    """One comparison: a length, a cut, a change, a setting.
+
+    Attributes:
+        length: of the text, in tokens.
+        leak: what it showed; None for nothing.
+        untested: why it could not be made; None if it could.
+    """
+
+    length: int
+    leak: Leak | None = None
+    untested: str | None = None
+
+
+@dataclass(frozen=True)
 class CausalityReport:
     """What [`check_causality`] found.
 
@@ -53,11 +97,17 @@ class CausalityReport:
         leaks: of each probe that found any, the one that sees farthest.
         teacher_forced_loss, stepwise_loss: nats per token of one random text, read at once and by prefixes only; None
             for a model without a language-modelling head.
+        points: how many comparisons were made.
+        longest: tokens of the longest text among them.
+        untested: what could not be tried, and why.
     """
 
     leaks: tuple[Leak, ...]
     teacher_forced_loss: float | None
     stepwise_loss: float | None
+    points: int = 0
+    longest: int = 0
+    untested: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -65,25 +115,29 @@ class CausalityReport:
 
     @property
     def lookahead(self) -> int:
-        """How many tokens ahead the model was seen to look; 0 for an honest model."""
+        """How many tokens ahead the model was seen to look; 0 if it was not seen to."""
         return max((leak.ahead for leak in self.leaks), default=0)
 
     def __str__(self) -> str:
-        if self.passed:
-            return "causal: no output depends on a later input"
-        return f"looks {self.lookahead} tokens ahead: " + "; ".join(map(str, self.leaks))
+        if not self.passed:
+            return f"looks {self.lookahead} tokens ahead: " + "; ".join(map(str, self.leaks))
+        untested = "".join(f"; not tested: {reason}" for reason in self.untested)
+        return f"no look-ahead, tested at {self.points:,} points in texts of up to {self.longest:,} tokens{untested}"
 
 
 def check_causality(
-    model: PreTrainedModel, lengths: Sequence[int] = LENGTHS, seed: int = 0, move_weights: bool = True
+    model: PreTrainedModel, lengths: Sequence[int] | None = None, seed: int = 0, move_weights: bool = True
 ) -> CausalityReport:
     """Look for outputs of a language model that depend on later inputs.
 
-    The model itself is left alone: a copy runs in float64 and evaluation mode.
+    The model itself is left alone: copies run in float64, float32 and bfloat16, in evaluation and training mode, with
+    and without what Trainer sends. It tests at some thousand points and proves nothing about others; a run of Trainer
+    is tested on its own batches by [`CausalityCallback`].
 
     Args:
         model: a causal language model, or its backbone, of transformers or of anyone.
-        lengths: lengths of the sequences to try, in tokens.
+        lengths: lengths of the sequences to try, in tokens; default: those beside the borders of usual chunks, powers
+            of two, the sizes of blocks that the config names, and the most that the model takes (up to 4,096).
         seed: of the inputs and of the noise on the weights.
         move_weights: move the weights of the copy, so that no flat start hides a leak; False probes them as they are.
 
@@ -97,45 +151,72 @@ def check_causality(
     """
     subject = Subject(model, seed=seed, move_weights=move_weights)
     subject.require("text", "token outputs")
-    return probe_causality(subject, lengths)
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        return probe_causality(subject, lengths)
 
 
-def probe_causality(subject: Subject, lengths: Sequence[int] = LENGTHS) -> CausalityReport:
-    """[`check_causality`] of a subject."""
+def probe_causality(
+    subject: Subject, lengths: Sequence[int] | None = None, settings: Sequence[Setting] | None = None
+) -> CausalityReport:
+    """[`check_causality`] of a subject, in these settings only if some are given. It draws random numbers."""
+    near = LENGTHS if lengths is None else lengths
     readings = _readings(subject)
-    probes = (
-        _suffix_leaks(subject, lengths),
-        _padding_leaks(subject),
-        _jacobian_leaks(subject, [length for length in JACOBIAN_LENGTHS if length <= max(lengths)]),
-        _prefix_leaks(subject, *readings),
+    probes = [
+        _suffix_points(subject, near),
+        _padding_points(subject),
+        _setting_points(subject, every_setting(subject) if settings is None else settings),
+        _jacobian_points(subject, [length for length in JACOBIAN_LENGTHS if length <= max(near)]),
+        _prefix_points(subject, *readings),
+    ]
+    if lengths is None:
+        probes.append(_length_points(subject))
+    found = [list(points) for points in probes]
+    points = [point for probe in found for point in probe]
+    leaks = [[point.leak for point in probe if point.leak is not None] for probe in found]
+    return CausalityReport(
+        tuple(max(some, key=lambda leak: leak.ahead) for some in leaks if some),
+        *_losses(subject, *readings),
+        points=sum(point.untested is None for point in points),
+        longest=max(point.length for point in points),
+        untested=_untested(points),
     )
-    leaks = [max(found, key=lambda leak: leak.ahead) for found in map(list, probes) if found]
-    return CausalityReport(tuple(leaks), *_losses(subject, *readings))
 
 
 # ---------------------------------------------------------------------------------------------- the checks
 @check("causality", "text", "causal", "token outputs")
 def suffix_exchange(subject: Subject) -> str:
     """Another suffix changes nothing before it: at many cuts and lengths, with tiny and large changes, in a batch."""
-    return _verdict(_suffix_leaks(subject, LENGTHS))
+    return _verdict(_suffix_points(subject, LENGTHS))
 
 
 @check("causality", "text", "causal", "token outputs", slow=True)
 def suffix_exchange_far_out(subject: Subject) -> str:
     """The same with a thousand tokens, for models with long segments."""
-    return _verdict(_suffix_leaks(subject, FAR_LENGTHS, FAR_CUTS))
+    return _verdict(_suffix_points(subject, FAR_LENGTHS, FAR_CUTS))
+
+
+@check("causality", "text", "causal", "token outputs")
+def suffix_exchange_at_usual_lengths(subject: Subject) -> str:
+    """The same at powers of two, at the sizes of blocks that the config names, and at the most tokens it takes."""
+    return _verdict(_length_points(subject))
 
 
 @check("causality", "text", "causal", "token outputs", "attention_mask")
 def suffix_exchange_with_padding(subject: Subject) -> str:
     """The same in a batch that is padded on the left or on the right."""
-    return _verdict(_padding_leaks(subject))
+    return _verdict(_padding_points(subject))
+
+
+@check("causality", "text", "causal", "token outputs")
+def suffix_exchange_in_every_setting(subject: Subject) -> str:
+    """The same with masks of ones, positions, labels, special tokens and caches, in training, rounded, in batches."""
+    return _verdict(_setting_points(subject, every_setting(subject)))
 
 
 @check("causality", "text", "causal", "token outputs", "inputs_embeds")
 def zero_upper_triangle(subject: Subject) -> str:
     """The derivative of an output with respect to a later input embedding is zero."""
-    return _verdict(_jacobian_leaks(subject, JACOBIAN_LENGTHS))
+    return _verdict(_jacobian_points(subject, JACOBIAN_LENGTHS))
 
 
 @check("causality", "text", "causal", "token outputs")
@@ -144,27 +225,72 @@ def stepwise_loss(subject: Subject) -> str:
     readings = _readings(subject)
     together, stepwise = _losses(subject, *readings)
     remark = "" if together is None else f"loss {together:.4f} at once, {stepwise:.4f} by prefixes"
-    leaks = list(_prefix_leaks(subject, *readings))
+    leaks = [point.leak for point in _prefix_points(subject, *readings) if point.leak is not None]
     if leaks:
         raise Violation(f"the whole text gives other outputs than its prefixes: {leaks[0]}; {remark}")
     return remark
 
 
-def _verdict(leaks: Iterator["Leak"]) -> str:
-    farthest = max(leaks, key=lambda leak: leak.ahead, default=None)
-    if farthest is not None:
+@check("causality", "text", "bidirectional")
+def order_is_seen(subject: Subject) -> str:
+    """A text is not its mirror image, and what stands far before a token is told from what stands far after it."""
+    ids = subject.ids(2, subject.lengths(2, 9, 33)[-1])
+    there, back = subject.run(ids), subject.run(ids.flip(1))
+    if "token outputs" in subject.features:
+        back = back.flip(1)
+    if not (there - back).abs().max() > MIRRORED * there.abs().max():
+        raise Violation("a text and its mirror image give the same output: order is not seen")
+    drawn = [_sides(subject.drawn_again(WEIGHTS * subject.seed + number)) for number in range(WEIGHTS)]
+    told = torch.tensor(drawn).log().mean().exp().item()
+    if not told > ORDERED:
+        raise Violation(
+            f"before and after are hardly told apart: exchanging two tokens {_far(subject)} before and after another "
+            f"moves it by {told:.1e} of what other tokens there do, needed is {ORDERED}"
+        )
+    return f"exchanging what stands before and after moves an output by {told:.0%} of what other tokens do"
+
+
+def _sides(subject: Subject) -> float:
+    """What exchanging A far before and B far after a token moves, relative to A in place of B on both sides."""
+    reach = REACH if subject.max_length is None else min(REACH, (subject.max_length - 1) // 2)
+    rest, a, b = subject.ids(3 * TEXTS, 1, 5).reshape(3, TEXTS)
+
+    def listen(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        ids = rest[:, None].repeat(1, 2 * reach + 1)
+        ids[:, reach - _far(subject)], ids[:, reach + _far(subject)] = before, after
+        output = subject.run(ids)
+        return output[:, reach] if "token outputs" in subject.features else output
+
+    exchanged, other = listen(a, b) - listen(b, a), listen(a, a) - listen(b, b)
+    return (exchanged.norm() / other.norm()).item()
+
+
+def _far(subject: Subject) -> int:
+    return FAR if subject.max_length is None else min(FAR, (subject.max_length - 1) // 2)
+
+
+def _verdict(points: Iterable[Point]) -> str:
+    points = list(points)
+    leaks = [point.leak for point in points if point.leak is not None]
+    if leaks:
+        farthest = max(leaks, key=lambda leak: leak.ahead)
         raise Violation(f"the model looks {farthest.ahead} tokens ahead: {farthest}")
-    return "no look-ahead"
+    untested = "".join(f"; not tested: {reason}" for reason in _untested(points))
+    return f"no look-ahead, tested at {sum(point.untested is None for point in points):,} points{untested}"
 
 
-# ---------------------------------------------------------------------------------------------- the probes
-def _suffix_leaks(subject: Subject, lengths: Sequence[int], cuts: Sequence[int] = CUTS) -> Iterator[Leak]:
+def _untested(points: Iterable[Point]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(point.untested for point in points if point.untested is not None))
+
+
+# ---------------------------------------------------------------------------------------------- a suffix, in float64
+def _suffix_points(subject: Subject, lengths: Sequence[int], cuts: Sequence[int] = CUTS) -> Iterator[Point]:
     for length in subject.lengths(*lengths):
         yield from _exchange(subject, subject.ids(1, length), [cut for cut in cuts if cut < length])
 
 
-def _padding_leaks(subject: Subject, length: int = 40, padding: int = 5) -> Iterator[Leak]:
-    """Leaks of a padded row; on the right, the padding itself is a suffix that may not matter."""
+def _padding_points(subject: Subject, length: int = 40, padding: int = 5) -> Iterator[Point]:
+    """A padded row; on the right, the padding itself is a suffix that must not matter."""
     if "attention_mask" not in subject.arguments:
         return
     length = min(length, (subject.max_length or length + padding) - padding)
@@ -179,30 +305,36 @@ def _padding_leaks(subject: Subject, length: int = 40, padding: int = 5) -> Iter
 
 def _exchange(
     subject: Subject, ids: torch.Tensor, cuts: Sequence[int], mask: torch.Tensor | None = None
-) -> Iterator[Leak]:
-    """Leaks of one row of ids `[1, T]`: everything from a cut on is changed, for each cut and each size of change."""
-    at_once = max(1, BATCH_OUTPUTS // (ids.shape[1] * subject.output_width) - 1)
+) -> Iterator[Point]:
+    """One row of ids `[1, T]`: everything from a cut on is changed, for each cut and each size of change."""
+    length = ids.shape[1]
+    given = {} if mask is None else subject.masked(mask)
+    real = torch.ones(length, dtype=torch.bool) if mask is None else mask[0] > 0
+    at_once = max(1, BATCH_OUTPUTS // (length * subject.output_width) - 1)
+    leaks = False
     for how, size in CHANGES.items():
         if size is not None and "inputs_embeds" not in subject.arguments:
             continue
         for first in range(0, len(cuts), at_once):
             some = cuts[first : first + at_once]
             inputs = _with_other_suffixes(subject, ids, some, size)
-            if mask is not None:
-                inputs |= subject.masked(mask.expand(1 + len(some), -1))
-            outputs = subject.run(**inputs)  # [1 + cuts, T, D]
-            _assert_finite(outputs[0] if mask is None else outputs[0].where(mask[0, :, None] > 0, 0.0))
+            inputs |= {name: x.expand(1 + len(some), -1) for name, x in given.items()}
+            with torch.no_grad():
+                outputs = subject.run(**inputs)  # [1 + cuts, T, D]
+            _assert_finite(outputs[0].where(real[:, None], 0.0))
             moved = (outputs[1:] - outputs[:1]).abs().amax(-1)  # [cuts, T]
             for cut, row in zip(some, moved, strict=True):
                 allowed = row[cut:].max().clamp_min(1e-6 * outputs[0].abs().max() * (size or 1.0))
-                influence = row[:cut] / allowed
-                if mask is not None:
-                    influence = influence * mask[0, :cut]
-                seeing = (~(influence <= _negligible(subject))).nonzero()  # NaN is an influence
-                if len(seeing):
+                influence = (row[:cut] / allowed).where(real[:cut], 0.0)
+                seeing = (~(influence <= NEGLIGIBLE)).nonzero()  # NaN is an influence
+                leak = None
+                inputs = {"input_ids": ids, **given}
+                if len(seeing) and (leaks or _stands_out(subject, subject.model, inputs, cut, size)):
+                    leaks = True
                     position = seeing[0].item()
                     phrase = f"{how} {'the suffix' if size else ''}".strip()
-                    yield Leak(position, cut - position, influence[position].item(), f"{phrase} from {cut} on")
+                    leak = Leak(position, cut - position, influence[position].item(), f"{phrase} from {cut} on")
+                yield Point(length, leak)
 
 
 def _with_other_suffixes(
@@ -212,12 +344,192 @@ def _with_other_suffixes(
     later = torch.arange(ids.shape[1]) >= torch.tensor([ids.shape[1], *cuts])[:, None]  # [1 + cuts, T]
     if size is None:
         return {"input_ids": torch.where(later, subject.other_ids(ids), ids)}
-    x = subject.embed(ids)  # [1, T, D]
-    noise = torch.randn(x.shape, generator=subject.generator(2), dtype=x.dtype) * x.std()
-    return {"inputs_embeds": x + size * noise * later[..., None]}
+    return {"inputs_embeds": _moved_embeddings(subject, ids, later, size)}
 
 
-def _jacobian_leaks(subject: Subject, lengths: Sequence[int]) -> Iterator[Leak]:
+def _moved_embeddings(subject: Subject, ids: torch.Tensor, later: torch.Tensor, size: float, salt: int = 2):
+    """Embeddings of `ids` in float64, with noise of `size` times their own size at the places `later`."""
+    x = subject.embed(ids)  # [B, T, D]
+    noise = torch.randn(x.shape, generator=subject.generator(salt), dtype=x.dtype) * x.std()
+    return x + size * noise * later[..., None]
+
+
+# ---------------------------------------------------------------------------------------------- a suffix, in a setting
+def _length_points(subject: Subject) -> Iterator[Point]:
+    """Two cuts of one text of each usual length, in float64 and as a training step gives it."""
+    for length in usual_lengths(subject):
+        yield from _setting_points(subject, [Setting(1, length), training_settings(subject, length)[0]])
+
+
+def usual_lengths(subject: Subject) -> list[int]:
+    """Lengths of texts, in tokens, at which models do something of their own, and which they are trained with."""
+    config = subject.config.get_text_config().to_dict()
+    sizes = [n for name, n in config.items() if isinstance(n, int) and any(word in name for word in SIZES)]
+    beside = [length for size in sizes if size > 1 for length in (size, size + 1, 2 * size)]
+    most = [] if subject.max_length is None else [min(subject.max_length, LONGEST)]
+    usual = [length for length in beside if length <= max(USUAL_LENGTHS)]
+    longest = TEXT_OUTPUTS // subject.output_width
+    return sorted({n for n in subject.lengths(*USUAL_LENGTHS, *usual, *most) if 2 <= n <= longest})
+
+
+def _setting_points(subject: Subject, settings: Iterable[Setting]) -> Iterator[Point]:
+    """Two exchanges in each setting, before and after in batches of their own: a batch may share what it leaks."""
+    leaks = False
+    for (dtype, training), some in groupby(settings, key=lambda setting: (setting.dtype, setting.training)):
+        model = subject.copy(dtype).train(training)
+        for setting in some:
+            for cut in sorted({(setting.length // 2) | 1, setting.length - 1} - {setting.length}):
+                for point in _setting_point(subject, model, setting, cut, leaks):
+                    leaks = leaks or point.leak is not None
+                    yield point
+
+
+def _setting_point(subject: Subject, model: nn.Module, setting: Setting, cut: int, leaks: bool) -> Iterator[Point]:
+    """One exchange; of a model that is known to leak, no movement is asked whether it is rounding."""
+    inputs = setting.inputs(subject)
+    later = _later(inputs, cut)
+    try:
+        before = read(model, inputs)
+    except RuntimeError as error:
+        if setting.dtype == torch.float64:
+            raise
+        name = str(setting.dtype).removeprefix("torch.")  # there are operations that exist in wider types only
+        yield Point(setting.length, untested=f"{name}, which raises {type(error).__name__}")
+        return
+    changed = with_other_suffix(inputs, later, subject.other_ids(inputs["input_ids"]))
+    if before.outputs is not None:
+        _assert_finite(before.outputs)
+        after = read(model, changed)
+        moved = movement(before.outputs, after.outputs).amax(0)  # [T]
+        seeing = (~(moved[:cut] <= _limit(moved, before.outputs, cut))).nonzero()
+        leak = None
+        if len(seeing) and (leaks or _stands_out(subject, model, inputs, cut)):
+            position = seeing[0].item()
+            size = (moved[position] / moved[cut:].max()).item()
+            leak = Leak(position, cut - position, size, f"other tokens from {cut} on, {setting}")
+        yield Point(setting.length, leak)
+    if before.loss is not None:
+        yield Point(setting.length, _loss_leak(model, setting, cut, inputs, changed, later))
+
+
+def _loss_leak(
+    model: nn.Module,
+    setting: Setting,
+    cut: int,
+    inputs: dict[str, Any],
+    changed: dict[str, Any],
+    later: torch.Tensor,
+) -> Leak | None:
+    """What the loss of the tokens before a cut shows, where the suffix is exchanged and has no labels."""
+    before, after = prefix_losses(model, inputs, changed, later)
+    size = abs(after - before) / max(abs(before), 1e-6)
+    if size <= LOSSES[setting.dtype]:
+        return None
+    return Leak(cut - 1, 1, size, f"the loss of what stands before {cut}, {setting}")
+
+
+def _later(inputs: dict[str, Any], cut: int) -> torch.Tensor:
+    ids = inputs["input_ids"]
+    return (torch.arange(ids.shape[1]) >= cut).expand_as(ids)
+
+
+def _limit(moved: torch.Tensor, outputs: torch.Tensor, cut: int) -> torch.Tensor:
+    """What outputs may move before a cut, when those after it moved by `moved` `[T]`."""
+    return NEGLIGIBLE * moved[cut:].max() + FLOORS[outputs.dtype] * size_of(outputs)
+
+
+def _stands_out(
+    subject: Subject, model: nn.Module, inputs: dict[str, Any], cut: int, size: float | None = None
+) -> bool:
+    """Whether a movement before a cut is more than rounding, again with every one of a few other suffixes.
+
+    Rounding moves outputs as far for a tiny change as for a large one; what a model sees moves them in proportion.
+    """
+    dtype = next(model.parameters()).dtype
+    if dtype == torch.float64 and subject.tolerance == EXACT:
+        return True
+    ids, later = inputs["input_ids"], _later(inputs, cut)
+    real = torch.ones_like(ids) if inputs.get("attention_mask") is None else inputs["attention_mask"]
+    rest = {name: x for name, x in inputs.items() if name != "input_ids"}
+
+    def embedded(size: float, salt: int) -> dict[str, Any]:
+        return rest | {"inputs_embeds": _moved_embeddings(subject, ids, later, size, salt).to(dtype)}
+
+    for salt in range(10, 10 + DRAWS):
+        if size is None:
+            pair = inputs, with_other_suffix(inputs, later, _redrawn(subject, ids, salt))
+        else:
+            pair = embedded(0.0, salt), embedded(size, salt)
+        moved, allowed = _moved_before(model, *pair, cut, real)
+        rounding = ROUNDING * allowed
+        if "inputs_embeds" in subject.arguments:
+            rounding, _ = _moved_before(model, embedded(0.0, salt), embedded(TINY[dtype], salt), cut, real)
+        if not moved > FLOORS[dtype] + OVER_ROUNDING * max(1.0, size or 1.0) * rounding:
+            return False
+    return True
+
+
+def _redrawn(subject: Subject, ids: torch.Tensor, salt: int) -> torch.Tensor:
+    """Other ids than `ids` `[B, T]`, by chance."""
+    drawn = subject.ids(*ids.shape, salt)
+    return torch.where(drawn == ids, subject.other_ids(ids), drawn)
+
+
+def _moved_before(
+    model: nn.Module, inputs: dict[str, Any], changed: dict[str, Any], cut: int, real: torch.Tensor
+) -> tuple[float, float]:
+    """How far outputs moved before a cut where tokens are real, and how far after, relative to the largest output."""
+    before, after = (read(model, given).outputs for given in (inputs, changed))
+    moved = movement(before, after).amax(0) * (real > 0).any(0)
+    scale = size_of(before)
+    return (moved[:cut].max() / scale).item(), (moved[cut:].max() / scale).item()
+
+
+# ---------------------------------------------------------------------------------------------- a suffix, in a batch
+def probe_batch(model: nn.Module, inputs: dict[str, Any], half: bool = False) -> Point:
+    """Exchange the second half of every text in a batch; nothing before it may move.
+
+    The model runs as it is, in its mode, precision and place, without gradients; buffers are put back. Random numbers
+    are drawn.
+
+    Args:
+        model: a causal language model, bare or wrapped.
+        inputs: what Trainer calls it with: `input_ids` `[B, T]` and whatever else.
+        half: whether it computes in half precision.
+    """
+    ids = inputs.get("input_ids")
+    if ids is None or ids.dim() != 2:
+        return Point(0, untested="a batch without input_ids of [rows, tokens]")
+    mask, length = inputs.get("attention_mask"), ids.shape[1]
+    real = mask > 0 if mask is not None and mask.shape == ids.shape else torch.ones_like(ids, dtype=torch.bool)
+    count = real.cumsum(1)
+    later = real & (count > count[:, -1:] // 2)
+    earlier = real & ~later
+    known = ids.unique()
+    if not earlier.any() or len(known) < 2:
+        return Point(length, untested="a batch of texts that are too short to be cut, or of one token only")
+    others = known[(torch.searchsorted(known, ids) + 1) % len(known)]
+    changed = with_other_suffix(inputs, later, others)
+    before = read(model, inputs)
+    if before.outputs is not None:
+        moved = movement(before.outputs, read(model, changed).outputs) / size_of(before.outputs)
+        seeing = (earlier & (moved > OUTPUTS_IN_BATCHES[half])).nonzero()  # NaN is no look-ahead
+        if not len(seeing):
+            return Point(length)
+        row, position = seeing[0].tolist()
+        ahead = later[row].nonzero()[0].item() - position
+        return Point(length, Leak(position, ahead, moved[row, position].item(), "other tokens in a batch of this run"))
+    if before.loss is None or inputs.get("labels") is None:
+        return Point(length, untested="a batch for which the model gives neither one output per token nor a loss")
+    cut = later.int().argmax(1).max().item()
+    old, new = prefix_losses(model, inputs, changed, later)
+    size = abs(new - old) / max(abs(old), 1e-6)
+    leak = Leak(cut - 1, 1, size, "the loss in a batch of this run")
+    return Point(length, leak if size > LOSSES_IN_BATCHES[half] else None)
+
+
+# ---------------------------------------------------------------------------------------------- derivatives, prefixes
+def _jacobian_points(subject: Subject, lengths: Sequence[int]) -> Iterator[Point]:
     if "inputs_embeds" not in subject.arguments:
         return
     for length in subject.lengths(*lengths):
@@ -225,9 +537,11 @@ def _jacobian_leaks(subject: Subject, lengths: Sequence[int]) -> Iterator[Leak]:
         future = jacobian.triu(1) / jacobian.tril().max()
         for position, row in enumerate(future):
             seen = (~(row <= _negligible(subject))).nonzero()
+            leak = None
             if len(seen):
                 ahead = seen[-1].item() - position
-                yield Leak(position, ahead, row.max().item(), f"Jacobian of {length} tokens")
+                leak = Leak(position, ahead, row.max().item(), f"Jacobian of {length} tokens")
+            yield Point(length, leak)
 
 
 def influence_of_inputs(subject: Subject, length: int) -> torch.Tensor:
@@ -240,13 +554,13 @@ def influence_of_inputs(subject: Subject, length: int) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def _prefix_leaks(subject: Subject, together: torch.Tensor, stepwise: torch.Tensor) -> Iterator[Leak]:
+def _prefix_points(subject: Subject, together: torch.Tensor, stepwise: torch.Tensor) -> Iterator[Point]:
     scale = together.abs().max()
     difference = (together - stepwise).abs().amax((0, 2)) / scale  # [T]
-    seeing = (~(difference <= max(subject.tolerance, EXACT))).nonzero()
-    if len(seeing):
-        position = seeing[0].item()
-        yield Leak(position, 1, difference[position].item(), "the whole text against its prefix")
+    for position, size in enumerate(difference.tolist()):
+        seeing = not size <= max(subject.tolerance, EXACT)
+        leak = Leak(position, 1, size, "the whole text against its prefix") if seeing else None
+        yield Point(len(difference), leak)
 
 
 def _losses(

@@ -5,8 +5,9 @@ exits with status 1 if a check fails.
 """
 
 import argparse
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from rich.console import Console
@@ -33,15 +34,34 @@ def main(argv: list[str]) -> None:
     targets = list(architectures()) if args.all else args.targets
     options = {"quick": args.quick, "seed": args.seed, "trust_remote_code": args.trust_remote_code}
     with usable_device(args.device):
-        reports = {target: run_checks(subjects_of(target, **options), args.checks, args.quick) for target in targets}
+        subjects = {target: subjects_of(target, **options) for target in targets}
+        subjects = _only(subjects, args.models)
+        reports = {target: run_checks(some, args.checks, args.quick) for target, some in subjects.items()}
     if args.json:
         merged = Report([result for report in reports.values() for result in report.results])
         print(merged.to_json())
     else:
         for target, report in reports.items():
             print_report(target, report)
+        print_failures(reports, _repeated_options(args))
     if not all(report.passed for report in reports.values()):
         raise SystemExit(1)
+
+
+def _only(subjects: dict[str, list[Subject]], names: Sequence[str] | None) -> dict[str, list[Subject]]:
+    """Those of the models that are called so; all without names.
+
+    Raises:
+        HoloError: there is no model of a name.
+    """
+    if names is None:
+        return subjects
+    known = [subject.name for some in subjects.values() for subject in some]
+    for name in names:
+        if name not in known:
+            raise unknown("model", name, known)
+    chosen = {target: [subject for subject in some if subject.name in names] for target, some in subjects.items()}
+    return {target: some for target, some in chosen.items() if some}
 
 
 def usable_device(name: str) -> torch.device:
@@ -77,8 +97,10 @@ def run_checks(subjects: Sequence[Subject], names: Sequence[str] | None = None, 
 def print_report(target: str, report: Report) -> None:
     """Print one row for each check, and one more for each further model that failed it."""
     models = len({result.subject for result in report.results})
-    table = Table("check", "result", "what was seen", title=f"{target}: {models} model{'s' * (models > 1)}")
-    table.add_column("seconds", justify="right")
+    table = Table(title=f"{target}: {models} model{'s' * (models > 1)}")
+    for column in ("check", "result", "what was seen"):
+        table.add_column(column, overflow="fold")  # a long name goes on in the next line and is not cut
+    table.add_column("seconds", justify="right", no_wrap=True)
     for name in dict.fromkeys(result.check for result in report.results):
         _add_rows(table, [result for result in report.results if result.check == name])
     seconds = sum(result.seconds for result in report.results)
@@ -86,6 +108,25 @@ def print_report(target: str, report: Report) -> None:
     console = Console()
     console.print(table)
     console.print(f"{', '.join(f'{count} {status}' for status, count in counts.items())}; {seconds:.0f} s")
+
+
+def print_failures(reports: Mapping[str, Report], options: Sequence[str] = ()) -> None:
+    """Print every failure with its reason, and the command that repeats it, with the options that matter."""
+    failures = [(target, result) for target, report in reports.items() for result in report.failures]
+    if failures:
+        print(f"\n{len(failures)} failed:")
+    for target, result in failures:
+        several = len({other.subject for other in reports[target].results}) > 1
+        model = ["--models", result.subject] if several else []
+        repeat = shlex.join(["hf-holo", "check", target, "--checks", result.check, *model, *options])
+        print(f"- {result.check}, {result.subject}: {result.detail}\n  again: {repeat}")
+
+
+def _repeated_options(args: argparse.Namespace) -> list[str]:
+    """Of the options of a run, those that a single check needs to be the same check on the same model."""
+    seed = ["--seed", str(args.seed)] if args.seed else []
+    device = ["--device", args.device] if args.device != "cpu" else []
+    return [*seed, *device, *["--trust_remote_code"] * args.trust_remote_code]
 
 
 def _add_rows(table: Table, results: list[Result]) -> None:
@@ -112,7 +153,8 @@ def _summary(results: list[Result]) -> tuple[str, str]:
         return "not applicable", "; ".join(dict.fromkeys(result.detail for result in results))
     if len(results) == 1:
         return "passed", passed[0].detail
-    return "passed", f"{len(passed)} of {len(results)} models" if len(passed) < len(results) else "all models"
+    every = len(passed) == len(results)
+    return "passed", "by all models" if every else f"by all that it applies to, {len(passed)} of {len(results)} models"
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -123,6 +165,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--checks", nargs="+", metavar="NAME", help=f"only these checks or groups ({', '.join(GROUPS)})"
     )
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="only these of the models, as the table names them")
     parser.add_argument("--seed", type=int, default=0, help="of weights and inputs")
     parser.add_argument("--device", default="cpu", help="where to run the models, for example cuda; default: cpu")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from .checks import Violation, assert_same, check
-from .subject import Subject, main_output
+from .subject import Subject, tokens_in
 
 CUTTINGS = {  # pieces on and beside the borders of the usual chunks
     "2+1+3": (2, 1, 3),
@@ -34,6 +34,7 @@ GRADIENT_COSINE = 0.9  # measured on honest models: 0.97 and more
 HALF_TOLERANCES = {torch.bfloat16: 0.1, torch.float16: 0.02}  # relative error of all outputs, for two layers
 TWIN_TOLERANCE = 1e-9
 POSITION = ("position",)
+FOREIGN = ("cache_params", "past", "inputs_ids", "token_types")  # no forward of these models knows them
 FLOAT32_LOSS = 1e-5  # transformers computes losses in float32
 
 
@@ -63,8 +64,9 @@ def _feed_in_pieces(subject: Subject, name: str, sizes: Sequence[int]) -> str:
         got, cache = subject.feed(ids.split(sizes, 1))
     except (RuntimeError, ValueError, IndexError) as error:
         raise Violation(f"feeding in pieces {name} raises {type(error).__name__}: {error}") from error
-    if subject.cache_name == "past_key_values" and cache.get_seq_length() != sum(sizes):
-        raise Violation(f"after pieces {name} the cache counts {cache.get_seq_length()} tokens, not {sum(sizes)}")
+    counted = tokens_in(cache)
+    if counted not in (None, sum(sizes)):
+        raise Violation(f"after pieces {name} the cache counts {counted} tokens, not {sum(sizes)}")
     return assert_same(got, expected, what, subject.tolerance)
 
 
@@ -115,7 +117,7 @@ def rows_with_different_padding(subject: Subject) -> str:
     return remark
 
 
-@check("equivalence", "text", "attention_mask", "past_key_values", "cache", "token outputs")
+@check("equivalence", "text", "attention_mask", "cache", "token outputs")
 def continuation_after_padding(subject: Subject) -> str:
     """A padded prompt leaves the cache of the bare one: what follows is the same."""
     ids, following = subject.ids(1, 20), subject.ids(1, 6, 1)
@@ -153,9 +155,9 @@ def _last_turn(subject: Subject, turns: Sequence[torch.Tensor], **inputs: torch.
     for turn in turns:
         end = start + turn.shape[1]
         part = {name: x[:, (0 if name == "attention_mask" else start) : end] for name, x in inputs.items()}
-        result = subject.model(input_ids=turn, past_key_values=cache, use_cache=True, **part)
-        cache, start = result.past_key_values, end
-    return main_output(result)
+        output, cache = subject.advance(turn, cache, start, **part)
+        start = end
+    return output
 
 
 def _pad(subject: Subject, mask: list[int], what: str, at_pads: int | None = 1) -> str:
@@ -279,6 +281,32 @@ def loss(subject: Subject) -> str:
             what += ": the labels are not shifted"
         remark = assert_same(got, expected, what, FLOAT32_LOSS)
     return remark
+
+
+@check("equivalence", "text", "strict_arguments")
+def unknown_arguments(subject: Subject) -> str:
+    """An argument that is misspelt or foreign raises an error that names it, and what forward names is taken."""
+    ids = subject.ids(2, 8)
+    given = {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(8).expand_as(ids)}
+    given |= {"use_cache": False, "output_hidden_states": True, "return_dict": True}
+    subject.model(input_ids=ids, **{name: value for name, value in given.items() if name in subject.arguments})
+    names = [*FOREIGN, *(name[:-1] for name in subject.arguments), "output_attentions"]
+    documented = any("output_attentions" in (vars(c)["forward"].__doc__ or "") for c in _forward_classes(subject))
+    names = [n for n in names if n not in subject.arguments and not (n == "output_attentions" and documented)]
+    for name in sorted(names):
+        value = True if name == "output_attentions" else ids
+        try:
+            subject.model(input_ids=ids, **{name: value})
+        except (TypeError, ValueError) as error:
+            if name not in str(error):
+                raise Violation(f"the error for the unknown argument {name!r} does not name it: {error}") from error
+        else:
+            raise Violation(f"the unknown argument {name!r} is swallowed")
+    return f"{len(names)} unknown arguments are refused"
+
+
+def _forward_classes(subject: Subject) -> list[type]:
+    return [cls for cls in subject.model_class.__mro__ if "forward" in vars(cls)]
 
 
 @check("equivalence", "text", "logits_to_keep", "token outputs")

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from .checks import Violation, assert_same, check
 from .quiet import quiet
-from .subject import Subject, perturb
+from .subject import CACHE_NAMES, Subject, perturb, tokens_in
 
 GREEDY = {"do_sample": False}
 BEAMS = {"do_sample": False, "num_beams": 3}
@@ -101,12 +101,12 @@ def continuation_from_a_returned_cache(subject: Subject) -> str:
     speaker, new = Speaker(subject), unit(subject)
     for turn in sorted({1, min(5, new)}):
         first = speaker.generate(subject.ids(2, new), return_dict_in_generate=True)
-        cache = getattr(first, "past_key_values", None)  # so called for every kind of cache
+        cache = next((first[name] for name in CACHE_NAMES if first.get(name) is not None), None)
         if cache is None:
             raise Violation("generate() returns no cache to continue from")
         ids = torch.cat([first.sequences, subject.ids(2, turn, salt=1)], 1)
-        # by the length of `past_key_values`, generate() skips what they have seen; `cache_params` have none
-        unseen = ids if subject.cache_name == "past_key_values" else ids[:, -turn - 1 :]
+        # by the tokens that a cache counts, generate() skips what it has seen; some caches count none
+        unseen = ids[:, -turn - 1 :] if tokens_in(cache) is None else ids
         continued = speaker.generate(unseen, **{subject.cache_name: cache})[:, -new:]
         expected = speaker.generate(ids, use_cache=False)[:, -new:]
         _assert_tokens(continued, expected, f"a turn of {turn} new tokens on the returned cache differs")
@@ -140,7 +140,7 @@ def prompt_lookup(subject: Subject) -> str:
     return _variety(expected[:, ids.shape[1] :])
 
 
-@check("generation", "generation", "past_key_values", "rollback")
+@check("generation", "generation", "cache", "rollback")
 def taking_tokens_back(subject: Subject) -> str:
     """After cache.crop, what follows is as if the last tokens had never been fed; a cache that cannot do it refuses."""
     kept, draft = subject.ids(2, unit(subject)), subject.ids(2, min(5, unit(subject)), salt=1)

@@ -5,18 +5,22 @@ import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from types import FunctionType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import HoloError
 from ...registry import capabilities_of
 
-CACHE_NAMES = ("past_key_values", "cache_params")  # how families of transformers call what they continue from
+# What models continue from is called by one of these names; first comes that of the transformers in use.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+if "cache" not in BaseModelOutputWithPast.__dataclass_fields__:  # before 5.24
+    CACHE_NAMES = ("past_key_values", "cache_params", "cache")
 EXACT, ROUNDED = 1e-8, 1e-4  # relative tolerances of equivalences, see `Subject.tolerance`
 
 # What a check may need, and why it does not apply to a model without it. The names of arguments of `forward` and the
@@ -34,7 +38,7 @@ FEATURES = {
     "linear layers": "it has no linear layer",
     "naive twins": "no operation that it uses has a naive twin",
 }
-CAPABILITIES = ("constant_state", "packing", "rollback")
+CAPABILITIES = ("constant_state", "packing", "rollback", "strict_arguments")
 
 
 class Subject:
@@ -84,8 +88,15 @@ class Subject:
 
     @cached_property
     def arguments(self) -> frozenset[str]:
-        """Names of the arguments of `forward`."""
-        return frozenset(inspect.signature(self.model_class.forward).parameters) - {"self", "kwargs"}
+        """Names of the arguments of `forward`, and of those that it hands on as `*args` or `**kwargs`."""
+        names: set[str] = set()
+        for forward in (vars(cls)["forward"] for cls in self.model_class.__mro__ if "forward" in vars(cls)):
+            parameters = inspect.signature(forward).parameters.values()
+            rest = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+            names.update(p.name for p in parameters if p not in rest)
+            if not rest:
+                break
+        return frozenset(names - {"self"})
 
     @cached_property
     def capabilities(self) -> frozenset[str]:
@@ -129,7 +140,7 @@ class Subject:
     def features(self) -> frozenset[str]:
         """Everything that a check may ask for: see `FEATURES`."""
         text = self.model_class.main_input_name == "input_ids"
-        features = set(self.arguments | (self.capabilities & set(CAPABILITIES)))
+        features = set(self.arguments.difference(CACHE_NAMES) | (self.capabilities & set(CAPABILITIES)))
         features.add("causal" if self.causal else "bidirectional")
         if text:
             features.add("text")
@@ -196,8 +207,8 @@ class Subject:
                 torch.manual_seed(self.seed)
                 model = self._source(copy.deepcopy(self._given_config))
         else:
-            model = copy.deepcopy(self._source)
-        model.__dict__.pop("forward", None)  # what mixed-precision training wraps around it
+            model = copied(self._source)
+            _without_autocast(model)
         # .float() refuses a model that a quantizer has made
         model = model.to(torch.get_default_device(), torch.float32).eval()
         text_config = model.config.get_text_config()
@@ -212,7 +223,11 @@ class Subject:
 
     def copy(self, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
         """A model of one's own with the same weights, in evaluation mode."""
-        return copy.deepcopy(self._weights).to(dtype)
+        return copied(self._weights).to(dtype)
+
+    def drawn_again(self, seed: int) -> "Subject":
+        """The same model with weights and inputs by another seed."""
+        return Subject(self._source, self._given_config, self.name, self._capabilities, seed, self._move_weights)
 
     @cached_property
     def output_width(self) -> int:
@@ -240,12 +255,19 @@ class Subject:
         return torch.Generator(torch.get_default_device()).manual_seed(1000 * self.seed + salt)
 
     @cached_property
+    def special_ids(self) -> list[int]:
+        """The ids that the config gives a meaning of their own, such as the end of a text."""
+        config = self.config.get_text_config()
+        named = (getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "sep", "cls", "mask"))
+        listed = (i for entry in named for i in (entry if isinstance(entry, list) else [entry]))
+        return sorted({i for i in listed if i is not None and 0 <= i < config.vocab_size})
+
+    @cached_property
     def vocabulary(self) -> torch.Tensor:
         """The ids that mean nothing special to the model."""
-        config = self.config.get_text_config()
-        special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "sep", "cls", "mask")}
-        special = {i for entry in special for i in (entry if isinstance(entry, list) else [entry])}
-        return torch.tensor([i for i in range(config.vocab_size) if i not in special])
+        special = set(self.special_ids)
+        size = self.config.get_text_config().vocab_size
+        return torch.tensor([i for i in range(size) if i not in special])
 
     def ids(self, rows: int, length: int, salt: int = 0) -> torch.Tensor:
         """Random token ids `[rows, length]` without special ones; another `salt` gives others."""
@@ -307,21 +329,99 @@ class Subject:
         """
         outputs = []
         for ids, extra in zip(pieces, self._cut(per_token, pieces), strict=True):
-            if "cache_position" in self.arguments and self.cache_name == "cache_params":
-                # generate() starts to count behind the window of the convolution
-                start = max(sum(output.shape[1] for output in outputs), getattr(self.config, "conv_kernel", 0))
-                extra["cache_position"] = torch.arange(start, start + ids.shape[1])
-            result = (self.model if model is None else model)(
-                input_ids=ids, use_cache=True, **{self.cache_name: cache}, **extra
-            )
-            outputs.append(main_output(result))
-            cache = getattr(result, self.cache_name)
+            seen = sum(output.shape[1] for output in outputs)
+            output, cache = self.advance(ids, cache, seen, model, **extra)
+            outputs.append(output)
         return torch.cat(outputs, 1), cache
+
+    def advance(
+        self, ids: torch.Tensor, cache: Any, seen: int, model: PreTrainedModel | None = None, **inputs: torch.Tensor
+    ) -> tuple[torch.Tensor, Any]:
+        """The output for `ids` `[B, T]` that follow `seen` tokens in the cache, and the cache after them."""
+        if "cache_position" in self.arguments and self.cache_name == "cache_params":
+            # generate() starts to count after the window of the convolution
+            start = max(seen, getattr(self.config, "conv_kernel", 0))
+            inputs["cache_position"] = torch.arange(start, start + ids.shape[1])
+        inputs |= {"input_ids": ids, "use_cache": True, self.cache_name: cache}
+        result = (self.model if model is None else model)(**inputs)
+        return main_output(result), result[self.cache_name]
 
     def _cut(self, per_token: dict[str, torch.Tensor], pieces: Sequence[torch.Tensor]) -> Iterator[dict[str, Any]]:
         sizes = [piece.shape[1] for piece in pieces]
         columns = {name: x.split(sizes, 1) for name, x in per_token.items()}
         return ({name: parts[i] for name, parts in columns.items()} for i in range(len(pieces)))
+
+
+def tokens_in(cache: Any) -> int | None:
+    """How many tokens a cache says that it has seen; None for one that does not count them."""
+    try:
+        return cache.get_seq_length()
+    except (AttributeError, ValueError):  # transformers 5 has caches of recurrent layers that refuse
+        return None
+
+
+def copied(model: PreTrainedModel) -> PreTrainedModel:
+    """A deep copy, in which a `forward` that somebody has set on a module works on the copy too."""
+    memo: dict[int, Any] = {}
+    copy.deepcopy(model, memo)
+    for module in list(model.modules()):
+        patched = vars(module).get("forward")
+        if isinstance(patched, (FunctionType, MethodType)):
+            vars(memo[id(module)])["forward"] = _rebound(patched, memo)
+    return memo[id(model)]
+
+
+def _rebound(value: Any, memo: dict[int, Any]) -> Any:
+    """A function or method that reaches into a copied model, as one that reaches into the copy.
+
+    `copy.deepcopy` takes functions as they are; one that has the model or a method of it among its closed-over names,
+    defaults or globals would run the original.
+
+    Args:
+        value: anything; what is neither a function, a method nor copied is returned as it is.
+        memo: ids of what was copied to the copies.
+    """
+    if isinstance(value, nn.Module) and id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, MethodType):
+        return MethodType(_rebound(value.__func__, memo), _rebound(value.__self__, memo))
+    if not isinstance(value, FunctionType):
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    memo[id(value)] = value  # a function that refers to itself
+    closure = tuple(_rebound_cell(cell, memo) for cell in value.__closure__ or ())
+    used = {name: value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__}
+    changed = {name: new for name, old in used.items() if (new := _rebound_name(old, memo)) is not old}
+    scope = value.__globals__ | changed if changed else value.__globals__
+    defaults = tuple(_rebound_name(x, memo) for x in value.__defaults__ or ()) or None
+    function = FunctionType(value.__code__, scope, value.__name__, defaults, closure or None)
+    function.__kwdefaults__ = {k: _rebound_name(x, memo) for k, x in (value.__kwdefaults__ or {}).items()} or None
+    vars(function).update(vars(value))
+    memo[id(value)] = function
+    return function
+
+
+def _rebound_name(value: Any, memo: dict[int, Any]) -> Any:
+    """`value`, or its copy if it is a copied module or a method of one."""
+    owner = getattr(value, "__self__", value)
+    return _rebound(value, memo) if isinstance(owner, nn.Module) and id(owner) in memo else value
+
+
+def _rebound_cell(cell: CellType, memo: dict[int, Any]) -> CellType:
+    try:
+        return CellType(_rebound(cell.cell_contents, memo))
+    except ValueError:  # empty: the name is not bound yet
+        return cell
+
+
+def _without_autocast(model: PreTrainedModel) -> None:
+    """Take off what accelerate wraps around `forward` in mixed precision; a copy has a precision of its own."""
+    original = vars(model).pop("_original_forward", None)
+    if original is not None:
+        vars(model).pop("forward", None)
+        if getattr(original, "__func__", None) is not type(model).forward:
+            model.forward = original
 
 
 def main_output(output: Any) -> torch.Tensor:
