@@ -20,7 +20,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> np.n
     for number, text in enumerate(documents):
         if number and tokenizer.eos_token_id is not None:
             parts.append([tokenizer.eos_token_id])
-        parts.extend(token_ids(tokenizer, list(_pieces(text))))
+        if text:  # a tokenizer refuses to read nothing
+            parts.extend(token_ids(tokenizer, list(_pieces(text))))
     return np.fromiter(chain.from_iterable(parts), dtype=np.int32)
 
 
