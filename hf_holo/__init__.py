@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from . import peft_defaults
+from . import moved, peft_defaults
 from .conversion.surgery import HoloQuantizer, HoloSurgeryConfig
 from .hub.saving import write_missing_card
 from .modeling.configuration_holo import HoloConfig
@@ -51,6 +51,7 @@ def install() -> None:
     peft_defaults.offer_adapters("holo", outputs=["k_proj", "v_proj"], inputs=["down_proj"])
     peft_defaults.offer_adapters("resonance", outputs=["in_proj"], inputs=["up_proj", "down_proj"])
     peft_defaults.install()
+    moved.install()
 
     AUTO_QUANTIZATION_CONFIG_MAPPING["holo"] = HoloSurgeryConfig  # in place of those of a checkpoint's own code, too
     AUTO_QUANTIZER_MAPPING["holo"] = HoloQuantizer

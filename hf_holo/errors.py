@@ -1,4 +1,4 @@
-"""The error that a user can cause and mend."""
+"""The error that a user can cause and fix."""
 
 import difflib
 from argparse import ArgumentParser

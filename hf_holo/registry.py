@@ -37,7 +37,7 @@ VARIANTS = Path(__file__).parent / "variants"  # one JSON file for each family o
 class Classes(UserDict):
     """Keys to classes, where a class may also be written "module:Class"; such a one is imported when it is looked up.
 
-    That keeps `import hf_holo` quick: no modeling file is read before one of its models is needed.
+    That keeps `import hf_holo` fast: no modeling file is read before one of its models is needed.
     """
 
     def __getitem__(self, key: Any) -> type:

@@ -1,5 +1,6 @@
 """`import hf_holo` is quick, quiet, and brings the public names when they are asked for."""
 
+import importlib
 import subprocess
 import sys
 
@@ -60,6 +61,31 @@ def test_install_changes_nothing_the_second_time():
     assert card_writers.count(write_missing_card) == 1
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["holo"] is hf_holo.HoloSurgeryConfig
     assert AUTO_QUANTIZER_MAPPING["holo"].__module__ == "hf_holo.conversion.surgery"
+
+
+@pytest.mark.parametrize(
+    ("old", "name", "now"),
+    [
+        ("adapters", "offer_adapters", "peft_defaults"),
+        ("generation", "generate_text", "generate"),
+        ("training.data", "stdlib_sources", "data.documents"),
+        ("training.data", "text_splits", "data.windows"),
+        ("training.data", "alpaca_prompt", "data.instructions"),
+        ("training.data", "IGNORED", "modeling.losses"),
+        ("training.masking", "fill", "data.masking"),
+        ("training.tokenizers", "make_tokenizer", "data.tokenizers"),
+        ("modeling.ops", "bind", "modeling.binding"),
+        ("modeling.mixers", "HolographicMixer", "modeling.modeling_hsn"),
+        ("modeling.loading", "check_finite", "modeling.checkpoint"),
+    ],
+)
+def test_modules_are_found_under_their_old_names(old, name, now):
+    sys.modules.pop(f"hf_holo.{old}", None)
+    with pytest.warns(FutureWarning, match=f"hf_holo.{old} is hf_holo"):
+        module = importlib.import_module(f"hf_holo.{old}")
+    assert getattr(module, name) is getattr(importlib.import_module(f"hf_holo.{now}"), name)
+    with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
+        _ = module.Nonsense
 
 
 def test_every_public_name_can_be_imported():

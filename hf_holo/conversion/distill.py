@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
         with clear_disk_errors("output_dir", folder):
             distill(run)
     except KeyboardInterrupt:
-        print(f"\nInterrupted. Go on with the same command and --resume_from_checkpoint: {folder}")
+        print(f"\nInterrupted. Continue with the same command and --resume_from_checkpoint: {folder}")
         raise SystemExit(130) from None
 
 

@@ -202,7 +202,7 @@ def _stages(stages: list[dict[str, Any]], common: dict[str, Any]) -> list[Stage]
     for number, stage in enumerate(stages, 1):
         name = str(stage.get("name", stage.get("match", common.get("match", "logits"))))
         if not re.fullmatch(r"\w[\w .-]*", name):  # a stage has a folder of its name
-            raise HoloError(f"stages: {name!r} is no plain name; letters, digits, `.` and `-` make one")
+            raise HoloError(f"stages: {name!r} is not a plain name; letters, digits, `.` and `-` make one")
         if name in [other.name for other in found]:
             raise HoloError(f"stages: two are called {name!r}; give each a `name` of its own")
         values = {**common, **{key: value for key, value in stage.items() if key != "name"}}

@@ -31,7 +31,7 @@ class DistillReport:
         return cls(folder, saved["teacher"], saved["student"], saved["stages"][:stages])
 
     def write(self) -> None:
-        """Write all files anew, each under a temporary name first."""
+        """Write all files again, each under a temporary name first."""
         values = {"teacher": self.teacher, "student": self.student, "stages": self.stages}
         write_text(self.folder / "report.json", json.dumps(values, indent=2) + "\n")
         with replacing(self.folder / "losses.csv") as temporary:

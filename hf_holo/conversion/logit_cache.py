@@ -1,4 +1,4 @@
-"""The teacher's logits on disk: the likeliest tokens of every position, in a safetensors file."""
+"""The teacher's logits on disk: the most likely tokens of every position, in a safetensors file."""
 
 from pathlib import Path
 
@@ -63,4 +63,6 @@ def write_cache(
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         save_file({"log_probs": torch.cat(log_probs), "indices": torch.cat(indices)}, temporary, metadata)
-    print(f"the teacher's logits for {len(windows)} windows lie in {path} ({path.stat().st_size / 2**20:.0f} MiB)")
+    print(
+        f"the teacher's logits for {len(windows)} windows are saved in {path} ({path.stat().st_size / 2**20:.0f} MiB)"
+    )

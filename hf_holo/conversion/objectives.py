@@ -190,7 +190,7 @@ class SoftLabels:
 
     @classmethod
     def of(cls, logits: torch.Tensor, temperature: float, top_k: int | None = None) -> "SoftLabels":
-        """From logits `[B, T, V]`; `top_k` keeps only the likeliest tokens."""
+        """From logits `[B, T, V]`; `top_k` keeps only the most likely tokens."""
         log_probs = F.log_softmax(logits.float() / temperature, -1)
         return cls(log_probs) if top_k is None else cls(*log_probs.topk(top_k, -1))
 

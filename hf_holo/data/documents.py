@@ -199,7 +199,7 @@ def hold_out_documents(documents: list[str], fraction: float) -> tuple[list[str]
     if not 0.0 < fraction < 1.0:
         raise HoloError(f"validation_fraction: {fraction} is not between 0 and 1")
     order = np.random.default_rng(0).permutation(len(documents))
-    before = np.cumsum([0, *(len(documents[i]) for i in order)])  # characters ahead of every document
+    before = np.cumsum([0, *(len(documents[i]) for i in order)])  # characters before every document
     held_out = set(order[before[:-1] < fraction * before[-1]].tolist())
     if len(held_out) == len(documents):
         raise HoloError(

@@ -58,7 +58,7 @@ class Masking:
 class MaskingCollator(Collator):
     """[`Collator`] that masks examples without labels; those of a validation set bring theirs.
 
-    The masks of a batch follow from its tokens and the seed. Each epoch mixes its batches anew, so a window is masked
+    The masks of a batch follow from its tokens and the seed. Each epoch mixes its batches again, so a window is masked
     in another way each time, and a resumed run draws the same masks as one that was never interrupted.
     """
 
@@ -108,7 +108,7 @@ def masked_splits(
     """Windows for masked language modelling; those of the validation set are masked once and for all.
 
     Args:
-        apart: whether every document is cut into windows of its own. Otherwise they go on from one into the next.
+        apart: whether every document is cut into windows of its own. Otherwise they continue from one into the next.
         fraction: share of tokens that is hidden.
         others: as in [`text_splits`].
 
@@ -134,7 +134,7 @@ def masked_splits(
 
 @torch.no_grad()
 def fill(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> torch.Tensor:
-    """Token ids `[T]` with the likeliest plain token in place of every mask, all of them filled in one pass."""
+    """Token ids `[T]` with the most likely plain token in place of every mask, all of them filled in one pass."""
     gaps = ids == tokenizer.mask_token_id
     scores = model.eval()(ids[None].to(model.device)).logits[0, gaps].cpu()  # [gaps, V]
     scores[:, tokenizer.all_special_ids] = -torch.inf

@@ -59,7 +59,7 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 4096, mask
 
     Args:
         vocab_size: number of tokens of BPE, the mask token included.
-        masked: with a mask token, behind all others.
+        masked: with a mask token, after all others.
     """
     if kind == "characters":
         tokenizer = character_tokenizer(texts)
@@ -121,7 +121,7 @@ def saved_tokenizer(
 
 
 def add_mask(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer with a mask token; in a text, `<|mask|>` stands for one token with the space ahead of it."""
+    """The tokenizer with a mask token; in a text, `<|mask|>` stands for one token with the space before it."""
     if tokenizer.mask_token is None:
         tokenizer.add_special_tokens({"mask_token": MASK})
     return tokenizer

@@ -20,12 +20,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> np.n
     for number, text in enumerate(documents):
         if number and tokenizer.eos_token_id is not None:
             parts.append([tokenizer.eos_token_id])
-        parts.extend(token_ids(tokenizer, list(_pieces(text))))
+        if text:  # a tokenizer refuses to read nothing
+            parts.extend(token_ids(tokenizer, list(_pieces(text))))
     return np.fromiter(chain.from_iterable(parts), dtype=np.int32)
 
 
 def _pieces(text: str, size: int = 1 << 16) -> Iterator[str]:
-    """Cut a long text behind line ends, so that the tokenizer's memory stays small."""
+    """Cut a long text after line ends, so that the tokenizer's memory stays small."""
     start = 0
     while start < len(text):
         end = text.find("\n", start + size) + 1 or len(text)
@@ -59,7 +60,7 @@ class Windows(Dataset):
 
 
 class CausalWindows(Windows):
-    """Windows in which every id but the first is to be predicted from those ahead of it."""
+    """Windows in which every id but the first is to be predicted from those before it."""
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         window = super().__getitem__(index)["input_ids"]
@@ -69,7 +70,7 @@ class CausalWindows(Windows):
 
 
 def window_starts(length: int, block_size: int, stride: int) -> range:
-    """Where full windows start in a text of `length` ids; the ids behind the last one are left over.
+    """Where full windows start in a text of `length` ids; the ids after the last one are left over.
 
     `stride == block_size` packs the text without overlap. A smaller stride shows every token `block_size / stride`
     times per epoch, each time at another place of its window, which regularises better than repeating the same
@@ -169,7 +170,7 @@ def text_splits(
     block_size: int,
     stride: int | None = None,
 ) -> Splits:
-    """Pack texts into windows that go on from one document into the next.
+    """Pack texts into windows that continue from one document into the next.
 
     Raises:
         HoloError: the training text is shorter than one window, or a size is out of range.
@@ -195,7 +196,7 @@ def document_splits(
     block_size: int,
     stride: int | None = None,
 ) -> Splits:
-    """Cut every document into windows of its own. End tokens stand ahead of it and behind it, so that a model learns
+    """Cut every document into windows of its own. End tokens stand before it and after it, so that a model learns
     how one begins and where it ends.
 
     Raises:

@@ -133,7 +133,7 @@ class LanguageScores:
 class TextScores:
     """Metrics of texts for a language model, to be used as [`LanguageScores`] is.
 
-    The prediction is the model's first guess at every token with a label, given the true tokens ahead of it. So it
+    The prediction is the model's first guess at every token with a label, given the true tokens before it. So it
     compares checkpoints of one run; what a model writes by itself is worse, and is scored by calling [`bleu`] or
     [`rouge_l`] on generated texts.
 

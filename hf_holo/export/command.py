@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
             progress.write(f"{name}: {out / name}: {summary(record)}")
         except HoloError as error:
             failures[name] = str(error)
-        except Exception as error:  # an exporter may raise anything; the other formats go on
+        except Exception as error:  # an exporter may raise anything; the others follow all the same
             if args.verbose:
                 traceback.print_exc()
             failures[name] = f"{type(error).__name__}: {first_line(error)} (--verbose shows where)"
@@ -87,7 +87,7 @@ def export(source: Source, name: str, folder: Path, text: str | None = None) -> 
 def _check_folder(source: Source, form: Format, folder: Path) -> None:
     """Raise HoloError if the new folder would take the place of something that is no older export."""
     if Path(source.folder).resolve().is_relative_to(folder.resolve()):
-        raise HoloError(f"{str(folder)!r} is where the model lies, and would be replaced; give another `out`")
+        raise HoloError(f"{str(folder)!r} is where the model is saved, and would be replaced; give another `out`")
     content = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if content and not content >= {"report.json", form.file}:
         raise HoloError(f"{str(folder)!r} holds files, but no earlier export; remove it or give another `out`")

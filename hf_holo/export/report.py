@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..data.scoring import summed_losses
+from ..data.windows import Windows, encode, scoring_windows
 from ..errors import HoloError
 from ..files import write_text
 from ..modeling.cache import given_cache
@@ -165,30 +167,33 @@ def computed_by(model: PreTrainedModel, graph: Graph, program: Program) -> Itera
 
 @torch.no_grad()
 def perplexities(source: Source, program: Program, text: str) -> dict[str, float]:
-    """exp of the mean loss in nats a token on a text, in windows of `WINDOW` tokens: PyTorch's and the program's."""
-    losses: dict[str, list[float]] = {"float32": [], "exported": []}
+    """exp of the mean loss in nats a token on a text, PyTorch's and the program's, in windows of `WINDOW` tokens."""
+    nats = {"float32": 0.0, "exported": 0.0}
     runs = {"float32": functools.partial(source.graph.call, source.model), "exported": program}
-    for window in held_out(source, text):
+    windows, tokens = held_out(source, text), 0
+    for number in range(len(windows)):
+        window = windows[number]["input_ids"][None]  # [1, T]
         states = [state.zeros(1) for state in source.graph.states]
         for name, run in runs.items():
             logits = run([window, torch.ones_like(window), *states])[0]
-            losses[name].append(torch.nn.functional.cross_entropy(logits[0, :-1], window[0, 1:]).item())
-    return {name: torch.tensor(values).mean().exp().item() for name, values in losses.items()}
+            nats[name] += summed_losses(logits, window)[0, 0].item()
+        tokens += window.shape[1] - 1
+    return {name: torch.tensor(value / tokens).exp().item() for name, value in nats.items()}
 
 
-def held_out(source: Source, text: str) -> torch.Tensor:
-    """The windows `[N, 1, W]` of a text that a perplexity is measured on.
+def held_out(source: Source, text: str) -> Windows:
+    """The windows of a text that a perplexity is measured on, cut as those of `hf-holo train`: every token but the
+    first is predicted once.
 
     Raises:
         HoloError: the model has no tokenizer, or the text is shorter than a window.
     """
     if source.processor is None:
         raise HoloError("the perplexity cannot be measured, because the model has no tokenizer")
-    ids, width = torch.tensor(source.processor(text).input_ids), _window(source)
-    windows = ids[: len(ids) // width * width].view(-1, 1, width)
-    if not len(windows):
+    ids, width = encode(source.processor, [text]), _window(source)
+    if len(ids) < width:
         raise HoloError(f"{len(ids)} tokens are too few; give at least {width}")
-    return windows
+    return scoring_windows(ids, width)
 
 
 def latencies(source: Source, program: Program) -> dict[str, dict[str, float]]:

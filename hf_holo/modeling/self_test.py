@@ -4,6 +4,8 @@ transformers hands it over by name. A release that renames it would feed every m
 word; a fine-looking text of nonsense is all that a user would see.
 """
 
+import inspect
+
 import torch
 from transformers import GenerationConfig, GenerationMixin
 
@@ -44,8 +46,10 @@ def _second_logits(model: GenerationMixin, use_cache: bool) -> torch.Tensor:
     ids = torch.arange(2, device=model.device)[None] % model.config.vocab_size
     options = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "num_beams": 1, "pad_token_id": 0}
     config = GenerationConfig(use_cache=use_cache, output_logits=True, return_dict_in_generate=True, **options)
-    mask = torch.ones_like(ids)
-    return GenerationMixin.generate(model, ids, attention_mask=mask, generation_config=config).logits[-1]
+    options = {"attention_mask": torch.ones_like(ids), "generation_config": config}
+    if "use_model_defaults" in inspect.signature(GenerationMixin.generate).parameters:
+        options["use_model_defaults"] = False  # transformers 4.57 would sample if the model's own config says so
+    return GenerationMixin.generate(model, ids, **options).logits[-1]
 
 
 def _difference(got: torch.Tensor, expected: torch.Tensor) -> float:

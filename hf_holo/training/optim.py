@@ -126,7 +126,7 @@ class MuonAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for rule, optimizer in self._rules.items():
-            # Lent anew at each step, because load_state_dict replaces both objects.
+            # Lent again at each step, because load_state_dict replaces both objects.
             optimizer.param_groups = [group for group in self.param_groups if group["rule"] == rule]
             optimizer.state = self.state
             optimizer.step()

@@ -22,7 +22,7 @@ COLUMNS = {
 
 
 class RunReport(TrainerCallback):
-    """Writes metrics.csv and loss.png into the output folder, anew from Trainer's whole history each time; of several
+    """Writes metrics.csv and loss.png into the output folder, each time from Trainer's whole history; of several
     processes, the first does.
 
     The history is part of every checkpoint, so a resumed run continues both files without a seam.

@@ -167,7 +167,7 @@ def settle_task(run: Run) -> None:
     """Choose the task that the run leaves open, and refuse one that the model's family has no head for.
 
     Raises:
-        HoloError: there is no such head, or the data are of another kind.
+        HoloError: there is no such head, or the data is of another kind.
     """
     config = load_config(run)
     if run.model.task is None:
@@ -345,7 +345,7 @@ def judge_causality(model: PreTrainedModel, run: Run) -> CausalityReport | None:
 
 
 def write_sample(trainer: HoloTrainer, run: Run, data: Splits, path: Path) -> str:
-    """Let the model go on from the prompt or fill it; without one, the start of the validation text."""
+    """Let the model continue the prompt or fill it; without one, the start of the validation text."""
     model, tokenizer, prompt = trainer.model, trainer.processing_class, run.data.sample_prompt
     if run.model.task == "causal":
         sample = generate_text(model, tokenizer, data.prompt if prompt is None else prompt, run.data.sample_tokens)
@@ -375,5 +375,5 @@ def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
-        os.replace(file, folder / file.name)  # the config last: without it the folder is no model
+        os.replace(file, folder / file.name)  # the config last: without it the folder is not a model
     temporary.rmdir()

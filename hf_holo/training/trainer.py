@@ -31,7 +31,7 @@ UNFINISHED = "unfinished"  # the folder beside the checkpoints of what is being 
 class WeightAverage(TrainerCallback):
     """Exponential moving average of the trained weights.
 
-    The average lies in the optimizer's state, so that every checkpoint carries it and a resumed run continues it
+    The average is in the optimizer's state, so that every checkpoint carries it and a resumed run continues it
     exactly. It starts from the first update and looks back over at most a tenth of the steps so far, so that the
     initial weights are soon forgotten.
 
@@ -105,8 +105,8 @@ class HoloTrainer(Trainer):
             self.add_callback(self.average)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in transformers, but a run that was cut off behind its last step is only loaded, where Trainer would take
-        another step, and early stopping goes on counting, where Trainer would start anew.
+        """As in transformers, but a run that was cut off after its last step is only loaded, where Trainer would take
+        another step, and early stopping continues to count, where Trainer would start again.
 
         Raises:
             HoloError: a file of the checkpoint to resume from is damaged, or belongs to another model.
@@ -121,7 +121,7 @@ class HoloTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """With the batch size that this run asks for, where transformers 4.57 goes on with that of the checkpoint: the
+        """With the batch size that this run asks for, where transformers 4.57 keeps that of the checkpoint: the
         number of processes that share the batch may be another one now."""
         if not self.args.auto_find_batch_size:
             batch_size = self.args.train_batch_size
@@ -132,7 +132,7 @@ class HoloTrainer(Trainer):
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStoppingCallback)]
 
     def _restore_counters(self, state: TrainerState) -> None:
-        """How often early stopping has seen no progress; how often it may, this run says anew."""
+        """How often early stopping has seen no progress; how often it may, this run says."""
         for callback in self._early_stopping:
             saved = state.stateful_callbacks.get(type(callback).__name__)
             if isinstance(saved, dict):  # there is one of its kind
@@ -175,7 +175,7 @@ class HoloTrainer(Trainer):
             return super().evaluate(*args, **kwargs)
 
     def adopt_average(self) -> None:
-        """Make the averages the weights of the model, for good; training cannot go on afterwards."""
+        """Make the averages the weights of the model, for good; training cannot continue afterwards."""
         if self.average:
             self.average.swap(self.optimizer)
             self.average = None

@@ -176,6 +176,7 @@ def test_documents_are_joined_by_the_end_token():
     ids = encode(tokenizer, ["ab", "c"])
     assert ids.tolist() == [*tokenizer("ab").input_ids, tokenizer.eos_token_id, *tokenizer("c").input_ids]
     assert tokenizer.eos_token_id not in encode(tokenizer, ["abc"])
+    assert encode(tokenizer, [""]).tolist() == [] == encode(tokenizer, []).tolist()
 
 
 def test_long_texts_are_cut_without_loss():

@@ -69,6 +69,16 @@ def test_a_renamed_argument_is_an_error_that_names_the_versions(tiny, family, un
         model.generate(torch.tensor([[5, 9, 3]]), max_new_tokens=3, do_sample=False, pad_token_id=0)
 
 
+def test_defaults_of_the_model_do_not_disturb_it(tiny, family, untested, caplog):
+    """Its own generation config may ask for sampling, and may have end tokens; nothing is drawn and nothing is said."""
+    model = tiny(family)
+    model.generation_config.update(do_sample=True, temperature=0.7, eos_token_id=[2])
+    state = torch.get_rng_state()
+    self_test.check_decoding(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not [record.message for record in caplog.records if "generation_config" in record.message]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_right_models_pass_in_every_precision(tiny, family, untested, dtype):
     self_test.check_decoding(tiny(family).to(dtype))

@@ -113,7 +113,7 @@ def test_the_model_itself_is_not_replaced(hsn_folder, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         main(["export", where, ".", "--format", "torchscript"])
-    assert stopped.value.code == 1 and "is where the model lies" in capsys.readouterr().err
+    assert stopped.value.code == 1 and "is where the model is saved" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in folder.iterdir()} == files
 
 

@@ -21,6 +21,8 @@ def test_a_run_says_at_the_start_what_it_will_do(tiny_run, text_file, tmp_path, 
     monkeypatch.setattr(os, "getloadavg", lambda: (0.1, 0, 0))
     trainer = tiny_run()
     plan, _, rest = capsys.readouterr().out.partition(FIRST_STEP)
+    tokenizer, plan = plan.split("\n", 1)
+    assert tokenizer.startswith("tokenizer: characters")
     text = text_file.read_text()
     learned = int(0.9 * len(text))
     held_out = len(text) - learned - 1  # the first one has nothing before it
