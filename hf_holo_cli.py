@@ -13,8 +13,11 @@ VERBS = {
     "train": ("hf_holo.training.train", "train a model; without arguments the recipe `quickstart`"),
     "generate": ("hf_holo.generate", "write text with a trained model"),
     "check": ("hf_holo.eval.conformance.command", "test that a model does what it claims: causality, caches, saving"),
-    "convert": ("hf_holo.conversion.convert", "make linear layers or attention of a language model holographic"),
-    "distill": ("hf_holo.conversion.distill", "a student learns from its teacher, in stages"),
+    "convert": (
+        "hf_holo.conversion.convert.command",
+        "make linear layers or attention of a model holographic",
+    ),
+    "distill": ("hf_holo.conversion.distill.command", "a student learns from its teacher, in stages"),
     "export": ("hf_holo.export.command", "ONNX, torch.export, TorchScript and int8, each measured against PyTorch"),
     "scope": ("hf_holo.eval.scope", "decision boundaries of a ReLU and a holographic network on two spirals"),
     "recall": ("hf_holo.eval.recall", "how many pairs a holographic memory recalls, against theory"),

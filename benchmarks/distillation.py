@@ -20,7 +20,7 @@ from common.report import RESULTS, earlier_rows, print_footer, print_table, read
 from surgery import CALIBRATED, NOT_REFITTED, SCOPE_NAMES, Trial, ratios
 from transformers import AutoModelForCausalLM
 
-from hf_holo.conversion.convert_arguments import ConvertArguments
+from hf_holo.conversion.convert.arguments import ConvertArguments
 from hf_holo.conversion.sources import Source, Text, calibration_texts, load_tokenizer
 
 CHOSEN = {"all": CALIBRATED, "attention": NOT_REFITTED}  # the conversion that is better after distillation

@@ -35,7 +35,7 @@ from common.report import (
 from matplotlib.figure import Figure
 from torch import nn
 
-from hf_holo.conversion.bases import fit_bases
+from hf_holo.conversion.surgery.bases import fit_bases
 from hf_holo.files import replacing, write_csv
 from hf_holo.modeling.configuration_holo import HoloConfig
 from hf_holo.modeling.harmonics import HoloLinear

@@ -19,7 +19,7 @@ from transfer import figures
 from transformers import AutoConfig
 
 from hf_holo.conversion.sources import Source
-from hf_holo.conversion.transfer import transfer_to_hsn
+from hf_holo.conversion.surgery.transfer import transfer_to_hsn
 
 
 def every_fourth(depth: int) -> list[int]:

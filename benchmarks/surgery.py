@@ -24,7 +24,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_holo.conversion import HoloSurgeryConfig, apply_surgery
-from hf_holo.conversion.calibration import (
+from hf_holo.conversion.convert.arguments import ConvertArguments
+from hf_holo.conversion.sources import Source, Text, calibration_texts, load_tokenizer, mixed
+from hf_holo.conversion.surgery.calibration import (
     Factors,
     Site,
     Statistics,
@@ -36,10 +38,8 @@ from hf_holo.conversion.calibration import (
     stacked_weight,
     surgery_plan,
 )
-from hf_holo.conversion.convert_arguments import ConvertArguments
-from hf_holo.conversion.refit import refit
-from hf_holo.conversion.sources import Source, Text, calibration_texts, load_tokenizer, mixed
-from hf_holo.conversion.surgery import choose
+from hf_holo.conversion.surgery.plan import choose
+from hf_holo.conversion.surgery.refit import refit
 from hf_holo.modeling.checkpoint import values_on_disk
 
 Method = Callable[[PreTrainedModel, float], None]  # converts in place, to this ratio

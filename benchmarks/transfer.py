@@ -15,7 +15,7 @@ from common.distilling import distil, shortened
 from common.report import RESULTS, flags, print_footer, print_table, write_report
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from hf_holo.conversion.transfer import transfer_to_hsn
+from hf_holo.conversion.surgery.transfer import transfer_to_hsn
 from hf_holo.data.documents import read_documents, split_documents
 from hf_holo.data.tokenizers import make_tokenizer
 from hf_holo.training.train import main as train

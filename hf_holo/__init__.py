@@ -11,7 +11,8 @@ from typing import Any
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from . import moved, peft_defaults
-from .conversion.surgery import HoloQuantizer, HoloSurgeryConfig
+from .conversion.surgery.apply import HoloQuantizer
+from .conversion.surgery.plan import HoloSurgeryConfig
 from .hub.saving import write_missing_card
 from .modeling.configuration_holo import HoloConfig
 from .modeling.configuration_hsn import HsnConfig
@@ -64,9 +65,9 @@ install()
 # Public names that are imported when first asked for, by module. The registry adds the model classes and, for each
 # preset, a function that makes its model: `hsn_tiny(vocab_size=...)`.
 _LAZY = {
-    "conversion.bases": ["fit_bases"],
+    "conversion.surgery.bases": ["fit_bases"],
     "conversion.surgery": ["HoloSurgeryConfig", "apply_surgery", "restore_linears"],
-    "conversion.transfer": ["transfer_to_hsn"],
+    "conversion.surgery.transfer": ["transfer_to_hsn"],
     "errors": ["HoloError"],
     "eval.conformance": ["check_causality"],
     "export.onnx_runtime": ["HoloORTModelForCausalLM"],

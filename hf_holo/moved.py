@@ -24,6 +24,13 @@ _MODELING = (
 )
 MOVED = {
     "adapters": ("peft_defaults",),
+    **{f"conversion.{name}": (f"conversion.surgery.{name}",) for name in ("bases", "calibration", "refit", "transfer")},
+    "conversion.convert_arguments": ("conversion.convert.arguments",),
+    "conversion.convert_linears": ("conversion.convert.linears",),
+    "conversion.convert_mixers": ("conversion.convert.mixers",),
+    "conversion.distill_arguments": ("conversion.distill.arguments",),
+    "conversion.evaluation": ("data.scoring",),
+    "conversion.objectives": ("conversion.distill.objectives",),
     "generation": ("generate",),
     "training.data": (*_DATA, "modeling.losses"),
     "training.masking": ("data.masking",),

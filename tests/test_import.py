@@ -60,7 +60,7 @@ def test_install_changes_nothing_the_second_time():
     assert (hf_holo.registry.architectures(), card_writers, sys.meta_path) == before
     assert card_writers.count(write_missing_card) == 1
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["holo"] is hf_holo.HoloSurgeryConfig
-    assert AUTO_QUANTIZER_MAPPING["holo"].__module__ == "hf_holo.conversion.surgery"
+    assert AUTO_QUANTIZER_MAPPING["holo"].__module__ == "hf_holo.conversion.surgery.apply"
 
 
 @pytest.mark.parametrize(

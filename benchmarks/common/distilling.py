@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from hf_holo.conversion.distill import main as distill
+from hf_holo.conversion.distill.command import main as distill
 
 from .report import flags
 

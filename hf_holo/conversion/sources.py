@@ -25,7 +25,7 @@ from ..data.scoring import held_out_loss
 from ..data.tokenizers import saved_tokenizer
 from ..data.windows import Splits, text_splits
 from ..errors import UNREADABLE, HoloError, first_line
-from .convert_arguments import ConvertArguments
+from .convert.arguments import ConvertArguments
 
 MASKED_SHARE = 0.15  # of the tokens that a masked language model is asked for
 AUTO_CLASSES = {AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForMaskedLM: MODEL_FOR_MASKED_LM_MAPPING}

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from hf_holo import HoloConfig, HoloError, HoloForCausalLM, HoloLinear, HoloSurgeryConfig, fit_bases
-from hf_holo.conversion.calibration import find_sites
-from hf_holo.conversion.surgery import swap
+from hf_holo.conversion.surgery.calibration import find_sites
 from hf_holo.modeling import modeling_holo
+from hf_holo.modeling.quantizer import swap
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2}
 

@@ -9,7 +9,7 @@ import torch
 import hf_holo  # noqa: F401, registers the quantizer
 from hf_holo import HoloError
 from hf_holo.conversion import HoloSurgeryConfig
-from hf_holo.conversion.calibration import (
+from hf_holo.conversion.surgery.calibration import (
     Site,
     Statistics,
     allocate,

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from hf_holo import HoloError, HsnForCausalLM
 from hf_holo.conversion import convert as command
-from hf_holo.conversion.distill import main as distill
+from hf_holo.conversion.distill.command import main as distill
 from hf_holo.conversion.work_folder import work_path
 from hf_holo.data.documents import python_help
 from hf_holo.data.tokenizers import make_tokenizer

@@ -11,9 +11,9 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from hf_holo.conversion.distill import choose_trainable, distill, feature_grams, main, mixed_equally
-from hf_holo.conversion.distill_arguments import PREFIX, DistillTrainingArguments, Stage, StageArguments, parse
-from hf_holo.conversion.objectives import (
+from hf_holo.conversion.distill.arguments import PREFIX, DistillTrainingArguments, Stage, StageArguments, parse
+from hf_holo.conversion.distill.command import choose_trainable, distill, feature_grams, main, mixed_equally
+from hf_holo.conversion.distill.objectives import (
     SoftLabels,
     block_twins,
     converted_layers,
@@ -21,8 +21,9 @@ from hf_holo.conversion.objectives import (
     logit_loss,
     output_loss,
 )
-from hf_holo.conversion.surgery import HoloSurgeryConfig, apply_surgery
-from hf_holo.conversion.transfer import transfer_to_hsn
+from hf_holo.conversion.surgery.apply import apply_surgery
+from hf_holo.conversion.surgery.plan import HoloSurgeryConfig
+from hf_holo.conversion.surgery.transfer import transfer_to_hsn
 from hf_holo.data.tokenizers import make_tokenizer
 from hf_holo.errors import HoloError
 from hf_holo.recipes import recipe_names
@@ -339,7 +340,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on(hsn_folders, monkeypatch):
 
     stages = [{"match": "layers"}, {"match": "logits"}]
     with monkeypatch.context() as patch, pytest.raises(HoloError, match="output_dir: the disk is full while writing"):
-        patch.setattr("hf_holo.conversion.distill.save_final", full)
+        patch.setattr("hf_holo.conversion.distill.command.save_final", full)
         main(arguments(hsn_folders, stages))
     main(arguments(hsn_folders, stages, "--resume_from_checkpoint"))
     assert (hsn_folders / "out" / "model.safetensors").exists()

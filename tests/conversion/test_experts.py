@@ -12,8 +12,8 @@ from transformers import __version__ as transformers_version
 
 from hf_holo import HoloSurgeryConfig, apply_surgery
 from hf_holo.cli import main
-from hf_holo.conversion.calibration import is_expert
-from hf_holo.conversion.surgery import is_router, other_matrices
+from hf_holo.conversion.surgery.calibration import is_expert
+from hf_holo.conversion.surgery.plan import is_router, other_matrices
 from hf_holo.modeling.quantizer import holo_layers
 from hf_holo.training.tokenizers import make_tokenizer
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hf_holo import HoloError, HoloLinear, HoloSurgeryConfig, apply_surgery
-from hf_holo.conversion.proof import all_or_nothing, untouched
+from hf_holo.conversion.surgery.proof import all_or_nothing, untouched
 from hf_holo.modeling.quantizer import holo_layers
 
 SIZES = {"vocab_size": 80, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}

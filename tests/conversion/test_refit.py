@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hf_holo.conversion import HoloSurgeryConfig
-from hf_holo.conversion.calibration import allocate, collect, factorise, find_sites, install, stacked_weight
-from hf_holo.conversion.refit import DAMPING, Arrival, Call, fit, refit, residual_writers, worth_refitting
+from hf_holo.conversion.surgery.calibration import allocate, collect, factorise, find_sites, install, stacked_weight
+from hf_holo.conversion.surgery.refit import DAMPING, Arrival, Call, fit, refit, residual_writers, worth_refitting
 from hf_holo.errors import HoloError
 
 WRITERS = {

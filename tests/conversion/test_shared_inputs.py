@@ -8,8 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 import hf_holo  # noqa: F401, registers its families
-from hf_holo.conversion.calibration import find_sites
-from hf_holo.conversion.surgery import HoloSurgeryConfig, shared_inputs
+from hf_holo.conversion.surgery.calibration import find_sites
+from hf_holo.conversion.surgery.plan import HoloSurgeryConfig, shared_inputs
 
 SIZES = {
     "vocab_size": 50,

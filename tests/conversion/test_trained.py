@@ -8,8 +8,8 @@ import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from hf_holo.conversion import HoloSurgeryConfig, apply_surgery
-from hf_holo.conversion.calibration import allocate, collect, factorise, find_sites, stacked_weight
-from hf_holo.conversion.refit import refit
+from hf_holo.conversion.surgery.calibration import allocate, collect, factorise, find_sites, stacked_weight
+from hf_holo.conversion.surgery.refit import refit
 from hf_holo.data.documents import python_help
 
 STEPS, ROWS, LENGTH, RATIO = 150, 8, 48, 0.8

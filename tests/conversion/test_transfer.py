@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from hf_holo import HsnForCausalLM
-from hf_holo.conversion.transfer import SOURCES, compare, transfer_to_hsn
+from hf_holo.conversion.surgery.transfer import SOURCES, compare, transfer_to_hsn
 from hf_holo.errors import HoloError
 
 SHAPE = {

@@ -10,8 +10,8 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_holo.conversion import convert_arguments, distill_arguments
-from hf_holo.conversion.convert import main as convert
-from hf_holo.conversion.distill import main as distill
+from hf_holo.conversion.convert.command import main as convert
+from hf_holo.conversion.distill.command import main as distill
 from hf_holo.data.documents import python_help
 from hf_holo.data.scoring import held_out_loss
 from hf_holo.data.tokenizers import make_tokenizer

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 
 from hf_holo import HolographicMemory, MuonAdamW, architectures
 from hf_holo.conversion import HoloSurgeryConfig, apply_surgery, restore_linears
-from hf_holo.conversion.calibration import allocate, collect, factorise, find_sites, install, stacked_weight
-from hf_holo.conversion.distill import feature_grams
-from hf_holo.conversion.refit import refit
+from hf_holo.conversion.distill.command import feature_grams
+from hf_holo.conversion.surgery.calibration import allocate, collect, factorise, find_sites, install, stacked_weight
+from hf_holo.conversion.surgery.refit import refit
 from hf_holo.data.tokenizers import character_tokenizer
 from hf_holo.eval.conformance import Subject, run_check, select
 from hf_holo.eval.conformance.generation import Speaker

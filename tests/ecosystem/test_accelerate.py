@@ -20,9 +20,9 @@ from torch.optim import AdamW, Optimizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_holo import HoloSurgeryConfig, MuonAdamW
-from hf_holo.conversion.calibration import find_sites, surgery_plan
-from hf_holo.conversion.surgery import swap
+from hf_holo.conversion.surgery.calibration import find_sites, surgery_plan
 from hf_holo.modeling.harmonics import HarmonicBasis
+from hf_holo.modeling.quantizer import swap
 
 pytestmark = pytest.mark.slow
 STEPS, ROWS, LENGTH, VOCABULARY = 50, 8, 16, 61

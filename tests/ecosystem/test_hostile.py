@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_holo import HoloError, HoloSurgeryConfig, apply_surgery, architectures, cli
-from hf_holo.conversion.distill_arguments import parse as parse_distillation
+from hf_holo.conversion.distill.arguments import parse as parse_distillation
 from hf_holo.data.tokenizers import character_tokenizer
 from hf_holo.modeling import checkpoint as checkpoint_module
 from hf_holo.training.arguments import parse

@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..errors import HoloError
-from ..recipes import (
+from ...errors import HoloError
+from ...recipes import (
     NOT_FOR_RECIPES,
     RecipeParser,
     add_recipe,
@@ -16,7 +16,7 @@ from ..recipes import (
     suggestion,
     words_of_today,
 )
-from ..training.arguments import HoloTrainingArguments
+from ...training.arguments import HoloTrainingArguments
 
 DESCRIPTION = "A student learns from its teacher, in the stages of a recipe."
 PREFIX = "distill-"  # of the recipes in the package

@@ -24,8 +24,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import HoloError
-from .surgery import HoloSurgeryConfig, choose, dense_shape, same_input, swap
+from ...errors import HoloError
+from ...modeling.quantizer import dense_shape, swap
+from .plan import HoloSurgeryConfig, choose, same_input
 
 FLOOR = 1e-6  # least eigenvalue of Σ, as a share of the mean one: what the text never excites must stay invertible
 SHRINKAGE = 0.01  # of G towards its mean eigenvalue: it is estimated from fewer tokens than Σ

@@ -19,27 +19,27 @@ from torch.optim import Optimizer
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from ..data.scoring import held_out_loss
-from ..data.tokenizers import saved_tokenizer
-from ..data.windows import Collator, Splits, evenly
-from ..errors import HoloError
-from ..files import write_text
-from ..generate import generate_text
-from ..hub.card import write_card
-from ..hub.code import add_code
-from ..modeling.harmonics import HoloLinear
-from ..training.callbacks import CausalityCallback
-from ..training.optim import MuonAdamW, WhitenedAdamW
-from ..training.progress import show_progress
-from ..training.train import find_checkpoint, save_final
-from ..training.trainer import HoloTrainer
-from .calibration import removed_after
-from .distill_arguments import Distillation, DistillTrainingArguments, Stage, TextArguments, parse
-from .distill_report import DistillReport
+from ...data.scoring import held_out_loss
+from ...data.tokenizers import saved_tokenizer
+from ...data.windows import Collator, Splits, evenly
+from ...errors import HoloError
+from ...files import write_text
+from ...generate import generate_text
+from ...hub.card import write_card
+from ...hub.code import add_code
+from ...modeling.harmonics import HoloLinear
+from ...training.callbacks import CausalityCallback
+from ...training.optim import MuonAdamW, WhitenedAdamW
+from ...training.progress import show_progress
+from ...training.train import find_checkpoint, save_final
+from ...training.trainer import HoloTrainer
+from ..sources import load_tokenizer, load_weights, splits_of
+from ..surgery.calibration import removed_after
+from ..work_folder import clear_disk_errors
+from .arguments import Distillation, DistillTrainingArguments, Stage, TextArguments, parse
 from .logit_cache import CachedLogits, write_cache
 from .objectives import Loss, block_twins, converted_layers, hidden_state_loss, logit_loss, output_loss
-from .sources import load_tokenizer, load_weights, splits_of
-from .work_folder import clear_disk_errors
+from .report import DistillReport
 
 FEATURE_WINDOWS = 8  # training windows that the features of holographic layers are measured on
 FINISHED = "stage.json"  # the last file that a stage writes

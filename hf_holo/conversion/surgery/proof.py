@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..errors import HoloError, first_line
+from ...errors import HoloError, first_line
 
 Inputs = dict[str, torch.Tensor]
 

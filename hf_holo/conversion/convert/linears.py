@@ -9,8 +9,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..modeling.checkpoint import values_on_disk
-from .calibration import (
+from ...modeling.checkpoint import values_on_disk
+from ..sources import Source, Text, mixed
+from ..surgery.apply import apply_surgery, mark
+from ..surgery.calibration import (
     Factors,
     Site,
     Statistics,
@@ -25,13 +27,12 @@ from .calibration import (
     surgery_plan,
     without_gradients,
 )
+from ..surgery.plan import choose, other_matrices, plan
+from ..surgery.refit import check_refit, refit, worth_refitting
+from ..work_folder import WorkFolder
+from .arguments import ConvertArguments
 from .conversion import Conversion, size_in_bytes
-from .convert_arguments import ConvertArguments
 from .linear_report import LayerRow, plot_layers, print_coverage, write_layers
-from .refit import check_refit, refit, worth_refitting
-from .sources import Source, Text, mixed
-from .surgery import apply_surgery, choose, mark, other_matrices, plan
-from .work_folder import WorkFolder
 
 
 class RegeneratedSurgery(Conversion):
@@ -94,7 +95,7 @@ class RegeneratedSurgery(Conversion):
 
 
 class CalibratedSurgery(RegeneratedSurgery):
-    """Stored bases, fitted to activations and gradients on a text; see [`hf_holo.conversion.calibration`].
+    """Stored bases, fitted to activations and gradients on a text; see [`hf_holo.conversion.surgery.calibration`].
 
     Memory: the statistics of as many sites as `options.memory` allows; those of the others lie in the work folder.
     """

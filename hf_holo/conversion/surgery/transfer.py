@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..errors import HoloError
-from ..modeling.configuration_hsn import HsnConfig
-from ..modeling.modeling_hsn import AttentionMixer, HolographicMixer, HoloSpectralBlock, HsnForCausalLM
+from ...errors import HoloError
+from ...modeling.configuration_hsn import HsnConfig
+from ...modeling.modeling_hsn import AttentionMixer, HolographicMixer, HoloSpectralBlock, HsnForCausalLM
 
 SOURCES: dict[str, dict[str, Any]] = json.loads(
     files(__package__).joinpath("transfer_sources.json").read_text(encoding="utf-8")

@@ -31,7 +31,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..errors import HoloError
+from ...errors import HoloError
+from ...modeling.quantizer import dense_shape, is_linear, swap
+from ..work_folder import WorkFolder
 from .calibration import (
     Site,
     Statistics,
@@ -44,8 +46,7 @@ from .calibration import (
     surgery_plan,
     without_gradients,
 )
-from .surgery import HoloSurgeryConfig, block_list, dense_shape, is_linear, swap
-from .work_folder import WorkFolder
+from .plan import HoloSurgeryConfig, block_list
 
 DAMPING = 0.03  # λ, as a share of the mean eigenvalue of E[x̃ x̃ᵀ]
 TOKENS_PER_INPUT = 10  # of the widest layer: with fewer, refitting fits noise

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import HoloError
-from ..modeling.harmonics import HoloLinear
-from ..modeling.modeling_hsn import HolographicMixer
-from .surgery import block_list
-from .transfer import source_of
+from ...errors import HoloError
+from ...modeling.harmonics import HoloLinear
+from ...modeling.modeling_hsn import HolographicMixer
+from ..surgery.plan import block_list
+from ..surgery.transfer import source_of
 
 MATCHES = ("layers", "blocks", "hidden_states", "logits")
 SMALL = 0.1  # of the median size of a token: below it the error is not blown up any further

@@ -9,8 +9,8 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data.windows import fingerprint
-from ..files import replacing
+from ...data.windows import fingerprint
+from ...files import replacing
 from .objectives import SoftLabels
 
 

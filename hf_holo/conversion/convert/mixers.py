@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, set_seed
 
-from ..files import write_csv
+from ...files import write_csv
+from ..sources import Source, Text
+from ..surgery.transfer import Part, compare, transfer_to_hsn
+from ..work_folder import WorkFolder
+from .arguments import ConvertArguments
 from .conversion import Conversion, size_in_bytes
-from .convert_arguments import ConvertArguments
-from .sources import Source, Text
-from .transfer import Part, compare, transfer_to_hsn
-from .work_folder import WorkFolder
 
 
 class MixerTransfer(Conversion):

@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .convert_arguments import ConvertArguments
-from .sources import Source, Text
-from .work_folder import WorkFolder
+from ..sources import Source, Text
+from ..work_folder import WorkFolder
+from .arguments import ConvertArguments
 
 
 class Conversion(ABC):

@@ -25,18 +25,18 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from ..data.windows import fingerprint
-from ..errors import HoloError, first_line
-from ..generate import generate_text
-from ..hub.code import add_code
-from ..modeling.checkpoint import values_on_disk
+from ...data.windows import fingerprint
+from ...errors import HoloError, first_line
+from ...generate import generate_text
+from ...hub.code import add_code
+from ...modeling.checkpoint import values_on_disk
+from ..sources import Source, Text, calibration_texts, load_tokenizer
+from ..work_folder import WorkFolder, check_out, clear_disk_errors, work_path
+from .arguments import ConvertArguments, parse
 from .conversion import Conversion
-from .convert_arguments import ConvertArguments, parse
-from .convert_linears import CalibratedSurgery, RegeneratedSurgery
-from .convert_mixers import MixerTransfer
-from .convert_report import Outcome, Score, print_scores, write_report
-from .sources import Source, Text, calibration_texts, load_tokenizer
-from .work_folder import WorkFolder, check_out, clear_disk_errors, work_path
+from .linears import CalibratedSurgery, RegeneratedSurgery
+from .mixers import MixerTransfer
+from .report import Outcome, Score, print_scores, write_report
 
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import HoloError
-from ..modeling.harmonics import HarmonicBasis, HoloLinear
+from ...errors import HoloError
+from ...modeling.harmonics import HarmonicBasis, HoloLinear
 from .calibration import removed_after
 
 

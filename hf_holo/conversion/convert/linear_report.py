@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .surgery import SurgeryReport
+from ..surgery.apply import SurgeryReport
 
 
 @dataclass(frozen=True)

@@ -1,45 +1,31 @@
-"""Layer surgery: linear layers of any transformers model become HoloLinear, as a quantizer (`quant_method` "holo").
-
-A converted model stays what it was (a `Phi3ForCausalLM`, say): its config carries the plan of the surgery, and plain
-`from_pretrained` swaps the layers before it reads their weights. `import hf_holo` registers the quantizer.
-"""
+"""The plan of a surgery: which layers become holographic, with how many harmonics."""
 
 import copy
 import functools
 import json
-import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
-from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..errors import HoloError, unknown
-from ..hub.code import CONVERTED, add_code
-from ..modeling.harmonics import BASES, HarmonicBasis, HoloLinear
-from ..modeling.quantizer import (
-    QUANTIZED,
-    PlanQuantizer,
+from ...errors import HoloError, unknown
+from ...modeling.harmonics import BASES
+from ...modeling.quantizer import (
     check_plan,
-    checksum_of_bases,
     dense_shape,
-    holo_layers,
     is_linear,
-    replace,
-    swap,
 )
-from .proof import Proof, all_or_nothing
 
 LINEAR = (nn.Linear, Conv1D)
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 HARMONICS = 64  # of every layer, when neither harmonics nor a ratio is given: the original's figure
 
 
@@ -137,89 +123,6 @@ def _patterns(argument: str, given: str | list[str] | None) -> list[str] | None:
         except re.error as error:
             raise HoloError(f"{argument}: {pattern!r} is no regular expression: {error}") from None
     return list(patterns)
-
-
-@dataclass(frozen=True)
-class SurgeryReport:
-    """What the surgery did, module by module.
-
-    Attributes:
-        rows: for every module that has numbers of its own: `module`, its kind `before` and `after`, `numbers_before`,
-            `stored` (numbers in a checkpoint) and `trained` (parameters); a tied matrix counts once. `error`: squared
-            error of the weights, relative to their square; None where nothing was fitted.
-    """
-
-    rows: list[dict[str, Any]]
-
-    @property
-    def converted(self) -> list[dict[str, Any]]:
-        return [row for row in self.rows if row["before"] != row["after"]]
-
-    def total(self, column: str) -> int:
-        return sum(row[column] for row in self.rows)
-
-    @property
-    def kept(self) -> float:
-        """Share of the numbers of the converted layers that a checkpoint still keeps."""
-        return sum(row["stored"] for row in self.converted) / sum(row["numbers_before"] for row in self.converted)
-
-
-def apply_surgery(model: PreTrainedModel, config: HoloSurgeryConfig | None = None) -> SurgeryReport:
-    """Replace linear layers by [`HoloLinear`], in place; on the meta device too.
-
-    The new layers start as the least-squares fit of the old weights in their basis. The converted model is then run on
-    two tokens, and what would be saved is loaded on the meta device: both must work as they did before.
-
-    Args:
-        model: any model of transformers.
-        config: default: the original's, see [`HoloSurgeryConfig`]. A copy with the plan is kept in `model.config`.
-
-    Returns:
-        A report with every module.
-
-    Raises:
-        HoloError: a pattern matches nothing, a ratio cannot be reached, there are more harmonics than inputs, an output
-            layer is tied to the embeddings or to another, a weight is not finite, the model is none of transformers,
-            converted already or wrapped in adapters, a "data" basis is asked for (it needs `hf-holo convert`), or the
-            model does not run or load with the new layers. The model is then as it was.
-    """
-    config = HoloSurgeryConfig() if config is None else config
-    _check_arguments(model, config)
-    config = resolved(model, config)
-    before = _census(model)
-    _check_weights(before, config.layers)
-    proof, errors = Proof.of(model), {}
-    with all_or_nothing(model):
-        for name, new in swap(model, config).items():
-            old = before.modules[name]
-            if not next(old.parameters()).is_meta:
-                errors[name] = _fit(new, old)
-        config.checksum = checksum_of_bases(model)
-        mark(model, config)
-        proof.check(model)
-    return _compare(before, _census(model), errors)
-
-
-def _check_arguments(model: PreTrainedModel, config: HoloSurgeryConfig) -> None:
-    if not isinstance(config, HoloSurgeryConfig):
-        raise HoloError(f"config={config!r} must be a HoloSurgeryConfig")
-    if config.layers == {}:
-        raise HoloError("layers={} names no layer to convert; leave it out, and the surgery fills it in")
-    if config.basis == "data" and config.layers is None:
-        raise HoloError("basis='data' has to be fitted to activations: use `hf-holo convert --method calibrated`")
-    adapted = [n for n, module in model.named_modules() if isinstance(getattr(module, "base_layer", None), nn.Module)]
-    if adapted:
-        raise HoloError(f"model: {adapted[0]!r} carries an adapter; merge the adapters into the model, or unload them")
-    if not isinstance(model, PreTrainedModel):
-        raise HoloError(f"model={type(model).__name__} must be a model of transformers; others take HoloLinear by hand")
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise HoloError("model: it is converted or quantized already; start from a dense model, or `restore_linears`")
-
-
-def _check_weights(census: "_Census", layers: dict[str, dict[str, Any]]) -> None:
-    for name, module in census.modules.items():
-        if name in layers and not all(p.is_meta or p.isfinite().all() for p in module.parameters()):
-            raise HoloError(f"model: the weights of {name!r} are not finite; mend them, or leave it out with exclude=")
 
 
 def resolved(model: nn.Module, config: HoloSurgeryConfig) -> HoloSurgeryConfig:
@@ -412,167 +315,3 @@ def _harmonics(name: str, layer: nn.Module, config: HoloSurgeryConfig) -> int:
             f"give at least {(per_harmonic + bias) / (outputs * inputs + bias):.3g}"
         )
     return harmonics
-
-
-@torch.no_grad()
-def _fit(new: HoloLinear, old: nn.Module) -> float:
-    """Set the coefficients whose product with the basis is nearest to the old weight.
-
-    Returns:
-        The squared distance, relative to the square of the weight.
-    """
-    weight = (old.weight.T if isinstance(old, Conv1D) else old.weight).double()  # [O, I]
-    basis = new.basis.matrix().double()  # [R, I]
-    gram, product = basis @ basis.T, weight @ basis.T  # [R, R], [O, R]
-    coefficients = torch.linalg.solve(gram, product.T).T  # [O, R]
-    new.load_factors(coefficients.to(old.weight.dtype))
-    if old.bias is not None:
-        new.bias.copy_(old.bias)
-    total = float(weight.square().sum())
-    return max(1 - float((product * coefficients).sum()) / total, 0.0) if total else 0.0  # Pythagoras
-
-
-def mark(model: PreTrainedModel, config: HoloSurgeryConfig) -> None:
-    """Make a model with holographic layers known as such: its config holds the plan, and what it saves has its code.
-
-    A part of the model that can be loaded by itself (the text model of a CLIP) finds its share of the plan in its own
-    config.
-    """
-    model.config.quantization_config = config
-    model.save_pretrained = MethodType(_save_with_code, model)
-    for name, module in model.named_modules():
-        own = getattr(module, "config", None)
-        if isinstance(own, PretrainedConfig) and any(own is part for part in vars(model.config).values()):
-            share = {n: dict(entry) for n, entry in config.layers.items() if n.startswith(f"{name}.")}
-            if share and getattr(own, "quantization_config", None) is None:
-                own.quantization_config = copy.copy(config)
-                own.quantization_config.layers, own.quantization_config.checksum = share, None
-
-
-def _save_with_code(model: PreTrainedModel, folder: str | os.PathLike, is_main_process: bool = True, **options) -> None:
-    """The class's own, and the code that the checkpoint needs where hf_holo is missing."""
-    type(model).save_pretrained(model, folder, is_main_process=is_main_process, **options)
-    if is_main_process:
-        add_code(folder)
-
-
-def _unmark(model: PreTrainedModel) -> None:
-    """Undo [`mark`] and what transformers and [`hf_holo.modeling.converted`] noted on loading."""
-    vars(model).pop("save_pretrained", None)
-    for name in QUANTIZED:
-        vars(model).pop(name, None)
-    for config in [model.config, *vars(model.config).values()]:
-        if isinstance(config, PretrainedConfig):
-            for name in QUANTIZED:
-                vars(config).pop(name, None)
-    forget_code(model)
-    if hasattr(model.config, "make_dense"):
-        model.config.make_dense()
-
-
-def forget_code(model: PreTrainedModel) -> None:
-    """The config no longer names the code in the folder that the model came from: the next one may have none."""
-    own = {auto: name for auto, name in getattr(model.config, "auto_map", {}).items() if not _is_ours(name)}
-    if own:
-        model.config.auto_map = own
-    else:
-        vars(model.config).pop("auto_map", None)
-
-
-def _is_ours(reference: str | Sequence[str | None]) -> bool:
-    """Whether an entry of an `auto_map` names the code of a converted model."""
-    return isinstance(reference, str) and reference.rpartition("--")[2].startswith(f"{CONVERTED.stem}.")
-
-
-@torch.no_grad()
-def restore_linears(model: nn.Module) -> nn.Module:
-    """Replace every [`HoloLinear`] by the dense layer that it stands for, of the class that it took the place of, in
-    place: to merge adapters, or to export. What is saved then is a dense checkpoint, and so is its config."""
-    for around in model.modules():
-        inner = around._modules.get("base_layer")  # of an adapter
-        if isinstance(inner, HoloLinear) and hasattr(around, "fan_in_fan_out"):
-            around.fan_in_fan_out = inner.dense_class is Conv1D
-    replace(model, {layer: _dense(layer) for layer in holo_layers(model)})
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):  # adapters may lie around it
-            _unmark(module)
-    return model
-
-
-def _dense(layer: HoloLinear) -> nn.Module:
-    """The layer as one matrix."""
-    matrix = layer.dense_matrix()  # [O, I]
-    made = {"device": matrix.device, "dtype": matrix.dtype}
-    if layer.dense_class is Conv1D:
-        dense = Conv1D(layer.out_features, layer.in_features).to(**made)
-        dense.weight.copy_(matrix.T)
-    else:
-        dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, **made)
-        dense.weight.copy_(matrix)
-    if layer.bias is not None:
-        dense.bias.copy_(layer.bias)
-    return dense.train(layer.training)
-
-
-# ---------------------------------------------------------------------------------------------- counting
-@dataclass(frozen=True)
-class _Census:
-    modules: dict[str, nn.Module]
-    kinds: dict[str, str]
-    numbers: dict[str, tuple[int, int]]  # stored in a checkpoint, trained
-
-
-def _census(model: nn.Module) -> _Census:
-    """Every module with numbers of its own; a HoloLinear counts with its basis, a shared tensor once."""
-    seen, modules, kinds, numbers = set(), {}, {}, {}
-    for name, module in model.named_modules():
-        if isinstance(module, HarmonicBasis):
-            continue
-        trained = sum(p.numel() for p in _new(module.parameters(isinstance(module, HoloLinear)), seen))
-        stored = module.count_numbers()["stored"] if isinstance(module, HoloLinear) else trained
-        if trained:
-            modules[name], kinds[name], numbers[name] = module, type(module).__name__, (stored, trained)
-    return _Census(modules, kinds, numbers)
-
-
-def _new(parameters: Iterator[nn.Parameter], seen: set[int]) -> Iterator[nn.Parameter]:
-    for parameter in parameters:
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            yield parameter
-
-
-def _compare(before: _Census, after: _Census, errors: dict[str, float]) -> SurgeryReport:
-    rows = []
-    for name, (stored, trained) in after.numbers.items():
-        rows.append(
-            {
-                "module": name,
-                "before": before.kinds[name],
-                "after": after.kinds[name],
-                "numbers_before": before.numbers[name][0],
-                "stored": stored,
-                "trained": trained,
-                "error": errors.get(name),
-            }
-        )
-    return SurgeryReport(rows)
-
-
-# ---------------------------------------------------------------------------------------------- in transformers
-class HoloQuantizer(PlanQuantizer):
-    """The quantizer where hf_holo is installed: it also plans the surgery of a dense checkpoint."""
-
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        config = self.quantization_config
-        if not self.pre_quantized and config.basis == "data" and config.layers is None:
-            raise HoloError("basis='data' has to be fitted to activations: use `hf-holo convert --method calibrated`")
-
-    def resolve(self, model: PreTrainedModel) -> HoloSurgeryConfig:
-        return resolved(model, self.quantization_config)
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        super()._process_model_after_weight_loading(model, **kwargs)
-        forget_code(model)
-        mark(model, self.quantization_config)
-        return model

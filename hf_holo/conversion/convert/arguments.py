@@ -4,9 +4,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import HoloError
-from ..recipes import RecipeParser, add_recipe, described, given_words, load_recipe, suggestion, words_of_today
-from .surgery import HoloSurgeryConfig
+from ...errors import HoloError
+from ...recipes import RecipeParser, add_recipe, described, given_words, load_recipe, suggestion, words_of_today
+from ..surgery.plan import HoloSurgeryConfig
 
 PREFIX = "convert-"  # of the recipes in the package
 RATIO = 0.8  # of a calibrated conversion

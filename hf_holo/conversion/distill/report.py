@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import replacing, write_text
+from ...files import replacing, write_text
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""The verb `distill`: a student learns from its teacher, in stages."""

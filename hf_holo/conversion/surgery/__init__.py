@@ -1,0 +1,7 @@
+"""Layer surgery: linear layers become holographic (plan, apply), fitted to activations (calibration, refit); attention
+becomes holographic mixers (transfer)."""
+
+from .apply import HoloQuantizer, SurgeryReport, apply_surgery, restore_linears
+from .plan import HoloSurgeryConfig
+
+__all__ = ["HoloQuantizer", "HoloSurgeryConfig", "SurgeryReport", "apply_surgery", "restore_linears"]
