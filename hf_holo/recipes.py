@@ -48,7 +48,8 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
 
     def _get_help_string(self, action: Action) -> str | None:
         says_it = "default" in (action.help or "")
-        return action.help if says_it or action.default in (None, False, []) else super()._get_help_string(action)
+        is_unset = action.default is None or action.default is False or action.default == []
+        return action.help if says_it or is_unset else super()._get_help_string(action)
 
     def _format_action_invocation(self, action: Action) -> str:
         names, action = action.option_strings, copy.copy(action)
@@ -95,7 +96,8 @@ class RecipeParser(Parser, HfArgumentParser):
             for action in inherited:
                 action.help = SUPPRESS
             text = "show the options of TrainingArguments, too"
-            self.add_argument("--help_all", action=_HelpAll, nargs=0, dest=SUPPRESS, default=SUPPRESS, help=text)
+            names = ("--help_all", "--help-all")
+            self.add_argument(*names, action=_HelpAll, nargs=0, dest=SUPPRESS, default=SUPPRESS, help=text)
 
     def _group(self, actions: Sequence[Action], title: str, description: str | None = None) -> None:
         """Show these options under a title of their own."""

@@ -467,7 +467,7 @@ def test_the_name_of_a_stage_is_a_plain_name(name, tmp_path):
 def test_the_name_of_a_repository_is_no_path(checkpoint, name, capsys):
     before = sorted(path.name for path in checkpoint.iterdir())
     assert cli.main(["push", str(checkpoint), name, "--dry-run"]) == 2
-    assert "is no name for a repository" in capsys.readouterr().err
+    assert "is not a name for a repository" in capsys.readouterr().err
     assert sorted(path.name for path in checkpoint.iterdir()) == before
 
 

@@ -111,6 +111,7 @@ def test_the_help_comes_in_groups_our_own_options_first(command, capsys):
     assert "--block_size" in short and "--warmup_steps" not in short and len(short.splitlines()) < 120
     assert whole.index("--block_size") < whole.index("--warmup_steps")
     assert "--block-size" not in whole and "default: None" not in whole
+    assert "--warmup_steps" in said("--help-all")
 
 
 def test_both_spellings_of_an_option_work():
