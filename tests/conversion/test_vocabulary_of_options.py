@@ -9,8 +9,9 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_holo.conversion import convert_arguments, distill_arguments
+from hf_holo.conversion.convert import arguments as convert_arguments
 from hf_holo.conversion.convert.command import main as convert
+from hf_holo.conversion.distill import arguments as distill_arguments
 from hf_holo.conversion.distill.command import main as distill
 from hf_holo.data.documents import python_help
 from hf_holo.data.scoring import held_out_loss
