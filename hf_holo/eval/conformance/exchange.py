@@ -54,7 +54,7 @@ class Setting:
         given = {
             "attention_mask": torch.ones_like(ids),
             "position_ids": torch.arange(self.length).expand_as(ids),
-            "labels": ids,
+            "labels": ids % subject.output_width,  # a classifier of tokens has fewer classes than tokens
             "use_cache": True,
         }
         return {"input_ids": ids} | {name: given[name] for name in self.arguments}
@@ -97,7 +97,8 @@ def with_other_suffix(inputs: dict[str, Any], later: torch.Tensor, others: torch
     changed = inputs | {"input_ids": torch.where(later, others, inputs["input_ids"])}
     if inputs.get("labels") is not None:
         labels = inputs["labels"]
-        changed["labels"] = torch.where(later & (labels != IGNORED), others, labels)
+        known = others % (labels.max() + 1).clamp_min(1)  # classes, which there may be fewer of
+        changed["labels"] = torch.where(later & (labels != IGNORED), known, labels)
     return changed
 
 
