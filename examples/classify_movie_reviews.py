@@ -1,4 +1,4 @@
-"""Is a movie review positive? Whole reviews, up to several thousand tokens, beside a BERT that sees their first part.
+"""Is a movie review positive? Whole reviews, up to several thousand tokens, against a BERT that sees their first part.
 
     python examples/classify_movie_reviews.py train.parquet test.parquet
 

@@ -57,7 +57,7 @@ class Source:
                 raise HoloError(
                     f"TEACHER: {name!r} brings code of its own; read it, and give --trust_remote_code to run it"
                 ) from None
-            raise HoloError(f"TEACHER: {name!r} holds no model of transformers: {first_line(error)}") from None
+            raise HoloError(f"TEACHER: {name!r} is not a model of transformers: {first_line(error)}") from None
         if getattr(config, "quantization_config", None) is not None:
             raise HoloError(f"TEACHER: {name!r} is quantized or converted already; give the dense model")
         heads = {auto: mapping.get(type(config), None) for auto, mapping in AUTO_CLASSES.items()}

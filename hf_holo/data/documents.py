@@ -80,7 +80,7 @@ def read_documents(
         documents = [text for file in find_files(train_file) for text in _read_texts(file, text_column)]
     documents = [text for text in documents if text]
     if not any(text.strip() for text in documents):
-        raise HoloError(f"{name_of_source(train_file, dataset_name)} holds no text")
+        raise HoloError(f"{name_of_source(train_file, dataset_name)} contains no text")
     return documents
 
 
@@ -121,7 +121,7 @@ def _files_at(name: str) -> list[Path]:
     files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in {*TEXT_SUFFIXES, *TABLE_FORMATS})
     if not files:
         suffixes = " ".join([*TEXT_SUFFIXES, *TABLE_FORMATS])
-        raise HoloError(f"train_file: the folder {name!r} holds no file with one of the suffixes {suffixes}")
+        raise HoloError(f"train_file: the folder {name!r} contains no file with one of the suffixes {suffixes}")
     return files
 
 

@@ -25,7 +25,7 @@ NOT_IN_A_GRAPH = ("seq_idx", "labels", "inputs_embeds", "output_attentions", "ou
 
 
 class HoloORTModelForCausalLM(ORTModelForCausalLM):
-    """An exported causal language model that generates as the original does: greedy, sampling, beams, left padding.
+    """An exported causal language model that generates as in PyTorch: greedy, sampling, beams, left padding.
 
     Made by `from_pretrained(folder)` from what `optimum-cli export onnx` or `hf-holo export` has written, or, with
     `export=True`, from a checkpoint. Optimum's own class takes every cache for keys and values of attention; this one
@@ -120,7 +120,7 @@ class HoloORTModelForCausalLM(ORTModelForCausalLM):
 
 
 def _packed(position_ids: torch.Tensor | None, mask: torch.Tensor) -> bool:
-    """Whether a token behind another one has position 0, which begins a document."""
+    """Whether a token after another one has position 0, which begins a document."""
     if position_ids is None:
         return False
     begins = (position_ids == 0) & mask[:, -position_ids.shape[1] :].bool()

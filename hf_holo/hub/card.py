@@ -215,7 +215,7 @@ def _facts(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """What stands in the table of facts."""
     facts = {"architecture": next(iter(config.get("architectures") or []), "unknown")}
     if any(folder.glob("*.safetensors")):
-        facts["numbers in the checkpoint"] = f"{_numbers(folder):,}"
+        facts["values in the checkpoint"] = f"{_numbers(folder):,}"
     facts |= {name.replace("_", " "): f"{config[name]:,}" for name in SIZES if isinstance(config.get(name), int)}
     return facts
 

@@ -41,7 +41,7 @@ class Item:
 
     Attributes:
         name: in the repository.
-        content: where it lies, or its bytes.
+        content: its path, or its bytes.
         note: what was done to it.
     """
 
@@ -137,7 +137,7 @@ def check_links(folder: Path, paths: list[Path]) -> None:
 
 
 def check_weights(folder: Path) -> None:
-    """Refuse weights that are missing, pickled, cut off, or no numbers.
+    """Refuse weights that are missing, pickled, cut off, or not finite.
 
     Raises:
         HoloError: the message names the file.
@@ -152,7 +152,7 @@ def check_weights(folder: Path) -> None:
         if missing:
             raise HoloError(f"DIR: {str(folder)!r} lacks {', '.join(missing)}, which {index.name} names")
     if not files:
-        raise HoloError(f"DIR: {str(folder)!r} holds no weights in safetensors; `save_pretrained` writes them")
+        raise HoloError(f"DIR: {str(folder)!r} has no weights in safetensors format; `save_pretrained` writes them")
     for path in files:
         try:
             check_finite(path)

@@ -1,4 +1,4 @@
-"""Binding by circular convolution, and unbinding by correlation, each beside its naive twin.
+"""Binding by circular convolution, and unbinding by correlation, each next to its naive twin.
 
 Source: holographic reduced representations (Plate, 1995).
 """

@@ -38,7 +38,7 @@ class TokenLayout:
         return TokenLayout(tokens, valid, lengths, document, drift)
 
     def slice(self, start: int, stop: int) -> "TokenLayout":
-        """The layout of the positions from `start` up to `stop`, continued from the state behind those before."""
+        """The layout of the positions from `start` up to `stop`, continued from the state after those before it."""
         stop = min(stop, self.length)
         valid = None if self.valid is None else self.valid[:, start:stop]
         lengths = None if self.lengths is None else (self.lengths - start).clamp(0, stop - start)

@@ -283,7 +283,7 @@ class HoloPreTrainedModel(FamilyPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, HoloLinear):  # ahead of nn.Linear, which it is too
+        if isinstance(module, HoloLinear):  # before nn.Linear, which it is too
             module.reset_parameters()
         elif isinstance(module, HarmonicBasis):
             module.regenerate()

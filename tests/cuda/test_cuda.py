@@ -1,6 +1,6 @@
 """On a GPU everything is as on a CPU: values, gradients, generation, training, conversion; and memory stays linear.
 
-Quick: the whole file takes a few minutes on one GPU. `hf-holo check NAME --device cuda` checks more.
+Fast: the whole file takes a few minutes on one GPU. `hf-holo check NAME --device cuda` checks more.
 """
 
 import copy
@@ -353,7 +353,7 @@ def windows(count: int) -> torch.Tensor:
 
 
 def calibrated(model: LlamaForCausalLM, refitted: bool) -> list[int | None]:
-    """Convert in place to 60 % of the numbers, as `hf-holo convert --method calibrated` does; returns the ranks."""
+    """Convert in place to 60 % of the values, as `hf-holo convert --method calibrated` does; returns the ranks."""
     sites = find_sites(model, HoloSurgeryConfig(shared=True))
     statistics = collect(model, sites, windows(24), windows(4))
     factors = [factorise(site, stacked_weight(model, site), s) for site, s in zip(sites, statistics, strict=True)]

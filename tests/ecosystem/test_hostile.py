@@ -104,7 +104,7 @@ def change_weight(folder: Path, change) -> str:
 def test_a_truncated_file_is_named(checkpoint, share):
     content = (checkpoint / WEIGHTS).read_bytes()
     (checkpoint / WEIGHTS).write_bytes(content[: int(share * len(content))])
-    with pytest.raises(OSError, match=rf"{checkpoint.name}: its weights are no whole safetensors file"):
+    with pytest.raises(OSError, match=rf"{checkpoint.name}: its weights are not a complete safetensors file"):
         load(checkpoint)
 
 
@@ -168,7 +168,7 @@ def test_a_truncated_file_of_a_converted_model_is_named(converted, share, sharde
     assert load(converted) is not None and (file.name != WEIGHTS) == sharded
     content = file.read_bytes()
     file.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(OSError, match=rf"{file.name}: its weights are no whole safetensors file"):
+    with pytest.raises(OSError, match=rf"{file.name}: its weights are not a complete safetensors file"):
         load(converted)
 
 
@@ -184,7 +184,7 @@ def test_a_pickle_is_refused_and_never_run(checkpoint, bomb):
         torch.save(content, checkpoint / "pytorch_model.bin")
         with pytest.raises(OSError, match=rf"no file named {WEIGHTS}"):
             load(checkpoint)
-    assert load(checkpoint, use_safetensors=False) is not None  # who asks for it gets it: the numbers, no code
+    assert load(checkpoint, use_safetensors=False) is not None  # whoever asks for it gets it: the values, no code
     torch.save({"bomb": bomb}, checkpoint / "pytorch_model.bin")
     with pytest.raises((OSError, pickle.UnpicklingError)):
         load(checkpoint, use_safetensors=False)
@@ -270,7 +270,7 @@ def test_weights_to_resume_from_are_numbers(resumable):
 @ABSURD_SIZES
 def test_absurd_sizes_are_refused_before_memory_is_taken(checkpoint):
     """Every whole number in config.json is made absurd, one at a time, in a process that may take little memory. What
-    is no size (the id of a token) may load."""
+    is not a size (the id of a token) may load."""
     original = json.loads((checkpoint / "config.json").read_text())
     numbers = [name for name, value in original.items() if isinstance(value, int) and not isinstance(value, bool)]
     assert {"hidden_size", "vocab_size", "num_hidden_layers"} <= set(numbers)
@@ -445,7 +445,7 @@ def test_the_name_of_a_recipe_is_no_path_into_the_package(name):
 
 
 def test_a_token_for_the_hub_is_not_written_down(tmp_path):
-    """The recipe of a run lies beside its model, and goes up with it."""
+    """The recipe of a run is saved next to its model, and is pushed with it."""
     secret = ["--push_to_hub", "--hub_token", "hf_secret", "--hub_model_id", "me/it"]
     recipe = {"teacher": "t", "student": "s", "train_file": ["x"], "stages": [{"match": "logits"}]}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))

@@ -119,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
         elif token not in TOKENS or (write and not token):
             self.refuse(401, message="Invalid credentials in Authorization header")
         elif write and token == "hf_reader":
-            self.refuse(403, message="you may not write here")
+            self.refuse(403, message="you are not allowed to write here")
         elif held and held["gated"] and token != TOKEN:
             self.refuse(403, "GatedRepo", "Access to this repository is restricted")
         else:

@@ -323,7 +323,7 @@ def test_links_that_stay_behind_do_no_harm(saved, tmp_path, capsys):
 
 
 def test_a_folder_in_the_cache_of_the_hub(small_hub, saved, tmp_path):
-    """Its files are links to those beside it that have the hash for a name."""
+    """Its files are links to those next to it that have the hash for a name."""
     snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "12ab", tmp_path / "models--a--b" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
@@ -338,7 +338,7 @@ def test_a_folder_in_the_cache_of_the_hub(small_hub, saved, tmp_path):
 def test_a_folder_without_weights(saved, capsys):
     (saved / "model.safetensors").unlink()
     assert push(saved, REPO, "--dry-run") == 2
-    assert "holds no weights in safetensors" in capsys.readouterr().err
+    assert "has no weights in safetensors format" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_not_there(tmp_path, capsys):

@@ -12,7 +12,7 @@ from torch import nn
 
 from .subject import Subject, main_output
 
-ARGUMENTS = ("attention_mask", "position_ids", "labels")  # what Trainer and its collators send beside the ids
+ARGUMENTS = ("attention_mask", "position_ids", "labels")  # what Trainer and its collators send in addition to the ids
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 ROWS = (1, 2, 5, 9)
 MANY_ROWS = 33

@@ -75,7 +75,7 @@ def load_checkpoint(path: str, trust_remote_code: bool = False) -> PreTrainedMod
         options = {"trust_remote_code": True} if trust_remote_code else {}
         return model_class.from_pretrained(path, dtype=torch.float32, **options)
     except UNREADABLE as error:
-        raise HoloError(f"{path!r} is no checkpoint that can be loaded: {first_line(error)}") from error
+        raise HoloError(f"{path!r} is not a checkpoint that can be loaded: {first_line(error)}") from error
 
 
 def _saved_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:

@@ -54,7 +54,7 @@ class LanguageModel(evaluate.Metric):
             tokenizer = tokenizer or saved_tokenizer(model, "model")
             model = AutoModelForCausalLM.from_pretrained(model)
         elif tokenizer is None:
-            raise ValueError("tokenizer: None; a model that is not named by its folder needs the tokenizer beside it")
+            raise ValueError("tokenizer: None; a model that is not named by its folder needs its tokenizer as well")
         start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         texts = [encode(tokenizer, [text]) for text in predictions]
         if start is not None:
