@@ -14,8 +14,8 @@ from hf_holo import HoloSurgeryConfig, apply_surgery
 from hf_holo.cli import main
 from hf_holo.conversion.surgery.calibration import is_expert
 from hf_holo.conversion.surgery.plan import is_router, other_matrices
+from hf_holo.data.tokenizers import make_tokenizer
 from hf_holo.modeling.quantizer import holo_layers
-from hf_holo.training.tokenizers import make_tokenizer
 
 MAJOR = version.parse(transformers_version).major
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
