@@ -108,7 +108,7 @@ def output_folder(name: str, argument: str = "output_dir") -> Path:
         argument: how the error calls the argument.
 
     Raises:
-        HoloError: it cannot be made.
+        HoloError: it cannot be created.
     """
     folder = Path(name)
     try:

@@ -164,7 +164,7 @@ def load_tokenizer(
     try:
         tokenizer = saved_tokenizer(teacher, argument, trust_remote_code=trust_remote_code)
         if not tokenizer("text", add_special_tokens=False).input_ids:
-            raise HoloError(f"{argument}: {teacher!r} has no tokenizer to read the text with: it makes no tokens of it")
+            raise HoloError(f"{argument}: {teacher!r} has no tokenizer that turns the text into tokens")
     except HoloError:
         if needed:
             raise

@@ -48,7 +48,7 @@ class WorkFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise HoloError(f"OUT: {str(self.path)!r} cannot be made: {error.strerror}") from None
+            raise HoloError(f"OUT: {str(self.path)!r} cannot be created: {error.strerror}") from None
         self.save_json("identity", identity)
 
     def save_json(self, name: str, values: Any) -> None:

@@ -169,7 +169,7 @@ def _column(table, text_column: str, source: str) -> list[str | None]:
     wrong = next((text for text in texts if not isinstance(text, str | None)), None)
     if wrong is not None:
         raise HoloError(
-            f"text_column: {text_column!r} of {source!r} holds {type(wrong).__name__}, where text is wanted"
+            f"text_column: {text_column!r} of {source!r} holds {type(wrong).__name__}, where text is expected"
         )
     return texts
 

@@ -155,7 +155,7 @@ class Splits:
     documents: int = 0
 
     def scored_on(self, eval_windows: int) -> "Splits":
-        """The same, scored on so many windows at equal distances; 0: on all."""
+        """The same, scored on this many windows at equal distances; 0: on all."""
         validation = evenly(self.validation, eval_windows)
         if validation is self.validation:
             return self

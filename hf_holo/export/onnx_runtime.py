@@ -45,7 +45,7 @@ class HoloORTModelForCausalLM(ORTModelForCausalLM):
         self.can_use_cache = bool(self.states)
 
     def _state(self, name: str) -> State | None:
-        """The state that an input of the graph is, None if it is none."""
+        """The state that an input of the graph is, None if it is not a state."""
         match = re.fullmatch(r"past_key_values\.(\d+)\.(\w+)", name)
         if match is None:
             return None
@@ -69,7 +69,7 @@ class HoloORTModelForCausalLM(ORTModelForCausalLM):
             attention_mask: `[B, T]` or, after earlier pieces, `[B, S]` for all tokens so far; 0 at padding.
             past_key_values, cache: what to continue from, updated in place; two names of one argument.
             use_cache: whether to return it; default: if the graph has a state.
-            logits_to_keep: give the logits of so many last tokens, or of these; default: all.
+            logits_to_keep: give the logits of this many last tokens, or of these; default: all.
             return_dict: False for a tuple.
             kwargs: what a graph has no use for, such as `cache_position`.
 

@@ -441,7 +441,7 @@ class SineActivation(nn.Module):
 
         Args:
             linear: an `nn.Linear` or a [`HoloLinear`], whose coefficients are scaled to the same spread.
-            first: it reads raw coordinates in [-1, 1], and shall span `frequency`.
+            first: it reads raw coordinates in [-1, 1], and is to span `frequency`.
         """
         fan_in = linear.in_features
         bound = 1 / fan_in if first else math.sqrt(6 / fan_in) / self.frequency

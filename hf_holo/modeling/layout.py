@@ -90,8 +90,8 @@ def arrange(
         if exporting() or not bool(valid.all()):
             real = valid.long().cumsum(1)  # ONNX sums no booleans
             layout.lengths = real[:, -1]
-            behind = layout.lengths[:, None] + (~valid).long().cumsum(1) - 1
-            order = torch.where(valid, real - 1, behind)
+            after = layout.lengths[:, None] + (~valid).long().cumsum(1) - 1
+            order = torch.where(valid, real - 1, after)
             layout.valid = torch.arange(length, device=x.device) < layout.lengths[:, None]
     fresh = cache is None or cache.is_empty  # then the first document needs no reset
     if cache is not None:

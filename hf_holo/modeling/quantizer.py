@@ -54,7 +54,7 @@ class PlanQuantizer(HfQuantizer):
         """The config with the plan for this model.
 
         Raises:
-            ValueError: it holds none.
+            ValueError: it has none.
         """
         if self.quantization_config.layers is None:
             raise ValueError("layers=None: a surgery is planned by hf_holo, which is not imported")

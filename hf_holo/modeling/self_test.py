@@ -38,7 +38,7 @@ def check_decoding(model: GenerationMixin) -> None:
         raise RuntimeError(_message(kind, f"generation fails: {error}")) from error
     if not fits:
         _tested.discard(kind)
-        raise RuntimeError(_message(kind, "decoding with a cache is not what it is without"))
+        raise RuntimeError(_message(kind, "decoding with a cache differs from decoding without one"))
 
 
 def _second_logits(model: GenerationMixin, use_cache: bool) -> torch.Tensor:

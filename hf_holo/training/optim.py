@@ -154,7 +154,7 @@ class WhitenedAdamW(AdamW):
         ValueError: a parameter is not a matrix, or its G has another size.
     """
 
-    LEAST = 0.1  # size of a column, as a share of that of all Ĉ: where C does nothing yet, it shall learn too
+    LEAST = 0.1  # size of a column, as a share of that of all Ĉ: where C does nothing yet, it must learn too
     FLOOR = 1e-6  # least eigenvalue of G, as a share of the mean: what hardly ever occurs must not take large steps
 
     def __init__(

@@ -432,7 +432,7 @@ def test_an_existing_output_stays_unless_overwritten(saved, texts, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that takes no folders")
 def test_a_place_that_takes_no_folder_is_said_clearly(saved, texts):
-    refused("'/proc/result.work' cannot be made", saved(), "/proc/result", "--train_file", *texts)
+    refused("'/proc/result.work' cannot be created", saved(), "/proc/result", "--train_file", *texts)
 
 
 def test_a_full_disk_is_said_clearly_and_loses_nothing(saved, texts, tmp_path, monkeypatch):
@@ -446,7 +446,7 @@ def test_a_full_disk_is_said_clearly_and_loses_nothing(saved, texts, tmp_path, m
         refused("the disk is full", teacher, out, "--overwrite", "--seed", "1", "--train_file", *texts)
     with monkeypatch.context() as patch:
         patch.setattr(command.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-        refused("GiB of free disk", teacher, out, "--overwrite", "--seed", "1", "--train_file", *texts)
+        refused("GiB of free disk space", teacher, out, "--overwrite", "--seed", "1", "--train_file", *texts)
     assert fingerprint(str(out)) == before
 
 

@@ -241,7 +241,7 @@ def test_a_compiled_model_is_as_the_eager_one(small, random_ids, family, device)
         torch.testing.assert_close(gradients[f"_orig_mod.{name}"], gradient, rtol=0, atol=1e-8 * largest)
 
 
-# ---------------------------------------------------------------------------------------------- where it lies
+# ---------------------------------------------------------------------------------------------- where it is
 @pytest.mark.parametrize(("family", "variant"), [(f.name, v) for f in architectures().values() for v in f.variants])
 @torch.no_grad()
 def test_a_model_that_lies_on_gpu_and_cpu(small, random_ids, family, variant, tmp_path):

@@ -63,7 +63,7 @@ def test_parquet_with_another_column(tmp_path):
 def test_a_column_of_numbers_is_no_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": null, "label": 1}\n{"text": "one", "label": 0}\n')
     assert read_documents(str(tmp_path / "a.jsonl")) == ["one"]
-    with pytest.raises(HoloError, match=r"text_column: 'label' .* holds int, where text is wanted"):
+    with pytest.raises(HoloError, match=r"text_column: 'label' .* holds int, where text is expected"):
         read_documents(str(tmp_path / "a.jsonl"), text_column="label")
 
 

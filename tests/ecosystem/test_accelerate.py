@@ -110,7 +110,7 @@ def sharded(model, optimizer, out) -> None:
 
 
 def launched(function, processes: int, out: Path, *arguments) -> list[float]:
-    """The losses of a function that so many processes run."""
+    """The losses of a function that this many processes run."""
     debug_launcher(function, (*arguments[:2], str(out), *arguments[2:]), num_processes=processes)
     return json.loads(out.read_text())
 

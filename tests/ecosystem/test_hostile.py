@@ -327,7 +327,7 @@ def load_with(folder: Path, names: list[str], value: int = ABSURD) -> dict[str, 
 
 
 def in_a_small_process(function, *arguments, seconds: int = 120):
-    """What the function returns in a process that may take `ALLOWED` bytes and so many seconds."""
+    """What the function returns in a process that may take `ALLOWED` bytes and this many seconds."""
 
     def run(sender) -> None:
         torch.set_num_threads(1)

@@ -30,7 +30,7 @@ LAUNCHERS = {
 
 
 def arguments(folder: Path, rows: int, *flags: str) -> list[str]:
-    """Of a run in this folder, in which each process sees so many rows at a time; the text is next to it."""
+    """Of a run in this folder, in which each process sees this many rows at a time; the text is next to it."""
     text = folder.parent / "text.txt"
     text.write_text("the wave binds a key to a value, " * 100)
     places = ["--train_file", str(text), "--output_dir", str(folder)]

@@ -44,7 +44,7 @@ import hf_holo
 from hf_holo import cli
 from transformers import AutoModelForCausalLM
 
-constants.DOWNLOAD_CHUNK_SIZE = 1000  # a tiny model shall arrive in more than one piece
+constants.DOWNLOAD_CHUNK_SIZE = 1000  # so that a tiny model arrives in more than one piece
 
 
 def pull(repo, token):

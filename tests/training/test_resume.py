@@ -92,7 +92,7 @@ def test_the_newest_and_the_best_checkpoint_are_kept(tiny_run, tmp_path, limit):
 
 @pytest.fixture
 def stopping_run(tiny_run, monkeypatch):
-    """Runs that stop when the loss has fallen so many times in a row: `stopping_run(2, folder="a")`."""
+    """Runs that stop when the loss has fallen this many times in a row: `stopping_run(2, folder="a")`."""
     best = ["--load_best_model_at_end", "--metric_for_best_model", "loss", "--greater_is_better", "true"]
     every = ["--ema_decay", "0", "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"]
     make_trainer = training.make_trainer

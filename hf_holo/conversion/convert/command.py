@@ -195,7 +195,7 @@ def check_space(work: WorkFolder, needed: int) -> None:
     free = shutil.disk_usage(work.path).free
     if free < needed:
         raise HoloError(
-            f"OUT: there are {free / 2**30:.1f} GiB of free disk at {str(work.path)!r}, "
+            f"OUT: there are {free / 2**30:.1f} GiB of free disk space at {str(work.path)!r}, "
             f"but up to {needed / 2**30:.1f} GiB are needed"
         )
 

@@ -69,7 +69,7 @@ def converted_layers(student: PreTrainedModel, teacher: PreTrainedModel) -> dict
             )
         twins[name] = Twins(student.get_submodule(name), twin)
     if not twins:
-        raise HoloError("student: nothing in it was converted; name what shall train with `trainable`")
+        raise HoloError("student: nothing in it was converted; name what to train with `trainable`")
     return twins
 
 

@@ -157,7 +157,7 @@ def _project(
 
 
 def worth_refitting(model: PreTrainedModel, sites: Sequence[Site], tokens: int) -> bool:
-    """Whether all sites are inside the blocks, and a text of so many tokens suffices for the widest."""
+    """Whether all sites are inside the blocks, and a text of this many tokens suffices for the widest."""
     return not _outside(model, sites) and tokens >= TOKENS_PER_INPUT * max(site.inputs for site in sites)
 
 

@@ -365,9 +365,9 @@ def usual_lengths(subject: Subject) -> list[int]:
     """Lengths of texts, in tokens, at which models do something of their own, and which they are trained with."""
     config = subject.config.get_text_config().to_dict()
     sizes = [n for name, n in config.items() if isinstance(n, int) and any(word in name for word in SIZES)]
-    beside = [length for size in sizes if size > 1 for length in (size, size + 1, 2 * size)]
+    near = [length for size in sizes if size > 1 for length in (size, size + 1, 2 * size)]
     most = [] if subject.max_length is None else [min(subject.max_length, LONGEST)]
-    usual = [length for length in beside if length <= max(USUAL_LENGTHS)]
+    usual = [length for length in near if length <= max(USUAL_LENGTHS)]
     longest = TEXT_OUTPUTS // subject.output_width
     return sorted({n for n in subject.lengths(*USUAL_LENGTHS, *usual, *most) if 2 <= n <= longest})
 

@@ -25,7 +25,7 @@ def subjects_of(target: str, quick: bool = False, seed: int = 0, trust_remote_co
         trust_remote_code: allow a checkpoint to bring its own code.
 
     Raises:
-        HoloError: it is none of these, or the checkpoint cannot be loaded.
+        HoloError: it is not one of these, or the checkpoint cannot be loaded.
     """
     if target in architectures():
         return family_subjects(architectures()[target], quick, seed)
