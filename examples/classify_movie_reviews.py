@@ -51,7 +51,7 @@ Splits = dict[str, Dataset]  # train, validation and test
 
 
 def read(files: dict[str, str], reviews: int | None, seed: int) -> Splits:
-    """The reviews of the two files in random order, at most `reviews` of each; a tenth of the first is for validation."""
+    """The reviews of both files in random order, at most `reviews` of each; a tenth of the first is for validation."""
     splits = {split: data.shuffle(seed=seed) for split, data in load_dataset("parquet", data_files=files).items()}
     if reviews:
         splits = {split: data.select(range(min(reviews, len(data)))) for split, data in splits.items()}

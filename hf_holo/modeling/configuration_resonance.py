@@ -23,8 +23,8 @@ class ResonanceConfig(FamilyConfig):
         memory_dimension: phasors of the memory of every layer, a [`PersistentMemory`]; None: no memory.
         memory_chunk_length: tokens after which what they have written can be read from that memory.
         segment_length: where no gradients are recorded, a causal model reads a longer text in segments of this
-            many tokens, which bounds the memory and changes no result. A bidirectional one hears every text from both ends
-            at once: its memory grows with the length.
+            many tokens, which bounds the memory and changes no result. A bidirectional one hears every text from both
+            ends at once: its memory grows with the length.
         gate_taps: length K of the spectral gate before the mixer's projections, in tokens; a bidirectional one hears
             K // 2 tokens on each side.
         channel_mix: `"gated"` (SwiGLU) or `"factorized"` (D → rank → D with GELU).

@@ -104,9 +104,7 @@ def _check_arguments(model: PreTrainedModel, config: HoloSurgeryConfig) -> None:
     if adapted:
         raise HoloError(f"model: {adapted[0]!r} carries an adapter; merge the adapters into the model, or unload them")
     if not isinstance(model, PreTrainedModel):
-        raise HoloError(
-            f"model={type(model).__name__} must be a model of transformers; in others, put HoloLinear in by hand"
-        )
+        raise HoloError(f"model={type(model).__name__} must be a model of transformers; in others, use HoloLinear")
     if getattr(model.config, "quantization_config", None) is not None:
         raise HoloError("model: it is converted or quantized already; start from a dense model, or `restore_linears`")
 
