@@ -368,7 +368,7 @@ PLANS = {
     "code for a name": ({"__class__": PLAN}, "has no linear layer"),
     "a path for a basis": ({QUERIES: {**PLAN, "basis": "../../basis.npy"}}, "basis"),
     "absurd harmonics": ({QUERIES: {**PLAN, "harmonics": ABSURD}}, "harmonics"),
-    "a lender that is not there": ({QUERIES: {**PLAN, "lender": "../../x"}}, "no layer of the plan that lends"),
+    "a lender that is not there": ({QUERIES: {**PLAN, "lender": "../../x"}}, "not a layer of the plan that lends"),
 }
 
 
