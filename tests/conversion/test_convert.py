@@ -25,9 +25,11 @@ from transformers import (
 
 import hf_holo  # noqa: F401, registers the quantizer
 from hf_holo import HoloError
-from hf_holo.conversion import convert as command
-from hf_holo.conversion import convert_linears, refit, work_folder
+from hf_holo.conversion import work_folder
+from hf_holo.conversion.convert import command
+from hf_holo.conversion.convert import linears as convert_linears
 from hf_holo.conversion.convert.linears import CalibratedSurgery
+from hf_holo.conversion.surgery import refit
 from hf_holo.data.documents import python_help
 from hf_holo.data.tokenizers import make_tokenizer
 from hf_holo.modeling.harmonics import HoloLinear

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Phi3Config
 
 from hf_holo import HoloError, HsnForCausalLM
-from hf_holo.conversion import convert as command
+from hf_holo.conversion.convert import command
 from hf_holo.conversion.distill.command import main as distill
 from hf_holo.conversion.work_folder import work_path
 from hf_holo.data.documents import python_help

@@ -303,7 +303,7 @@ def test_the_written_recipe_repeats_the_run(hsn_folders):
         assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("name", recipe_names("hf_holo.conversion", PREFIX))
+@pytest.mark.parametrize("name", recipe_names("hf_holo.conversion.distill", PREFIX))
 def test_the_recipes_of_the_package_are_valid(name):
     run = parse([name, "--teacher", "a", "--student", "b", "--train_file", "c"])
     assert all(isinstance(stage.training, DistillTrainingArguments) for stage in run.stages)

@@ -306,7 +306,7 @@ def test_ids_up_to_two_to_the_31():
 
 def test_a_head_that_this_machine_cannot_hold_is_refused_at_once(monkeypatch):
     """Its embedding works at that size: only the head looks at all tokens."""
-    monkeypatch.setattr(vocabulary, "physical_memory", lambda: 24 * 2**30)
+    monkeypatch.setattr(hashing, "physical_memory", lambda: 24 * 2**30)
     options = {"embedding_options": {"buckets": 64}, "pad_token_id": None}
     model = ResonanceForCausalLM(small_config("hash", vocab_size=2**31, **options))
     ids = torch.tensor([[1, 2**31 - 1]])
@@ -324,10 +324,10 @@ def test_what_the_codes_take_is_what_is_reckoned(monkeypatch):
     hashing._all_codes.__wrapped__(tokens, hashes, 500)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    monkeypatch.setattr(vocabulary, "physical_memory", lambda: 0.9 * peak)
+    monkeypatch.setattr(hashing, "physical_memory", lambda: 0.9 * peak)
     with pytest.raises(ValueError, match="vocab_size=50000"):
         hashing._all_codes.__wrapped__(tokens, hashes, 500)
-    monkeypatch.setattr(vocabulary, "physical_memory", lambda: 1.1 * peak)
+    monkeypatch.setattr(hashing, "physical_memory", lambda: 1.1 * peak)
     hashing._all_codes.__wrapped__(tokens, hashes, 500)
 
 

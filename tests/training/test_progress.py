@@ -6,7 +6,7 @@ import re
 import pytest
 from transformers import AutoModelForCausalLM
 
-from hf_holo.conversion import distill_arguments
+from hf_holo.conversion.distill import arguments as distill_arguments
 from hf_holo.errors import HoloError
 from hf_holo.training import progress
 from hf_holo.training.arguments import parse
