@@ -159,7 +159,7 @@ def check_weights(folder: Path) -> None:
         try:
             check_finite(path)
         except (OSError, SafetensorError) as error:
-            raise HoloError(f"DIR: {str(path)!r} is not a whole safetensors file: {first_line(error)}") from None
+            raise HoloError(f"DIR: {str(path)!r} is not a complete safetensors file: {first_line(error)}") from None
 
 
 def check_finite(path: Path) -> None:

@@ -259,14 +259,14 @@ def test_tricks_in_the_name_of_the_repository(saved, capsys, repo):
 def test_a_pickle_in_place_of_safetensors(saved, capsys):
     torch.save({}, saved / "model.safetensors")
     assert push(saved, REPO, "--dry-run") == 2
-    assert "model.safetensors' is not a whole safetensors file" in capsys.readouterr().err
+    assert "model.safetensors' is not a complete safetensors file" in capsys.readouterr().err
 
 
 def test_weights_that_are_cut_off(saved, capsys):
     whole = (saved / "model.safetensors").read_bytes()
     (saved / "model.safetensors").write_bytes(whole[:-5])
     assert push(saved, REPO, "--dry-run") == 2
-    assert "is not a whole safetensors file" in capsys.readouterr().err
+    assert "is not a complete safetensors file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
