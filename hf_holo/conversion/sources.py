@@ -207,7 +207,7 @@ def calibration_texts(
     """
     if not options.train_file:
         if options.calibrated:
-            raise HoloError("train_file: a calibrated conversion needs --train_file, best several of different kinds")
+            raise HoloError("train_file: a calibrated conversion needs --train_file, ideally texts of several kinds")
         return []
     names = [Path(name).name for name in options.train_file]
     for name in names:

@@ -196,7 +196,7 @@ def document_splits(
     block_size: int,
     stride: int | None = None,
 ) -> Splits:
-    """Cut every document into windows of its own. End tokens stand before it and after it, so that a model learns
+    """Cut every document into windows of its own. End tokens come before it and after it, so that a model learns
     how one begins and where it ends.
 
     Raises:

@@ -212,7 +212,7 @@ def _summary(config: dict[str, Any]) -> str:
 
 
 def _facts(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """What stands in the table of facts."""
+    """The rows of the table of facts."""
     facts = {"architecture": next(iter(config.get("architectures") or []), "unknown")}
     if any(folder.glob("*.safetensors")):
         facts["values in the checkpoint"] = f"{_numbers(folder):,}"

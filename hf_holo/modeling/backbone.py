@@ -1,4 +1,4 @@
-"""The body of a model: embeddings, blocks and a last norm. The heads stand on it."""
+"""The body of a model: embeddings, blocks and a last norm. The heads build on it."""
 
 from typing import Any
 

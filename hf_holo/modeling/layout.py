@@ -12,7 +12,7 @@ from .recording import exporting
 class TokenLayout:
     """Where the real tokens and the documents of a batch are. Computed once per forward pass, read by every layer.
 
-    The real tokens of a row stand in front of its padding (see [`arrange`]), so that position t is the t-th real
+    The real tokens of a row come before its padding (see [`arrange`]), so that position t is the t-th real
     token and no causal layer meets a gap.
 
     Attributes:
@@ -74,7 +74,7 @@ def arrange(
     seq_idx: torch.Tensor | None,
     cache: RecurrentCache | None,
 ) -> tuple[TokenLayout, torch.Tensor | None]:
-    """Find padding and documents, and where every token goes so that the real ones stand in front.
+    """Find padding and documents, and where every token goes so that the real ones come first.
 
     Returns:
         The layout after the move, and the new position of every token `[B, T]`, None if none moves.

@@ -100,7 +100,7 @@ class CalibratedSurgery(RegeneratedSurgery):
     Memory: the statistics of as many sites as `options.memory` allows; those of the others are in the work folder.
     """
 
-    advice = "It was fitted and not trained; training on what its teacher says brings it nearer:"
+    advice = "It was fitted and not trained; training on what its teacher says brings it closer:"
     error_of = "outputs"
 
     def _check(self) -> None:

@@ -37,7 +37,7 @@ class MixerTransfer(Conversion):
         return transfer_to_hsn(teacher, self.options.layers or None)
 
     def print_coverage(self) -> None:
-        table = Table(title="every part of the teacher, and what stands in its place")
+        table = Table(title="every part of the teacher, and what takes its place")
         table.add_column("part", overflow="fold")
         table.add_column("from → to", overflow="fold")
         table.add_column("taken from the teacher", overflow="fold")

@@ -233,7 +233,7 @@ def stepwise_loss(subject: Subject) -> str:
 
 @check("causality", "text", "bidirectional")
 def order_is_seen(subject: Subject) -> str:
-    """A text is not its mirror image, and what stands far before a token is told from what stands far after it."""
+    """A text is not its mirror image, and what comes far before a token is told from what comes far after it."""
     ids = subject.ids(2, subject.lengths(2, 9, 33)[-1])
     there, back = subject.run(ids), subject.run(ids.flip(1))
     if "token outputs" in subject.features:

@@ -16,7 +16,7 @@ from hf_holo.eval.metrics import LanguageScores
 
 DESCRIPTION = """
 Loss in nats per token, perplexity, bits per character, and the share of tokens that are the model's first guess, over
-all tokens of all texts, each counted once. A begin- or end-of-text token, if the tokenizer has one, stands before each
+all tokens of all texts, each counted once. A begin- or end-of-text token, if the tokenizer has one, comes before each
 text, so that its first token is predicted too. Bits per character compare models with different tokenizers.
 """
 INPUTS = """
