@@ -4,7 +4,7 @@ VENV := .venv
 VENV5 := .venv-5x
 PYTEST_FLAGS ?=
 SUITE ?= quick
-# One thread each: two threads beside another busy process wait for each other most of the time.
+# One thread each: next to another busy process, two threads wait for each other most of the time.
 TEST := -m pytest -n auto
 ONE_THREAD := OMP_NUM_THREADS=1
 

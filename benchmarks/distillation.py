@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures = settings | {"rows": rows}
         write_report("distillation", figures, seed=args.seed, seconds=trained_seconds(rows), folder=args.results)
     if not rows:
-        parser.error(f"{args.students} holds none of the models in surgery.json")
+        parser.error(f"{args.students} has none of the models in surgery.json")
     print_table(rows)
     print_footer(args.results / "distillation.json", trained_seconds(rows))
 

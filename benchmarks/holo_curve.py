@@ -9,7 +9,7 @@ projection the R directions in which the input of the same projection of a train
 first eigenvectors of E[x xᵀ] on training windows); it is stored, and the coefficients start at random as ever. So
 "data" has seen a trained model, and "random" has not.
 
-Writes JSON, a CSV beside it and a figure. A finished run is kept and not repeated, except that of the dense
+Writes JSON, a CSV next to it and a figure. A finished run is kept and not repeated, except that of the dense
 model, which gives the directions.
 """
 

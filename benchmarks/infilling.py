@@ -47,7 +47,7 @@ MASKED_SHARE = 0.15
 
 
 def fill_long_file(tokens: int) -> dict[str, float | int]:
-    """Seconds to fill one gap in a file of so many tokens, and the most memory that this process has had by then."""
+    """Seconds to fill one gap in a file of this many tokens, and the most memory that this process has had by then."""
     tokenizer = make_tokenizer("bytes", [], masked=True)
     model = preset_model(PRESET)
     code = "".join(python_stdlib()).encode("ascii", "ignore").decode()[: tokens - 1]
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--vocab_size", type=int, default=2048)
     parser.add_argument("--validation_windows", type=int, default=512, help="held-out windows to score, at most")
-    parser.add_argument("--files", type=int, help="take only so many files; default: all")
+    parser.add_argument("--files", type=int, help="take only this many files; default: all")
     parser.add_argument(
         "--long_tokens", type=int, default=100_000, help="tokens of the file that is filled in one piece"
     )

@@ -40,7 +40,7 @@ from transformers import Cache, PreTrainedModel
 from hf_holo.registry import preset_model
 
 PIECE = 4096  # tokens fed at once where a context is built up
-MARKS = (0.001, 0.01, 0.1, 0.3, 1.0)  # where along the text the state is looked at
+MARKS = (0.001, 0.01, 0.1, 0.3, 1.0)  # where along the text the state is read
 
 
 def make(preset: str, vocab_size: int) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Write what results/*.json say between the marks of the README, of the pages of docs, and of README.md beside this.
+"""Write what results/*.json say between the marks of the README, of the pages of docs, and of README.md in this folder.
 
     python benchmarks/readme.py
 

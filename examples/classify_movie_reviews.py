@@ -1,4 +1,4 @@
-"""Is a movie review positive? Whole reviews, up to several thousand tokens, beside a BERT that sees their first part.
+"""Is a movie review positive? Whole reviews, up to several thousand tokens, against a BERT that sees their first part.
 
     python examples/classify_movie_reviews.py train.parquet test.parquet
 
@@ -51,7 +51,7 @@ Splits = dict[str, Dataset]  # train, validation and test
 
 
 def read(files: dict[str, str], reviews: int | None, seed: int) -> Splits:
-    """The reviews of the two files in random order, at most so many of each; a tenth of the first is for validation."""
+    """The reviews of both files in random order, at most `reviews` of each; a tenth of the first is for validation."""
     splits = {split: data.shuffle(seed=seed) for split, data in load_dataset("parquet", data_files=files).items()}
     if reviews:
         splits = {split: data.select(range(min(reviews, len(data)))) for split, data in splits.items()}
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--length", type=int, default=4096, help="most tokens of a review for hsn and resonance")
     parser.add_argument("--bert_length", type=int, default=512, help="most tokens of a review for ModernBERT")
-    parser.add_argument("--reviews", type=int, help="take so many of each file; default: all")
+    parser.add_argument("--reviews", type=int, help="take this many of each file; default: all")
     parser.add_argument("--vocab_size", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")

@@ -1,4 +1,4 @@
-"""The command `hf-holo` from Python, and as `python -m hf_holo.cli`; see hf_holo_cli.py beside this package."""
+"""The command `hf-holo` from Python, and as `python -m hf_holo.cli`; see hf_holo_cli.py next to this package."""
 
 import sys
 

@@ -60,7 +60,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 def _clear_remains(folder: Path) -> None:
-    """Remove what processes that were killed have left beside `folder`; one that had stepped aside comes back."""
+    """Remove what processes that were killed have left next to `folder`; one that had stepped aside comes back."""
     for what in ("old", "tmp"):
         for remains in folder.parent.glob(f"{glob.escape(folder.name)}.{what}-{glob.escape(platform.node())}-*"):
             if _is_alive(remains.name.rpartition("-")[2]):
@@ -72,7 +72,7 @@ def _clear_remains(folder: Path) -> None:
 
 
 def _is_alive(process: str) -> bool:
-    """Whether there is another process of that number; where that cannot be asked, and of what is no number: yes."""
+    """Whether there is another process of that number; where that cannot be asked, and if it is not a number: yes."""
     if os.name == "nt" or not process.isdigit():
         return True
     if int(process) == os.getpid():  # one before this, which had the same number
@@ -108,7 +108,7 @@ def output_folder(name: str, argument: str = "output_dir") -> Path:
         argument: how the error calls the argument.
 
     Raises:
-        HoloError: it cannot be made.
+        HoloError: it cannot be created.
     """
     folder = Path(name)
     try:

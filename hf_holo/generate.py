@@ -85,9 +85,9 @@ def _parse(argv: list[str]) -> Namespace:
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--max_new_tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token each time")
-    parser.add_argument("--top_k", type=int, default=50, help="sample from so many most likely tokens; 0: from all")
+    parser.add_argument("--top_k", type=int, default=50, help="sample from this many most likely tokens; 0: from all")
     parser.add_argument("--top_p", type=float, default=1.0, help="sample from the most likely tokens of this mass")
-    parser.add_argument("--num_beams", type=int, default=1, help="search with so many beams")
+    parser.add_argument("--num_beams", type=int, default=1, help="search with this many beams")
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
     args = parser.parse_args(argv)
     for name, value, good, accepted in (

@@ -27,7 +27,7 @@ def seed():
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of data sets beside the repository."""
+    """The folder of data sets next to the repository."""
     if not SHARED_DATA.is_dir():
         pytest.skip(f"needs the data sets in {SHARED_DATA}, which are not here")
     return SHARED_DATA.resolve()

@@ -479,7 +479,7 @@ def test_holo_curve(run, text, tmp_path, monkeypatch):
     trained = []
     monkeypatch.setattr("holo_curve.fit", lambda model, *_: trained.append(model.config.attention_projections))
     again, _ = run("holo_curve", *argv)
-    assert again["figures"] == report["figures"] and trained == ["dense"]  # the twin alone: its directions are needed
+    assert again["figures"] == report["figures"] and trained == ["dense"]  # whose directions are needed
 
 
 def test_gradient_norms(run, tmp_path):

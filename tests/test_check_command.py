@@ -173,7 +173,7 @@ def test_a_checkpoint_of_a_head_is_checked_with_its_head(tmp_path):
         ([], "name at least one TARGET, or give --all alone"),
         (["hsn", "--all"], "name at least one TARGET, or give --all alone"),
         (["hsm"], "unknown family or preset 'hsm': did you mean 'hsn'?"),
-        (["no/such/model"], "'no/such/model' is no checkpoint that can be loaded"),
+        (["no/such/model"], "'no/such/model' is not a checkpoint that can be loaded"),
         (["hsn", "--checks", "causalty"], "unknown check 'causalty': did you mean 'causality'?"),
         (["hsn-tiny", "--models", "hsn-tinny"], "unknown model 'hsn-tinny': did you mean 'hsn-tiny'?"),
     ],

@@ -55,7 +55,7 @@ def test_the_script_is_the_quick_module():
     [
         (["trian"], f"unknown command 'trian': did you mean 'train'? known are {', '.join(sorted(cli.VERBS))}"),
         (["info", "hsn-tyni"], "unknown preset 'hsn-tyni': did you mean 'hsn-tiny'? known are"),
-        (["info", "no/such/folder"], "'no/such/folder' holds no config.json"),
+        (["info", "no/such/folder"], "'no/such/folder' has no config.json"),
         (["info", "hsn-tiny", "--lengths", "0"], "lengths: [0] must all be at least 1"),
         (["info"], "the following arguments are required: PRESET|PATH"),
         (["list", "--jsno"], "unrecognized arguments: --jsno"),

@@ -88,6 +88,13 @@ def test_the_english_is_plain(page):
     assert not re.findall(ODD, page.read_text(encoding="utf-8"), re.IGNORECASE)
 
 
+def test_the_english_of_the_package_is_plain():
+    """Messages, docstrings, comments and recipes."""
+    files = [path for path in (ROOT / "hf_holo").rglob("*") if path.suffix in (".py", ".yaml", ".json")]
+    odd = {path.name: re.findall(ODD, path.read_text(encoding="utf-8"), re.IGNORECASE) for path in files}
+    assert len(odd) > 50 and {name: words for name, words in odd.items() if words} == {}
+
+
 @pytest.mark.parametrize("counted", catalogue(vocab_size=65), ids=lambda counted: counted["preset"])
 def test_the_tables_of_presets_are_true(counted):
     config, family = preset_config(counted["preset"]), counted["family"]

@@ -76,7 +76,7 @@ def test_a_file_is_not_replaced_by_a_folder(tmp_path):
 
 @pytest.fixture
 def dead() -> str:
-    """How the remains end that a process has left which is no more."""
+    """What becomes of the remains of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return f"{platform.node()}-{process.pid}"

@@ -1,4 +1,4 @@
-"""`import hf_holo` is quick, quiet, and brings the public names when they are asked for."""
+"""`import hf_holo` is fast, quiet, and brings the public names when they are asked for."""
 
 import importlib
 import subprocess

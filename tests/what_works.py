@@ -5,7 +5,7 @@ A test that shows that a feature works is marked with a group and a name, which 
     @pytest.mark.feature("PEFT", "{method}")  # of the family in the parameter `family`
     @pytest.mark.feature("Hub", "push", family="hsn")  # or a list of families
 
-`pytest --what-works=docs/what-works.md` counts the outcomes in a table beside that page and writes the page from it
+`pytest --what-works=docs/what-works.md` counts the outcomes in a table next to that page and writes the page from it
 (without the equals sign pytest takes the page for a place to look for tests in, and does not find this option). A
 run of all tests replaces what was counted with the same major version of transformers, a run of some of them only the
 cells that they show.

@@ -38,5 +38,5 @@ def distil(
 
 
 def shortened(stage_steps: int | None) -> dict[str, int]:
-    """Options that give every stage so many steps; without a number, those of the recipe."""
+    """Options that give every stage this many steps; without a number, those of the recipe."""
     return {"max_steps": stage_steps, "warmup_steps": 1} if stage_steps else {}

@@ -90,7 +90,7 @@ def best_runs(runs: Sequence[dict], names: Sequence[str], score: Callable[[dict]
 
 
 def image_path(name: str, folder: Path) -> Path:
-    """Where the picture of a benchmark belongs: in the documentation if its result is kept, else beside the result."""
+    """Where the picture of a benchmark belongs: in the documentation if its result is kept, else next to the result."""
     return (IMAGES if folder == RESULTS else folder) / f"{name}.png"
 
 

@@ -13,7 +13,7 @@ class Input:
     """A file or folder that a benchmark reads.
 
     Args:
-        what: it is, for somebody who has to find it.
+        what: what it is, for those who have to find it.
         default: where it is if nothing else is said, relative to the working directory.
     """
 

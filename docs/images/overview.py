@@ -47,7 +47,7 @@ def draw_memory(axes) -> None:
     axes.plot(lengths, grows, color=COLOURS["attention"], linewidth=2.5)
     models = {"hsn": (HsnForCausalLM, "hsn-small"), "resonance": (ResonanceForCausalLM, "resonance-small")}
     kept = {name: state_bytes(*model) / mib for name, model in models.items()}
-    for (name, size), style in zip(kept.items(), ("solid", (0, (4, 4))), strict=True):  # one may lie on the other
+    for (name, size), style in zip(kept.items(), ("solid", (0, (4, 4))), strict=True):  # one may cover the other
         axes.plot(lengths, [size] * len(lengths), color=COLOURS[name], linewidth=3, linestyle=style)
     for factor, (name, size) in zip((0.72, 0.36), kept.items(), strict=True):
         label = f"{name}: {size:.2f} MiB, however long the text"

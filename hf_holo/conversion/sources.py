@@ -57,7 +57,7 @@ class Source:
                 raise HoloError(
                     f"TEACHER: {name!r} brings code of its own; read it, and give --trust_remote_code to run it"
                 ) from None
-            raise HoloError(f"TEACHER: {name!r} holds no model of transformers: {first_line(error)}") from None
+            raise HoloError(f"TEACHER: {name!r} is not a model of transformers: {first_line(error)}") from None
         if getattr(config, "quantization_config", None) is not None:
             raise HoloError(f"TEACHER: {name!r} is quantized or converted already; give the dense model")
         heads = {auto: mapping.get(type(config), None) for auto, mapping in AUTO_CLASSES.items()}
@@ -164,7 +164,7 @@ def load_tokenizer(
     try:
         tokenizer = saved_tokenizer(teacher, argument, trust_remote_code=trust_remote_code)
         if not tokenizer("text", add_special_tokens=False).input_ids:
-            raise HoloError(f"{argument}: {teacher!r} has no tokenizer to read the text with: it makes no tokens of it")
+            raise HoloError(f"{argument}: {teacher!r} has no tokenizer that turns the text into tokens")
     except HoloError:
         if needed:
             raise
@@ -207,7 +207,7 @@ def calibration_texts(
     """
     if not options.train_file:
         if options.calibrated:
-            raise HoloError("train_file: a calibrated conversion needs --train_file, best several of different kinds")
+            raise HoloError("train_file: a calibrated conversion needs --train_file, ideally texts of several kinds")
         return []
     names = [Path(name).name for name in options.train_file]
     for name in names:

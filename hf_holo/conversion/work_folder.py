@@ -1,4 +1,4 @@
-"""The folder beside a result in which it grows: what is finished stays after a kill, and the result appears at once."""
+"""The folder next to a result in which it grows: what is finished survives a kill; the result appears all at once."""
 
 import errno
 import json
@@ -21,7 +21,7 @@ MARKED_BY = {"recipe", "numbers"}  # what it says there, and the report of a dis
 
 
 class WorkFolder:
-    """`OUT.work`, beside the folder OUT.
+    """`OUT.work`, next to the folder OUT.
 
     Args:
         out: the folder of the result.
@@ -44,11 +44,11 @@ class WorkFolder:
                 )
             shutil.rmtree(self.path)
         elif known is not None:
-            print(f"Going on with what lies in {self.path}.")
+            print(f"Resuming from the unfinished work in {self.path}.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise HoloError(f"OUT: {str(self.path)!r} cannot be made: {error.strerror}") from None
+            raise HoloError(f"OUT: {str(self.path)!r} cannot be created: {error.strerror}") from None
         self.save_json("identity", identity)
 
     def save_json(self, name: str, values: Any) -> None:
@@ -90,15 +90,15 @@ class WorkFolder:
 
 
 def work_path(out: Path) -> Path:
-    """Where the work for this result lies."""
+    """The folder of the unfinished work for this result."""
     return out.with_name(f"{out.name}.work")
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Refuse a folder that may not be written.
+    """Refuse a folder that must not be written to.
 
     Raises:
-        HoloError: it exists and nothing was said of overwriting, or it holds no earlier conversion.
+        HoloError: it exists and `overwrite` is False, or it is not an earlier conversion.
     """
     if out.is_file():
         raise HoloError(f"OUT: {str(out)!r} is a file; name a folder")
@@ -107,7 +107,7 @@ def check_out(out: Path, overwrite: bool) -> None:
     if not overwrite:
         raise HoloError(f"OUT: {str(out)!r} exists; name another folder, or give --overwrite to replace it")
     if not _is_conversion(out / MARK):
-        raise HoloError(f"OUT: {str(out)!r} holds no earlier conversion (by its {MARK}) and stays; name another folder")
+        raise HoloError(f"OUT: {str(out)!r} is not an earlier conversion (no {MARK} of one); name another folder")
 
 
 def _is_conversion(report: Path) -> bool:
@@ -136,7 +136,7 @@ def clear_disk_errors(argument: str, folder: Path) -> Iterator[None]:
         for number, reason in reasons.items():
             if getattr(error, "errno", None) == number or f"os error {number}" in str(error):
                 raise HoloError(
-                    f"{argument}: {reason} while writing {str(folder)!r}; make room and go on from there"
+                    f"{argument}: {reason} while writing {str(folder)!r}; free some space, then resume from there"
                 ) from None
         if isinstance(error, PermissionError):
             raise HoloError(f"{argument}: {str(error.filename)!r} cannot be written: {error.strerror}") from None

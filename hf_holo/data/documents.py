@@ -80,7 +80,7 @@ def read_documents(
         documents = [text for file in find_files(train_file) for text in _read_texts(file, text_column)]
     documents = [text for text in documents if text]
     if not any(text.strip() for text in documents):
-        raise HoloError(f"{name_of_source(train_file, dataset_name)} holds no text")
+        raise HoloError(f"{name_of_source(train_file, dataset_name)} contains no text")
     return documents
 
 
@@ -121,7 +121,7 @@ def _files_at(name: str) -> list[Path]:
     files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in {*TEXT_SUFFIXES, *TABLE_FORMATS})
     if not files:
         suffixes = " ".join([*TEXT_SUFFIXES, *TABLE_FORMATS])
-        raise HoloError(f"train_file: the folder {name!r} holds no file with one of the suffixes {suffixes}")
+        raise HoloError(f"train_file: the folder {name!r} contains no file with one of the suffixes {suffixes}")
     return files
 
 
@@ -169,7 +169,7 @@ def _column(table, text_column: str, source: str) -> list[str | None]:
     wrong = next((text for text in texts if not isinstance(text, str | None)), None)
     if wrong is not None:
         raise HoloError(
-            f"text_column: {text_column!r} of {source!r} holds {type(wrong).__name__}, where text is wanted"
+            f"text_column: {text_column!r} of {source!r} holds {type(wrong).__name__}, where text is expected"
         )
     return texts
 

@@ -32,11 +32,11 @@ def read_records(
         tables = [read_table(file) for file in find_files(train_file) if file.suffix in TABLE_FORMATS]
     records = [row for table in tables for row in table]
     if not records:
-        raise HoloError(f"{source} holds no instruction data; a parquet, JSON or JSON-lines file is wanted")
+        raise HoloError(f"{source} contains no instruction data; give a parquet, JSON or JSON-lines file")
     needed = ("instruction", "output")
     missing = [name for name in needed if name not in records[0]]
     if missing:
-        raise HoloError(f"{source} has no column {', '.join(missing)}; the Alpaca format is wanted")
+        raise HoloError(f"{source} has no column {', '.join(missing)}; the Alpaca format is needed")
     for number, record in enumerate(records):
         if not all(isinstance(record[name], str) for name in needed):
             raise HoloError(f"{source}: record {number} has no text as its {' or its '.join(needed)}: {record}"[:300])

@@ -75,7 +75,7 @@ def summed_losses(logits: torch.Tensor | tuple, labels: torch.Tensor, shift: boo
 def summed_scores(logits: torch.Tensor | tuple, labels: torch.Tensor, shift: bool = True) -> torch.Tensor:
     """[`summed_losses`], and the number of tokens that were the model's first guess: `[B, 3]`."""
     guesses, targets = aligned(logits, labels, shift)
-    hits = (guesses.argmax(-1) == targets).sum(1, keepdim=True)  # an ignored label is no token's id
+    hits = (guesses.argmax(-1) == targets).sum(1, keepdim=True)  # an ignored label is not the id of a token
     return torch.cat([summed_losses(logits, labels, shift), hits], dim=1)
 
 

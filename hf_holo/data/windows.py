@@ -155,7 +155,7 @@ class Splits:
     documents: int = 0
 
     def scored_on(self, eval_windows: int) -> "Splits":
-        """The same, scored on so many windows at equal distances; 0: on all."""
+        """The same, scored on this many windows at equal distances; 0: on all."""
         validation = evenly(self.validation, eval_windows)
         if validation is self.validation:
             return self
@@ -196,7 +196,7 @@ def document_splits(
     block_size: int,
     stride: int | None = None,
 ) -> Splits:
-    """Cut every document into windows of its own. End tokens stand before it and after it, so that a model learns
+    """Cut every document into windows of its own. End tokens come before it and after it, so that a model learns
     how one begins and where it ends.
 
     Raises:

@@ -68,7 +68,7 @@ def find_config(model: str) -> PretrainedConfig:
     if model in presets() or not (Path(model).is_dir() or "/" in model):
         return preset_config(model)
     if not (Path(model) / "config.json").is_file():
-        raise HoloError(f"{model!r} holds no config.json: give a preset or the folder of a checkpoint")
+        raise HoloError(f"{model!r} has no config.json: give a preset or the folder of a checkpoint")
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:

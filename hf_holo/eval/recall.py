@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     write_csv(rows, folder / "recall.csv")
     plot(points, args.codes, args.rounds, folder / "recall.png")
     Console().print(summary(points))
-    print(f"{seconds:.0f} s; written to {folder / 'recall.png'}, recall.csv and recall.json beside it")
+    print(f"{seconds:.0f} s; written to {folder / 'recall.png'}, recall.csv and recall.json next to it")
 
 
 def measure(
@@ -140,7 +140,7 @@ def summary(points: list[Point]) -> Table:
 
 
 def plot(points: list[Point], codes: int, rounds: int, path: Path) -> None:
-    """Recall over pairs, measured as dots and theory as lines: one-shot beside cancellation."""
+    """Recall over pairs, measured as dots and theory as lines: one-shot compared with cancellation."""
     from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(11, 4.8), layout="constrained")

@@ -106,7 +106,7 @@ def spirals(points: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dense_network(parameters: int, activation: nn.Module) -> nn.Sequential:
-    """The narrowest network of two hidden layers with at least so many parameters; its sines SIREN-initialised."""
+    """The narrowest network of two hidden layers with at least this many parameters; its sines SIREN-initialised."""
     width = next(w for w in range(1, parameters) if w * w + 6 * w + 2 >= parameters)
     first, second = nn.Linear(2, width), nn.Linear(width, width)
     if isinstance(activation, SineActivation):

@@ -85,7 +85,7 @@ def export(source: Source, name: str, folder: Path, text: str | None = None) -> 
 
 
 def _check_folder(source: Source, form: Format, folder: Path) -> None:
-    """Raise HoloError if the new folder would take the place of something that is no older export."""
+    """Raise HoloError if the new folder would take the place of something that is not an older export."""
     if Path(source.folder).resolve().is_relative_to(folder.resolve()):
         raise HoloError(f"{str(folder)!r} is where the model is saved, and would be replaced; give another `out`")
     content = {path.name for path in folder.iterdir()} if folder.is_dir() else set()

@@ -49,7 +49,7 @@ class Source:
             raise
         except UNREADABLE as error:
             if not Path(folder).exists():
-                reason = f"is no folder, and the Hub does not give it: {first_line(error)}"
+                reason = f"is not a folder, and the Hub does not give it: {first_line(error)}"
                 raise HoloError(f"model: {folder!r} {reason}") from error
             raise HoloError(f"model: {folder!r} cannot be loaded for export: {first_line(error)}") from error
         self.graph = Graph(self.task, self.model.config)

@@ -60,7 +60,7 @@ class State:
         layer: index of the layer that it belongs to.
         name: what the layer calls it; "key" and "value" in a cache of transformers.
         shape: without the batch; None for an axis that grows with the text.
-        dtype: of its numbers.
+        dtype: of its values.
     """
 
     layer: int
@@ -198,7 +198,7 @@ class Graph:
         return {name: made[name] for name in self.inputs} | {s.input_name: s.zeros(batch, past) for s in self.states}
 
     def again(self, tensors: Sequence[torch.Tensor], states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Inputs that read the text of `tensors` once more, behind itself: from the states that it has led to."""
+        """Inputs that read the text of `tensors` once more, after itself: from the states that it has led to."""
         inputs = dict(zip(self.inputs, tensors, strict=False))
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(inputs["input_ids"])], 1)
         return [*inputs.values(), *states]
@@ -323,7 +323,7 @@ def _keys_and_values(held: Mapping[int, Mapping[str, torch.Tensor]]) -> DynamicC
 # ---------------------------------------------------------------------------------------------- weights
 @contextmanager
 def folded(model: nn.Module) -> Iterator[None]:
-    """In this block the holographic layers of a model hold A · cos Φ in place of A and Φ: half the numbers to write."""
+    """In this block the holographic layers of a model hold A · cos Φ in place of A and Φ: half the values to write."""
     layers = [layer for layer in model.modules() if isinstance(layer, HoloLinear) and not layer.folded]
     factors = [(layer.amplitude, layer.phase) for layer in layers]
     for layer in layers:
@@ -363,4 +363,4 @@ def task_of(config: PretrainedConfig) -> str:
         if model_class is not None and model_class.__name__ == saved:
             return GENERATION if task == "text-generation" else task
     known = ", ".join([*TASKS, GENERATION])
-    raise HoloError(f"architectures: {saved!r} in config.json is no head of a known task; give one of {known}")
+    raise HoloError(f"architectures: {saved!r} in config.json is not a head of a known task; give one of {known}")

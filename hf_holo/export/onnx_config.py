@@ -45,7 +45,7 @@ def _attention(
     scale: torch.Value,
     grouped: bool,
 ) -> torch.Value:
-    """torch's own, but for masks of truth values: of these it makes numbers in float32, whatever the queries are in."""
+    """torch's own, but for masks of truth values: of these it makes values in float32, whatever the queries are in."""
     if grouped or dropout or mask.node().mustBeNone() or JitScalarType.from_value(mask) != JitScalarType.BOOL:
         options = dropout, causal, scale, grouped
         return symbolic_opset14.scaled_dot_product_attention(g, query, key, value, mask, *options)

@@ -21,7 +21,7 @@ def quantize(file: Path, rounded: Path) -> None:
     with unsigned weights ONNX Runtime's sums are exact on every processor.
 
     Args:
-        file: an ONNX file in float32 whose products hold their weights: one in which no numbers are shared.
+        file: an ONNX file in float32 whose products hold their weights: one in which no values are shared.
         rounded: where to write.
     """
     model = load(file)

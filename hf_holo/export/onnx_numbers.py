@@ -11,7 +11,7 @@ LEAST = 1024  # bytes; a smaller tensor is not worth a node
 
 
 def share_numbers(file: Path) -> None:
-    """Of several tensors with the same numbers keep one; the others become nodes that read it, transposed or as it is.
+    """Of several tensors with the same values keep one; the others become nodes that read it, transposed or as it is.
 
     The exporter writes the transpose of every weight of a product, and so a table that is embedding and head a second
     time; and tables of constants once for every layer. The nodes cost no time: ONNX Runtime computes whatever depends
@@ -30,7 +30,7 @@ def share(model: ModelProto) -> None:
     graph = model.graph
     constants = [node for node in graph.node if _is_large_constant(node)]
     tensors, reading, names = [], [], {}
-    # what the exporter has transposed is called onnx::..., and stands behind the parameters
+    # what the exporter has transposed is called onnx::..., and comes after the parameters
     for tensor in sorted(map(_as_initializer, [*graph.initializer, *constants]), key=lambda t: t.name[:6] == "onnx::"):
         numbers = numpy_helper.to_array(tensor)
         same, turned = digest(numbers), digest(numbers.T) if numbers.ndim == 2 else None
@@ -64,5 +64,5 @@ def _as_initializer(tensor: TensorProto | NodeProto) -> TensorProto:
 
 
 def digest(numbers: np.ndarray) -> tuple[str, tuple[int, ...], bytes]:
-    """The same for tensors of the same type, shape and numbers."""
+    """The same for tensors of the same type, shape and values."""
     return str(numbers.dtype), numbers.shape, hashlib.sha256(np.ascontiguousarray(numbers).tobytes()).digest()

@@ -25,7 +25,7 @@ NOT_IN_A_GRAPH = ("seq_idx", "labels", "inputs_embeds", "output_attentions", "ou
 
 
 class HoloORTModelForCausalLM(ORTModelForCausalLM):
-    """An exported causal language model that generates as the original does: greedy, sampling, beams, left padding.
+    """An exported causal language model that generates as in PyTorch: greedy, sampling, beams, left padding.
 
     Made by `from_pretrained(folder)` from what `optimum-cli export onnx` or `hf-holo export` has written, or, with
     `export=True`, from a checkpoint. Optimum's own class takes every cache for keys and values of attention; this one
@@ -45,7 +45,7 @@ class HoloORTModelForCausalLM(ORTModelForCausalLM):
         self.can_use_cache = bool(self.states)
 
     def _state(self, name: str) -> State | None:
-        """The state that an input of the graph is, None if it is none."""
+        """The state that an input of the graph is, None if it is not a state."""
         match = re.fullmatch(r"past_key_values\.(\d+)\.(\w+)", name)
         if match is None:
             return None
@@ -69,7 +69,7 @@ class HoloORTModelForCausalLM(ORTModelForCausalLM):
             attention_mask: `[B, T]` or, after earlier pieces, `[B, S]` for all tokens so far; 0 at padding.
             past_key_values, cache: what to continue from, updated in place; two names of one argument.
             use_cache: whether to return it; default: if the graph has a state.
-            logits_to_keep: give the logits of so many last tokens, or of these; default: all.
+            logits_to_keep: give the logits of this many last tokens, or of these; default: all.
             return_dict: False for a tuple.
             kwargs: what a graph has no use for, such as `cache_position`.
 
@@ -120,7 +120,7 @@ class HoloORTModelForCausalLM(ORTModelForCausalLM):
 
 
 def _packed(position_ids: torch.Tensor | None, mask: torch.Tensor) -> bool:
-    """Whether a token behind another one has position 0, which begins a document."""
+    """Whether a token after another one has position 0, which begins a document."""
     if position_ids is None:
         return False
     begins = (position_ids == 0) & mask[:, -position_ids.shape[1] :].bool()

@@ -1,4 +1,4 @@
-"""What an export leaves beside the model: report.json and README.md, both measured on the written file."""
+"""What an export leaves next to the model: report.json and README.md, both measured on the written file."""
 
 import functools
 import json
@@ -37,7 +37,7 @@ def measure(source: Source, form: Format, folder: Path, text: str | None = None)
     Args:
         source: what was exported.
         form: its format.
-        folder: where it lies.
+        folder: of the export.
         text: a held-out text to measure the perplexity on; default: none.
 
     Raises:
@@ -61,7 +61,7 @@ def measure(source: Source, form: Format, folder: Path, text: str | None = None)
 @torch.no_grad()
 def parity(source: Source, program: Program) -> list[dict[str, float]]:
     """Maximum and mean difference of all outputs against PyTorch's, one record for each length and batch size: of a
-    text and, where there is a state, of the same text once more behind it. An image has one length.
+    text and, where there is a state, of the same text once more after it. An image has one length.
 
     The states of a program that takes no positions hold keys that were turned by others than PyTorch's under padding.
     They are compared with what PyTorch computes by the same positions, the output with what it computes by its own."""

@@ -1,4 +1,4 @@
-"""Write text with the exported model beside this file. Needs numpy, onnxruntime and tokenizers, nothing else.
+"""Write text with the exported model in this folder. Needs numpy, onnxruntime and tokenizers, nothing else.
 
 python generate.py "To be, or" --max_new_tokens 100 --temperature 0.8 --seed 0
 """
@@ -48,7 +48,7 @@ class Model:
 
 
 def generate(model: Model, ids: list[int], tokens: int, temperature: float, seed: int, end: set[int]) -> Iterator[int]:
-    """Up to `tokens` ids that follow `ids`, until one in `end`; the likeliest ones if the temperature is 0."""
+    """Up to `tokens` ids that follow `ids`, until one in `end`; the most likely ones if the temperature is 0."""
     random = np.random.default_rng(seed)
     for _ in range(tokens):
         scores = model(np.array([ids], np.int64))[0, -1].astype(np.float64)
@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", help="text to continue")
     parser.add_argument("--max_new_tokens", type=int, default=100)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token each time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="of the exported model")
     args = parser.parse_args()

@@ -212,10 +212,10 @@ def _summary(config: dict[str, Any]) -> str:
 
 
 def _facts(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """What stands in the table of facts."""
+    """The rows of the table of facts."""
     facts = {"architecture": next(iter(config.get("architectures") or []), "unknown")}
     if any(folder.glob("*.safetensors")):
-        facts["numbers in the checkpoint"] = f"{_numbers(folder):,}"
+        facts["values in the checkpoint"] = f"{_numbers(folder):,}"
     facts |= {name.replace("_", " "): f"{config[name]:,}" for name in SIZES if isinstance(config.get(name), int)}
     return facts
 

@@ -44,7 +44,7 @@ def missing_code(folder: Path) -> dict[str, str]:
     it can.
 
     Raises:
-        HoloError: the folder holds no readable config.json.
+        HoloError: the folder has no readable config.json.
     """
     config = read_config(folder)
     reason = obstacle(config)
@@ -117,7 +117,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise HoloError(f"DIR: {str(folder)!r} holds no config.json that can be read: {first_line(error)}") from None
+        raise HoloError(f"DIR: {str(folder)!r} has no config.json that can be read: {first_line(error)}") from None
     if not isinstance(config, dict):
         raise HoloError(f"DIR: {str(folder / 'config.json')!r} is not a mapping, so it is not a config")
     wrong = [key for key, kind in CONFIG_TYPES.items() if not isinstance(config.get(key), (kind, type(None)))]

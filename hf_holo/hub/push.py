@@ -37,11 +37,11 @@ LOST = (requests.ConnectionError, requests.Timeout, httpx.TransportError, Connec
 
 @dataclass(frozen=True)
 class Item:
-    """A file that goes up.
+    """A file that is uploaded.
 
     Attributes:
         name: in the repository.
-        content: where it lies, or its bytes.
+        content: its path, or its bytes.
         note: what was done to it.
     """
 
@@ -62,8 +62,10 @@ def main(argv: list[str]) -> None:
     """
     parser = Parser(prog="hf-holo push", description=__doc__)
     parser.add_argument("DIR", help="folder of a checkpoint, as `hf-holo train` or `save_pretrained` leaves it")
-    parser.add_argument("REPO", help="where it goes, as USER/NAME; it is made if it is not there")
-    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="list what would go up, and send nothing")
+    parser.add_argument("REPO", help="where it goes, as USER/NAME; it is created if it does not exist")
+    parser.add_argument(
+        "--dry-run", "--dry_run", action="store_true", help="list what would be uploaded, and send nothing"
+    )
     parser.add_argument("--private", action="store_true", help="make a private repository")
     parser.add_argument("--license", help="for the header of the model card, for example apache-2.0")
     parser.add_argument("--message", default="Upload with hf-holo push", help="of the commit")
@@ -84,7 +86,7 @@ def main(argv: list[str]) -> None:
 
 
 def collect(folder: Path, repo: str, license: str | None = None) -> tuple[list[Item], list[str]]:
-    """What of a folder goes up, and the names of the files and folders that stay.
+    """What of a folder is uploaded, and the names of the files and folders that stay.
 
     The code goes along (see [`missing_code`]), and a model card, in which the repository has its name. Hidden and
     unfinished files stay, pickles, which can run code when they are read, and folders but for that of chat templates.
@@ -137,7 +139,7 @@ def check_links(folder: Path, paths: list[Path]) -> None:
 
 
 def check_weights(folder: Path) -> None:
-    """Refuse weights that are missing, pickled, cut off, or no numbers.
+    """Refuse weights that are missing, pickled, cut off, or not finite.
 
     Raises:
         HoloError: the message names the file.
@@ -152,12 +154,12 @@ def check_weights(folder: Path) -> None:
         if missing:
             raise HoloError(f"DIR: {str(folder)!r} lacks {', '.join(missing)}, which {index.name} names")
     if not files:
-        raise HoloError(f"DIR: {str(folder)!r} holds no weights in safetensors; `save_pretrained` writes them")
+        raise HoloError(f"DIR: {str(folder)!r} has no weights in safetensors format; `save_pretrained` writes them")
     for path in files:
         try:
             check_finite(path)
         except (OSError, SafetensorError) as error:
-            raise HoloError(f"DIR: {str(path)!r} is not a whole safetensors file: {first_line(error)}") from None
+            raise HoloError(f"DIR: {str(path)!r} is not a complete safetensors file: {first_line(error)}") from None
 
 
 def check_finite(path: Path) -> None:
@@ -198,7 +200,7 @@ def _card(folder: Path, repo: str, license: str | None) -> Item:
 
 
 def print_items(items: list[Item], left_out: list[str]) -> None:
-    """Print a table of what goes up, and what stays."""
+    """Print a table of what is uploaded, and what stays."""
     table = Table("file", "size", "")
     for item in items:
         table.add_row(item.name, decimal(item.size), item.note)
@@ -249,7 +251,7 @@ def naming_the_checkpoint(repo: str) -> Iterator[None]:
         raise HoloError(f"REPO: {repo!r} is gated; ask for access on its page first") from None
     except RepositoryNotFoundError as error:
         raise HoloError(
-            f"REPO: {repo!r} is not there, or your token has no access to it: {first_line(error)}"
+            f"REPO: {repo!r} does not exist, or your token has no access to it: {first_line(error)}"
         ) from None
     except HfHubHTTPError as error:
         raise HoloError(f"REPO: {_refusal(repo, error)}") from None

@@ -22,7 +22,7 @@ def write_missing_card(
         before: what README.md said before transformers wrote over it on the way to `repo`; None if there was none.
 
     Returns:
-        Whether README.md may go up: not if both the folder and the repository have their own.
+        Whether README.md may be uploaded: not if both the folder and the repository have their own.
     """
     from . import card as cards  # late: importing hf_holo is to stay fast
 

@@ -1,4 +1,4 @@
-"""The body of a model: embeddings, blocks and a last norm. The heads stand on it."""
+"""The body of a model: embeddings, blocks and a last norm. The heads build on it."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ class Backbone(FamilyPreTrainedModel):
         return nn.ModuleList([self.block_class(config, index) for index in range(config.num_hidden_layers)])
 
     def train_head(self, mode: bool) -> None:
-        """Whether the numbers train that a compressed vocabulary keeps for its head alone."""
+        """Whether the values train that a compressed vocabulary keeps for its head alone."""
         if isinstance(self.embed_tokens, CompressedEmbedding):
             for parameter in self.embed_tokens.head_parameters():
                 parameter.requires_grad_(mode)
@@ -121,7 +121,7 @@ class Backbone(FamilyPreTrainedModel):
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
 
     def run_blocks(self, x: torch.Tensor, cache: Cache | None, keep_all: bool, **arguments) -> list[torch.Tensor]:
-        """The hidden states behind the last norm, `[B, T, D]`, after those ahead of every block if `keep_all`."""
+        """The hidden states after the last norm, `[B, T, D]`; with `keep_all`, first those that enter each block."""
         hidden_states = []
         for block in self.layers[: self.config.num_hidden_layers]:  # fewer while they draft (assistant_early_exit)
             if keep_all:
@@ -135,7 +135,7 @@ class Backbone(FamilyPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         name, given = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
         if not exporting() and 0 in given.shape:
-            raise ValueError(f"{name} of shape {tuple(given.shape)} holds no tokens; give at least one row of one")
+            raise ValueError(f"{name} of shape {tuple(given.shape)} has no tokens; give at least one row of one")
         if inputs_embeds is not None:
             return inputs_embeds
         check_ids("input_ids", input_ids, num_embeddings(self.embed_tokens))

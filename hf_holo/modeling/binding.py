@@ -1,4 +1,4 @@
-"""Binding by circular convolution, and unbinding by correlation, each beside its naive twin.
+"""Binding by circular convolution, and unbinding by correlation, each next to its naive twin.
 
 Source: holographic reduced representations (Plate, 1995).
 """
@@ -41,7 +41,7 @@ def unbind_naive(c: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _through_spectra(a: torch.Tensor, b: torch.Tensor, sign: int) -> torch.Tensor:
-    """[`bind`] (sign 1) and [`unbind`] (-1). No FFT takes half precision, whose numbers are computed in float32."""
+    """[`bind`] (sign 1) and [`unbind`] (-1). No FFT takes half precision, whose values are computed in float32."""
     dtype = torch.promote_types(a.dtype, b.dtype)
     a, b = (x.to(at_least_float32(dtype)) for x in (a, b))
     if exporting():

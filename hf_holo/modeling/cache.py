@@ -15,14 +15,14 @@ CACHE_NAME = CACHE_NAMES["cache" in BaseModelOutputWithPast.__dataclass_fields__
 
 CROP_NAMES_WHAT_STAYS = "max_length" in inspect.signature(Cache.crop).parameters  # not what goes, as since 5.0
 SEEN = "tokens seen"
-PADDING = "padding"  # how many pads every row was fed, [B], beside the states of the first layer
+PADDING = "padding"  # how many pads every row was fed, [B], next to the states of the first layer
 
 
 def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
     """What a caller continues from, by whichever name it came.
 
     By both names, `cache` is the one, as in transformers, unless it is empty: PEFT's prefix tuning gives its prefix by
-    the old name at every step, beside the cache of generate(), which has no tokens at the first.
+    the old name at every step, along with the cache of generate(), which has no tokens at the first.
     """
     if cache is None or (past_key_values is not None and not cache.get_seq_length()):
         return past_key_values

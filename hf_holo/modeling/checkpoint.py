@@ -1,4 +1,4 @@
-"""What is looked at when a checkpoint is loaded: whether it fits, its files are whole and its weights are numbers."""
+"""Checks on a checkpoint that is loaded: whether it fits, its files are complete and its weights are finite."""
 
 import json
 import math
@@ -68,7 +68,8 @@ def naming_the_checkpoint(name: object) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise OSError(f"{name}: its weights are no whole safetensors file ({error}); fetch or save it again") from error
+        reason = f"its weights are not a complete safetensors file ({error}); fetch or save it again"
+        raise OSError(f"{name}: {reason}") from error
     except RuntimeError as error:
         if "mismatch" not in str(error):
             raise
@@ -116,7 +117,7 @@ def values_on_disk(folder: str | Path, modules: Iterable[str] | None = None) -> 
 
 
 def is_finite(x: torch.Tensor) -> bool:
-    """Whether none of these numbers, of which there must be one, is NaN or infinity; each is read once."""
+    """Whether none of these values, of which there must be one, is NaN or infinity; each is read once."""
     x = x if x.itemsize > 1 else x.float()  # the smallest types cannot be compared
     return bool(torch.stack(x.aminmax()).isfinite().all())
 
@@ -125,8 +126,8 @@ def is_finite(x: torch.Tensor) -> bool:
 def check_finite(model: nn.Module, name: object) -> None:
     """Refuse weights with NaN or infinity: every output would be NaN, and nothing would say why.
 
-    It reads each number once, as the first forward pass does anyway. What has been left on the disk or is quantised by
-    another package is not looked at.
+    It reads each value once, as the first forward pass does anyway. What has been left on the disk or is quantised by
+    another package is not checked.
 
     Args:
         model: with its weights.
@@ -147,7 +148,7 @@ def check_finite(model: nn.Module, name: object) -> None:
 
 
 def check_offloaded(model: nn.Module, name: object) -> None:
-    """Refuse stored buffers that were not read because their layer lies on the disk, as transformers 4.57 does: the
+    """Refuse stored buffers that were not read because their layer is on the disk, as transformers 4.57 does: the
     outputs would be wrong, and nothing would say so.
 
     Args:

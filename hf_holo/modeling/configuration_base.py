@@ -13,7 +13,7 @@ logger = logging.get_logger(__name__)
 # models see the order of tokens, zero-phase filters are symmetric, static binding has keys in place of projections.
 FORMAT = 2
 WIDEST, DEEPEST = 2**20, 2**10  # far above any model: a config beyond them is damaged, or meant to do damage
-HEAD_WIDTH = 32  # the default width of a head: wide enough to tell values apart, small enough to be quick on a CPU
+HEAD_WIDTH = 32  # the default width of a head: wide enough to tell values apart, small enough to be fast on a CPU
 
 
 class FamilyConfig(PretrainedConfig):
@@ -27,7 +27,7 @@ class FamilyConfig(PretrainedConfig):
         num_hidden_layers: number of blocks.
         causal: whether a token sees only the past. None: what the head needs (masked LM: False, all others: True).
         hidden_dropout_prob: dropout on the output of every sublayer.
-        classifier_dropout: dropout ahead of a classification head.
+        classifier_dropout: dropout before a classification head.
         max_position_embeddings: length that the model is meant for; information only, there is no limit.
         initializer_range: standard deviation of the embeddings at the start; projections start at 0.7/√fan_in.
         norm_eps: epsilon of the normalisations.

@@ -20,7 +20,7 @@ class HoloConfig(FamilyConfig):
             "sine", which has no gate.
         harmonics: harmonics R of every holographic projection; default: an eighth of `hidden_size`, which is a quarter
             of the parameters of a dense one.
-        basis: "random", "dct", "golden" (made anew from `basis_seed`, no storage) or "data" (fitted and stored).
+        basis: "random", "dct", "golden" (computed from `basis_seed`, no storage) or "data" (fitted and stored).
         basis_seed: seed of random bases; each projection mixes its place into it.
         attention_projections: "holographic" or "dense": those of queries, keys, values and outputs.
         mlp_projections: "holographic" or "dense": those of the channel mix.

@@ -12,14 +12,14 @@ class HsnConfig(FamilyConfig):
         num_key_heads: heads of keys, values and state; default: `num_heads`. Fewer share one state among queries.
         num_phases: phases P per head; default: half the head width.
         binding: `"dynamic"` (keys computed from the input, which select by content) or `"static"` (the form of
-            HoloSpectralNet: two learned keys of `hidden_size` numbers in place of all projections of the mixer, which
+            HoloSpectralNet: two learned keys of `hidden_size` values in place of all projections of the mixer, which
             mix tokens by their distance alone, in `num_heads` memories of different length).
         write: `"bundle"` (superpose) or `"cancel"` (subtract what the key recalls first); dynamic binding only.
         mixer_types: `"holographic"` or `"attention"` for every layer; default: holographic everywhere.
         channel_mix: `"factorized"` (D → rank → D with GELU) or `"gated"` (SwiGLU).
         rank: inner width of the factorized channel mix; default: hidden_size / 8.
         intermediate_size: inner width of the gated channel mix; default: 8/3 hidden_size, a multiple of 8.
-        gate_placement: `"mixer"` (the spectral gate is the short filter ahead of the mixer's projections) or
+        gate_placement: `"mixer"` (the spectral gate is the short filter before the mixer's projections) or
             `"sublayer"` (a residual sublayer of its own).
         gate_taps: length K of the gate's kernel in tokens; a bidirectional gate hears K // 2 tokens on each side.
         drift_base: the phase drift runs from 1 radian a token down to 1/drift_base, evenly in the logarithm.

@@ -16,15 +16,15 @@ class ResonanceConfig(FamilyConfig):
         num_banks: banks of resonators G, a divisor of `hidden_size`; the channels of a bank share its damping.
             Default: banks of the smallest width that divides `hidden_size` and is at least 8.
         num_modes: damped modes K per bank, the first of which does not turn.
-        lowest_frequency, highest_frequency: of the other modes, in radians a token; they lie between the two, evenly in
-            the logarithm. Default: one turn in 512 tokens, and one turn in two.
+        lowest_frequency, highest_frequency: of the other modes, in radians per token; they are spread between the two,
+            evenly in the logarithm. Default: one turn in 512 tokens, and one turn in two.
         interference: whether the output gate hears all resonators, so that modes multiply modes, or the input alone.
         chunk_length: tokens of a chunk of the hierarchical context; None: no such context.
         memory_dimension: phasors of the memory of every layer, a [`PersistentMemory`]; None: no memory.
         memory_chunk_length: tokens after which what they have written can be read from that memory.
-        segment_length: where no gradients are recorded, a causal model reads a longer text in segments of so many
-            tokens, which bounds the memory and changes no result. A bidirectional one hears every text from both ends
-            at once: its memory grows with the length.
+        segment_length: where no gradients are recorded, a causal model reads a longer text in segments of this
+            many tokens, which bounds the memory and changes no result. A bidirectional one hears every text from both
+            ends at once: its memory grows with the length.
         gate_taps: length K of the spectral gate before the mixer's projections, in tokens; a bidirectional one hears
             K // 2 tokens on each side.
         channel_mix: `"gated"` (SwiGLU) or `"factorized"` (D → rank → D with GELU).
@@ -40,7 +40,7 @@ class ResonanceConfig(FamilyConfig):
 
     Raises:
         ValueError: a size is not positive or does not divide what it must, a choice is unknown, the tables do not fit
-            the vocabulary, or the frequencies are no numbers, not positive, not in order or above π.
+            the vocabulary, or the frequencies are not numbers, not positive, not in order or above π.
     """
 
     model_type = "resonance"

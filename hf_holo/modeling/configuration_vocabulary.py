@@ -34,7 +34,8 @@ def lay_out_vocabulary(
         The strategy and all its options.
 
     Raises:
-        ValueError: an unknown strategy or option, options that are no dict, or tables that do not fit the vocabulary.
+        ValueError: an unknown strategy or option, options that are not a dict, or tables that do not fit the
+            vocabulary.
     """
     check_positive(vocab_size=vocab_size)
     if strategy is None:
@@ -46,7 +47,7 @@ def lay_out_vocabulary(
     known = _LAYOUTS[strategy](vocab_size, options)
     for name in options.keys() - known.keys():
         choices = ", ".join(map(repr, known)) or "none"
-        raise ValueError(f"embedding_options: {name!r} is no option of {strategy!r}, which takes {choices}")
+        raise ValueError(f"embedding_options: {name!r} is not an option of {strategy!r}, which takes {choices}")
     return strategy, known
 
 

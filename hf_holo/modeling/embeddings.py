@@ -7,7 +7,7 @@ from .recording import has_values
 
 
 class ScaledEmbedding(nn.Embedding):
-    """Embeddings times √D: small numbers for the tied head, unit variance for the first layer."""
+    """Embeddings times √D: small values for the tied head, unit variance for the first layer."""
 
     @property
     def embed_scale(self) -> float:
@@ -24,7 +24,7 @@ class CompressedEmbedding(nn.Module):
     Args:
         num_embeddings: number of tokens V.
         embedding_dim: width D.
-        initializer_range: standard deviation of the numbers of an embedding at the start.
+        initializer_range: standard deviation of the values of an embedding at the start.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, initializer_range: float = 0.02):

@@ -1,6 +1,6 @@
 """Filters over the tokens: kernels with a given magnitude response, short convolutions, and the spectral gate.
 
-Every fast operation `f` stands beside a naive twin `f_naive`; the tests compare values and gradients in float64. Sizes
+Every fast operation `f` stands next to a naive twin `f_naive`; the tests compare values and gradients in float64. Sizes
 in the shape tags: B batch, T tokens, D channels, K taps.
 
 Source: minimum phase from the folded cepstrum (Oppenheim & Schafer, Discrete-Time Signal Processing).
@@ -229,9 +229,9 @@ class SpectralGate(nn.Module):
         return kernel
 
     def kept_kernel(self) -> torch.Tensor:
-        """[`kernel`], designed once for as long as its numbers stay the same: decoding asks for it at every token.
+        """[`kernel`], designed once for as long as its parameters stay the same: decoding asks for it at every token.
 
-        The numbers themselves are compared, so that nothing which changes them can be missed. Elsewhere than on the CPU
+        The values themselves are compared, so that nothing which changes them can be missed. Elsewhere than on the CPU
         a look at them would stop the device, and while gradients or a graph are recorded the design is part of it.
         """
         numbers = self.logits, self.scale

@@ -23,7 +23,7 @@ START_PHASE = math.pi / 4  # where folded coefficients are unfolded: cos Φ and 
 
 
 def harmonic_basis(kind: str, harmonics: int, in_features: int, seed: int = 0) -> np.ndarray:
-    """A basis that is a function of its arguments alone: the same numbers on every device and in every release.
+    """A basis that is a function of its arguments alone: the same values on every device and in every release.
 
     - "random": independent uniform entries, from the raw integers of numpy's Philox generator, which are fixed for
       ever (NEP 19), by exact arithmetic;
@@ -81,19 +81,19 @@ def harmonic_linear_naive(
 class HarmonicBasis(nn.Module):
     """The fixed basis of one or several [`HoloLinear`] layers that read the same input.
 
-    "random", "dct" and "golden" are made anew whenever the module is built, moved or cast: they cost no storage and
+    "random", "dct" and "golden" are recomputed whenever the module is built, moved or cast: they cost no storage and
     lose no precision. A "data" basis is fitted to activations and stored; pivoted, as the tail T of [I | T] and the
-    order of the inputs, which saves R² numbers (every basis of full rank can be written so).
+    order of the inputs, which saves R² values (every basis of full rank can be written so).
 
     Args:
         in_features, harmonics, kind, seed: as in [`harmonic_basis`].
         pivoted: store a "data" basis pivoted.
 
     Attributes:
-        checksum: of the numbers of a basis that was made, to about six digits; None for one that is stored.
+        checksum: of the values of a basis that was made, to about six digits; None for one that is stored.
 
     Raises:
-        ValueError: an unknown kind, harmonics below 1 or, for "dct" and "data", above in_features, a seed that is none,
+        ValueError: an unknown kind, harmonics below 1 or, for "dct" and "data", above in_features, an invalid seed,
             or pivoted without a "data" basis.
     """
 
@@ -137,7 +137,7 @@ class HarmonicBasis(nn.Module):
 
     @torch.no_grad()
     def regenerate(self, device: torch.device | None = None) -> None:
-        """Make the numbers of a basis that is not stored, on `device` (default: where it is)."""
+        """Compute the values of a basis that is not stored, on `device` (default: where it is)."""
         device = device or next(self.buffers()).device
         if self.kind != "data" and device.type != "meta":
             numbers = harmonic_basis(self.kind, self.harmonics, self.in_features, self.seed)
@@ -187,7 +187,7 @@ class HarmonicBasis(nn.Module):
         return x[..., : self.harmonics] + F.linear(x[..., self.harmonics :], self.tail.to(x.dtype))
 
     def stored_numbers(self) -> int:
-        """How many numbers a checkpoint keeps for it."""
+        """How many values a checkpoint keeps for it."""
         return sum(
             buffer.numel() for name, buffer in self.named_buffers() if name not in self._non_persistent_buffers_set
         )
@@ -210,7 +210,7 @@ class HoloLinear(nn.Linear):
             with the same input owns and saves.
         bias: add a learned bias.
         seed: of the random basis.
-        folded: keep only the product C = A · cos Φ as a parameter. Half the numbers; what a fitted layer stores.
+        folded: keep only the product C = A · cos Φ as a parameter. Half the values; what a fitted layer stores.
         pivoted: see [`HarmonicBasis`].
 
     Attributes:
@@ -242,7 +242,7 @@ class HoloLinear(nn.Linear):
         self.in_features, self.out_features, self.harmonics = in_features, out_features, harmonics
         made = {"device": device, "dtype": dtype}
         if isinstance(basis, HarmonicBasis):
-            self._lent = (basis,)  # in a tuple, so that it is no submodule: a second owner would break saving
+            self._lent = (basis,)  # in a tuple, so that it is not a submodule: a second owner would break saving
         else:
             self.own_basis = HarmonicBasis(in_features, harmonics, basis, seed, pivoted, **made)
         for name in ("coefficients",) if folded else ("amplitude", "phase"):
@@ -354,7 +354,7 @@ class HoloLinear(nn.Linear):
             self.phase.fill_(START_PHASE)
 
     def count_numbers(self) -> dict[str, int]:
-        """How many numbers the layer takes, by what one counts.
+        """How many values the layer takes, by what one counts.
 
         Returns:
             "stored": in a checkpoint (with a basis of its own, if that is stored); "trained": parameters; "folded":
@@ -441,7 +441,7 @@ class SineActivation(nn.Module):
 
         Args:
             linear: an `nn.Linear` or a [`HoloLinear`], whose coefficients are scaled to the same spread.
-            first: it reads raw coordinates in [-1, 1], and shall span `frequency`.
+            first: it reads raw coordinates in [-1, 1], and is to span `frequency`.
         """
         fan_in = linear.in_features
         bound = 1 / fan_in if first else math.sqrt(6 / fan_in) / self.frequency

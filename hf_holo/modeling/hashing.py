@@ -76,9 +76,7 @@ class HashEmbedding(CompressedEmbedding):
     def resize(self, num_embeddings: int, from_mean: bool = True) -> None:
         least, most = len(self.tables.weight), 2**31
         if not least <= num_embeddings <= most:
-            raise ValueError(
-                f"num_embeddings={num_embeddings} must lie between the buckets, {least}, and 2^31 = {most}"
-            )
+            raise ValueError(f"num_embeddings={num_embeddings} must be between the buckets, {least}, and 2^31 = {most}")
         self.num_embeddings = num_embeddings  # new tokens hash into the tables that are there
 
     def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -98,7 +96,7 @@ def gather_scores(
 ) -> torch.Tensor:
     """Weighted sums of K scores for each of V tokens: y[v] = Σ_k weight[v, k] scores[index[v, k]].
 
-    Both directions are bags of rows that lie together in memory, many times quicker than indexing.
+    Both directions are bags of rows that are contiguous in memory, many times faster than indexing.
 
     Args:
         scores: `[..., R]`.
@@ -120,7 +118,7 @@ def gather_scores_naive(scores: torch.Tensor, weight: torch.Tensor, index: torch
 
 
 class _GatherScores(torch.autograd.Function):
-    """[`gather_scores`] of `[N, R]`. torch's own backward of a bag sorts all indices anew; here they are sorted."""
+    """[`gather_scores`] of `[N, R]`. torch's own backward of a bag sorts all indices; here they are sorted already."""
 
     @staticmethod
     def forward(ctx, scores, weight, index, users, starts):

@@ -26,7 +26,7 @@ from .pretrained import FamilyPreTrainedModel
 from .self_test import check_decoding
 
 CLASSES = "the classes, num_labels ="  # of what a label of a classification head is one
-LOGITS_WITH_A_LOSS = 2**28  # numbers, 1 GiB in float32: the most that a model gives unasked beside a loss
+LOGITS_WITH_A_LOSS = 2**28  # values, 1 GiB in float32: the most that a model gives unasked along with a loss
 
 
 class _Head(FamilyPreTrainedModel):
@@ -281,7 +281,7 @@ class SequenceClassificationHead(_ClassificationHead):
             Logits `[B, num_labels]`.
 
         Raises:
-            ValueError: a class that there is none of.
+            ValueError: a class that does not exist.
         """
         of_loss = check_arguments(self, kwargs, position_ids is not None or seq_idx is not None)
         pad = self.config.pad_token_id

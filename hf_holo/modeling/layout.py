@@ -12,7 +12,7 @@ from .recording import exporting
 class TokenLayout:
     """Where the real tokens and the documents of a batch are. Computed once per forward pass, read by every layer.
 
-    The real tokens of a row stand in front of its padding (see [`arrange`]), so that position t is the t-th real
+    The real tokens of a row come before its padding (see [`arrange`]), so that position t is the t-th real
     token and no causal layer meets a gap.
 
     Attributes:
@@ -38,7 +38,7 @@ class TokenLayout:
         return TokenLayout(tokens, valid, lengths, document, drift)
 
     def slice(self, start: int, stop: int) -> "TokenLayout":
-        """The layout of the positions from `start` up to `stop`, continued from the state behind those before."""
+        """The layout of the positions from `start` up to `stop`, continued from the state after those before it."""
         stop = min(stop, self.length)
         valid = None if self.valid is None else self.valid[:, start:stop]
         lengths = None if self.lengths is None else (self.lengths - start).clamp(0, stop - start)
@@ -74,7 +74,7 @@ def arrange(
     seq_idx: torch.Tensor | None,
     cache: RecurrentCache | None,
 ) -> tuple[TokenLayout, torch.Tensor | None]:
-    """Find padding and documents, and where every token goes so that the real ones stand in front.
+    """Find padding and documents, and where every token goes so that the real ones come first.
 
     Returns:
         The layout after the move, and the new position of every token `[B, T]`, None if none moves.
@@ -90,8 +90,8 @@ def arrange(
         if exporting() or not bool(valid.all()):
             real = valid.long().cumsum(1)  # ONNX sums no booleans
             layout.lengths = real[:, -1]
-            behind = layout.lengths[:, None] + (~valid).long().cumsum(1) - 1
-            order = torch.where(valid, real - 1, behind)
+            after = layout.lengths[:, None] + (~valid).long().cumsum(1) - 1
+            order = torch.where(valid, real - 1, after)
             layout.valid = torch.arange(length, device=x.device) < layout.lengths[:, None]
     fresh = cache is None or cache.is_empty  # then the first document needs no reset
     if cache is not None:

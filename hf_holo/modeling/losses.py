@@ -1,4 +1,4 @@
-"""Losses of language models that never hold [tokens × vocabulary] numbers in one piece."""
+"""Losses of language models that never hold [tokens × vocabulary] values in one piece."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from .layers import at_least_float32
 from .recording import has_values
 
 IGNORED = -100  # the label of a token without a loss, as in transformers
-SCORES_AT_ONCE = 2**24  # numbers of one piece of the loss: 64 MiB in float32
+SCORES_AT_ONCE = 2**24  # values of one piece of the loss: 64 MiB in float32
 TokenLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -53,7 +53,7 @@ def language_loss(
 
     Args:
         token_losses: nats of labels `[N]` after hidden states `[N, D]`; it is never called with `ignore_index`.
-        scores_per_token: how many numbers it holds for a token; a piece holds at most `SCORES_AT_ONCE`.
+        scores_per_token: how many values it holds for a token; a piece holds at most `SCORES_AT_ONCE`.
         hidden: `[B, T, D]`.
         labels: `[B, T]`, `ignore_index` where no loss is wanted.
         shift: whether a token predicts the next label, else its own.

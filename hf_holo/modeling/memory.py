@@ -109,10 +109,10 @@ class HolographicMemory:
         self._check(state=state)
         if not isinstance(rate, torch.Tensor):
             if not 0 <= rate <= 1:
-                raise ValueError(f"rate={rate} must lie in [0, 1]")
+                raise ValueError(f"rate={rate} must be in [0, 1]")
             return _as_state(state)[0] * rate
         if rate.device.type == "cpu" and has_values(rate) and not ((rate >= 0) & (rate <= 1)).all():
-            raise ValueError(f"rate holds numbers from {rate.min():.4g} to {rate.max():.4g}; all must lie in [0, 1]")
+            raise ValueError(f"rate has values from {rate.min():.4g} to {rate.max():.4g}; all must be in [0, 1]")
         state, rate = _as_state(state, rate)
         return state * rate[..., None]
 
@@ -170,17 +170,15 @@ class HolographicMemory:
             if tensor.shape[-1:] != (width,):
                 raise ValueError(
                     f"{name} of shape {tuple(tensor.shape)} must have {width} as last dimension in {self}; "
-                    "keys are phases, all else holds real and imaginary parts"
+                    "keys are phases, all else consists of real and imaginary parts"
                 )
             if tensor.is_complex():
-                raise ValueError(
-                    f"{name} holds complex numbers; give their real parts and behind them the imaginary ones"
-                )
+                raise ValueError(f"{name} is complex; give the real parts of its values, then the imaginary parts")
 
     def _check_pairs(
         self, keys: torch.Tensor, values: torch.Tensor | None = None, strength: torch.Tensor | None = None
     ) -> None:
-        if exporting():  # sizes are no numbers then
+        if exporting():  # sizes are not numbers then
             return
         counts = {"keys": keys.shape[-2:-1]}
         if values is not None:
@@ -334,7 +332,7 @@ def recall_theory(dimension: int, pairs: int, codes: int, rounds: int = 0) -> fl
     # each of the N - 1 other pairs adds the mean of D cosines of random angles, of variance 1 / 2D. A wrong code's has
     # mean 0 and hears all N pairs. With crosstalk of energy τ = N - 1, in units of √(1 / 2D):
     #     right ~ N(√(2D), τ),    wrong ~ N(0, τ + 1), and there are K - 1 of them.
-    # The right one is the highest if all others lie below it:
+    # The right one is the highest if all others are below it:
     #     P = ∫ φ(z) Φ((√(2D) + z √τ) / √(τ + 1))^(K - 1) dz.
     # A round of cancellation leaves the share of each pair's energy that its guess did not explain: 1 - E[p], where p
     # is the probability given to the right code; so τ becomes (N - 1)(1 - E[p]), and the rest is as before.
@@ -357,7 +355,7 @@ def recall_theory(dimension: int, pairs: int, codes: int, rounds: int = 0) -> fl
 
 # ---------------------------------------------------------------------------------------------- in a model
 class PersistentMemory(nn.Module):
-    """A [`HolographicMemory`] that a model fills with what it reads, and asks from far behind.
+    """A [`HolographicMemory`] that a model fills with what it reads, and asks much later.
 
     Every token writes one pair, as strongly as its gate says, and asks for one key. What the tokens of a chunk have
     written becomes readable when the chunk is complete, for later chunks only, as in [`ChunkContext`]; the memory fades

@@ -77,7 +77,7 @@ class HoloAttention(nn.Module):
 
         Args:
             x: the input.
-            mask: `[B, 1, T, S]`, True where a token sees a key, or numbers to add to the scores; default: everything,
+            mask: `[B, 1, T, S]`, True where a token sees a key, or values to add to the scores; default: everything,
                 or the past if causal.
             positions: `[B, T]` or `[1, T]`; default: from 0 on.
             past_key_values: keys and values of earlier tokens, updated in place.
@@ -199,7 +199,7 @@ class HoloTransformerBlock(nn.Module):
 
         Args:
             src: the input.
-            src_mask: `[T, T]` or `[B·H, T, T]`, True where a key is hidden, or numbers to add to the scores.
+            src_mask: `[T, T]` or `[B·H, T, T]`, True where a key is hidden, or values to add to the scores.
             src_key_padding_mask: `[B, T]` (`[T]` without a batch), likewise.
             is_causal: hide later tokens; with a `src_mask` it says that this is what the mask does, and is not needed.
         """
@@ -216,7 +216,7 @@ class HoloTransformerBlock(nn.Module):
 def _added(
     x: torch.Tensor, heads: int, src_mask: torch.Tensor | None, key_padding_mask: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """torch's two masks as numbers to add to the scores `[B, H, T, T]`, or None."""
+    """torch's two masks as values to add to the scores `[B, H, T, T]`, or None."""
     rows, length = x.shape[:2]
     masks = []
     if src_mask is not None:
@@ -283,7 +283,7 @@ class HoloPreTrainedModel(FamilyPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, HoloLinear):  # ahead of nn.Linear, which it is too
+        if isinstance(module, HoloLinear):  # before nn.Linear, which it is too
             module.reset_parameters()
         elif isinstance(module, HarmonicBasis):
             module.regenerate()

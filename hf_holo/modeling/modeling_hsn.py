@@ -270,7 +270,7 @@ class AttentionMixer(nn.Module):
         return labels if layout.valid is None else labels.masked_fill(~layout.valid, -1)
 
     def _positions(self, layout: TokenLayout, cache: RecurrentLayer | None, device: torch.device) -> torch.Tensor:
-        """How many real tokens stand before every token, `[B, T]` (`[1, T]` without a past)."""
+        """How many real tokens come before every token, `[B, T]` (`[1, T]` without a past)."""
         past = cache.get("labels") if cache is not None else None
         if past is None:
             return torch.arange(layout.length, device=home_of_float64(device))[None]

@@ -73,7 +73,7 @@ class ResonanceMixer(nn.Module):
     The values and their gate come from the filtered input. With `interference` the output gate hears the resonators
     too, all channels of them: oscillations are multiplied, so that sums and differences of their frequencies arise
     (mixing them linearly would fold into the output projection and add nothing). With `memory_dimension` a memory that
-    does not resonate is heard beside them. A bidirectional mixer listens both ways, each with resonators and memory of
+    does not resonate is heard next to them. A bidirectional mixer listens both ways, each with resonators and memory of
     its own: with the same ones it could not tell before from after.
 
     Args:

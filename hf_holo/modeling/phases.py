@@ -15,7 +15,7 @@ WITH_FLOAT64 = ("cpu", "cuda", "xpu")  # Apple's MPS, for one, has none
 
 
 def home_of_float64(device: torch.device | None) -> torch.device:
-    """Where numbers in float64 are computed for a device: there, or on the CPU where it has none."""
+    """Where values in float64 are computed for a device: there, or on the CPU where it has none."""
     return device if device is not None and device.type in WITH_FLOAT64 else torch.device("cpu")
 
 

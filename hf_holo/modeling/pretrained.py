@@ -101,7 +101,7 @@ class FamilyPreTrainedModel(PreTrainedModel):
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
     ) -> None:
-        """As in transformers, with two things beside the weights: the code, so that the folder loads with
+        """As in transformers, with two things in addition to the weights: the code, so that the folder loads with
         `trust_remote_code=True` where this package is not installed, through the Auto class of every head; and, if the
         folder has no README.md yet, a model card made from the facts."""
         card = Path(save_directory, "README.md")
@@ -119,7 +119,7 @@ class FamilyPreTrainedModel(PreTrainedModel):
         self, working_dir: str | os.PathLike, repo_id: str, files_timestamps: dict[str, float], *args, **kwargs
     ) -> Any:
         """Where `push_to_hub` and `save_pretrained(push_to_hub=True)` meet. By now transformers has put a README.md
-        beside the weights: the repository's or, if it has none, a form to be filled in. In its place comes what was
+        next to the weights: the repository's or, if it has none, a form to be filled in. In its place comes what was
         there before, or a card made from the facts."""
         complete_code(Path(working_dir), (type(self), type(self.config)))
         for write in card_writers:

@@ -31,7 +31,7 @@ class SurgeryPlan(QuantizationConfigMixin):
     Args:
         layers: by module name: `harmonics`, `basis`, `folded`, `pivoted` and `lender`, see `apply_surgery`.
         seed: of random bases.
-        checksum: of the bases that are made anew, or None.
+        checksum: of the bases that are recomputed, or None.
         kwargs: kept as they are.
     """
 
@@ -54,7 +54,7 @@ class PlanQuantizer(HfQuantizer):
         """The config with the plan for this model.
 
         Raises:
-            ValueError: it holds none.
+            ValueError: it has none.
         """
         if self.quantization_config.layers is None:
             raise ValueError("layers=None: a surgery is planned by hf_holo, which is not imported")
@@ -125,7 +125,7 @@ def check_safe(files: Iterable[str | Path]) -> None:
     files = list(files)
     for file in files:
         if not str(file).endswith(".safetensors"):
-            raise OSError(f"{file}: the weights of a converted model lie in safetensors files, and this is none")
+            raise OSError(f"{file}: the weights of a converted model must be in safetensors files, and this is not one")
     check_files(files)
 
 
@@ -141,7 +141,7 @@ def swap(model: nn.Module, config: QuantizationConfigMixin, partial: bool = Fals
         The new layers, by their names in this model.
 
     Raises:
-        ValueError: the plan is none, or the model has no layer of a name in it; no layer has been replaced then.
+        ValueError: the plan is not valid, or the model has no layer of a name in it; no layer has been replaced then.
     """
     check_plan(config.layers)
     modules, new = dict(model.named_modules()), {}
@@ -243,7 +243,7 @@ def check_plan(layers: dict[str, dict[str, Any]]) -> None:
     for name, entry in layers.items():
         lender = entry["lender"]
         if lender is not None and (lender not in layers or layers[lender]["lender"] is not None):
-            raise ValueError(f"layers: {name!r} borrows from {lender!r}, which is no layer of the plan that lends")
+            raise ValueError(f"layers: {name!r} borrows from {lender!r}, which is not a layer of the plan that lends")
 
 
 def is_linear(module: nn.Module | None) -> bool:
@@ -257,7 +257,7 @@ def dense_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def checksum_of_bases(model: nn.Module) -> int | None:
-    """Of all bases that are made and not stored, in the order of their names; None if there is none, or on meta."""
+    """Of all bases that are computed and not stored, in the order of their names; None if there is none, or on meta."""
     bases = _bases(model)
     sums = [bases[name].checksum for name in sorted(bases) if bases[name].checksum is not None]
     return zlib.crc32(repr(sums).encode()) if sums else None

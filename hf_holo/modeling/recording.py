@@ -12,12 +12,12 @@ def exporting() -> bool:
 
 
 def has_values(x: torch.Tensor) -> bool:
-    """Whether the numbers of a tensor can be looked at: not while a graph is recorded, nor in one without data."""
+    """Whether the values of a tensor can be read: not while a graph is recorded, nor in one without data."""
     return not exporting() and type(x) is torch.Tensor
 
 
 def fixed_table(function: Callable) -> Callable:
-    """Computes what depends on sizes alone once, also where a graph is recorded: torch.compile reads the numbers. It
+    """Computes what depends on sizes alone once, also where a graph is recorded: torch.compile reads the values. It
     would turn NumPy's operations into its own, which fails under a default device."""
     return functools.lru_cache(torch.compiler.assume_constant_result(function))
 

@@ -33,7 +33,7 @@ def obstacle(cls: type) -> str | None:
     except OSError as error:
         missing = [error.filename]
     if missing:
-        return f"{file.name} imports {Path(missing[0]).stem!r}, which is no file beside it"
+        return f"{file.name} imports {Path(missing[0]).stem!r}, which is not a file next to it"
     return None
 
 
@@ -108,7 +108,7 @@ def with_code(cls: type) -> Iterator[bool]:
     if reason is None:
         yield cls._auto_class is not None
         return
-    warnings.warn(f"saved without its code: {reason}; who loads it must have that code installed", stacklevel=4)
+    warnings.warn(f"saved without its code: {reason}; whoever loads it must have that code installed", stacklevel=4)
     auto_class, cls._auto_class = cls._auto_class, None
     try:
         yield False

@@ -50,14 +50,14 @@ def resonate(
     Where a graph is recorded, matrix products take the place of the FFT; a single token is one step of the recurrence.
 
     Args:
-        u: `[B, T, D]`, zeros at padding, which stands behind the real tokens.
+        u: `[B, T, D]`, zeros at padding, which comes after the real tokens.
         damping: α `[G, K]`, positive; the D / G channels of a bank share it.
         omega: ω `[K]`, radians a token, float64; gets no gradient.
         magnitude, phase: m and φ `[D, K]`.
         state: `[B, D, 2K]` or None for zeros.
         lengths: `[B]` number of real tokens, after which the state is wanted; default: T.
         document: `[B, T]` document index as for [`interference_scan`]: a new document begins with an empty state.
-        segment: tokens handled at once; changes time and memory, not the result. Default: what is quickest.
+        segment: tokens handled at once; changes time and memory, not the result. Default: what is fastest.
 
     Returns:
         y `[B, T, D]` and the state after the last real token `[B, D, 2K]`.
@@ -429,7 +429,7 @@ class FadingSum(nn.Module):
 
 
 def _one_step_later(y: torch.Tensor, first: torch.Tensor | None) -> torch.Tensor:
-    """`y` `[B, T, D]` moved on by one step, behind `first` `[B, D]` (None: zeros)."""
+    """`y` `[B, T, D]` moved on by one step, after `first` `[B, D]` (None: zeros)."""
     return torch.cat([torch.zeros_like(y[:, :1]) if first is None else first[:, None], y[:, :-1]], 1)
 
 
@@ -501,8 +501,8 @@ class ChunkContext(nn.Module):
         return heard.gather(1, chunk[..., None].expand(-1, -1, u.shape[2])), (running, state)
 
     def _chunks(self, ones, document: torch.Tensor | None, begun: torch.Tensor | None) -> torch.Tensor:
-        """The chunk of every token, counted from the one that goes on: [B, T], from real tokens `ones` [B, T] and the
-        number of tokens in the chunk that goes on [B]. A new document begins a new chunk."""
+        """The chunk of every token, counted from the one that continues: [B, T], from real tokens `ones` [B, T] and the
+        number of tokens in the chunk that continues [B]. A new document begins a new chunk."""
         position = ones.cumsum(1) - 1  # in the document
         starts = torch.zeros_like(ones, dtype=torch.bool)
         if document is not None:

@@ -1,6 +1,6 @@
 """Scans: a decaying state that tokens write to and read from, in chunks of matrix products.
 
-Every fast operation `f` stands beside a naive twin `f_naive` that says in a loop what `f` means; the tests compare
+Every fast operation `f` stands next to a naive twin `f_naive` that says in a loop what `f` means; the tests compare
 values and gradients in float64. Sizes in the shape tags: B batch, T tokens, H key heads, G query heads per key head,
 P phases, F = 2P real features, V value width, C tokens in a chunk, N chunks.
 
@@ -178,7 +178,7 @@ def _chunked_scan_parts(q, k, v, log_decay, log_write, state, document):
 class _ChunkedScan(torch.autograd.Function):
     """[`_chunked_scan`] with its gradient written out.
 
-    The decays enter only as e^{±total} beside q and k, so their gradients are row sums of q·dq and k·dk, and no
+    The decays enter only as factors e^{±total} of q and k, so their gradients are row sums of q·dq and k·dk, and no
     [C, C] tensor has to be differentiated (the identity of GLA, Yang et al., 2024, section 4.3).
     """
 
@@ -202,7 +202,7 @@ class _ChunkedScan(torch.autograd.Function):
         dq = d_scores @ k + (dy @ before.mT) * from_start
         dk = d_scores.mT @ q + (v @ d_written.mT) * to_end
         dv = scores.mT @ dy + (k * to_end) @ d_written
-        # 5. decays: row sums, and the sum from each token on, for a decay weighs all that is read behind it
+        # 5. decays: row sums, and the sum from each token on, for a decay weighs all that is read after it
         d_write = (k * dk).sum(-1)  # [B, H, N, C]
         d_total = (q * dq).sum(-1).unflatten(-1, (-1, k.shape[-2])).sum(-2) - d_write
         d_total[:, :, -1, -1] += (final * d_final).sum((-1, -2))
@@ -250,7 +250,7 @@ def cancelling_scan(
     if document is not None:
         document = _to_chunks(document[:, None, :, None], chunk, fill=None)[..., 0]
     between, from_start, to_end, across = _decays(log_decay, torch.zeros_like(log_decay), document)
-    # 1. inside chunks: what is written anew, and what is subtracted because the state M before the chunk recalls it,
+    # 1. inside chunks: what is written, and what is subtracted because the state M before the chunk recalls it,
     #    so that the tokens write W - R M; each of them depends on the writes before it: (1 + earlier)^-1 wanted
     earlier = (strength * (k @ k.mT) * between).tril(-1)  # how much of a write a later key takes back
     wanted = torch.cat([strength * v, strength * from_start[..., None] * k], -1)

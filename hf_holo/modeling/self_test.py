@@ -37,7 +37,7 @@ def check_decoding(model: GenerationMixin) -> None:
         except (TypeError, ValueError) as error:
             raise RuntimeError(_message(kind, f"decoding with a cache fails: {error}")) from error
         if not fits:
-            raise RuntimeError(_message(kind, "decoding with a cache is not what it is without"))
+            raise RuntimeError(_message(kind, "decoding with a cache differs from decoding without one"))
     except Exception:
         _tested.discard(kind)
         raise

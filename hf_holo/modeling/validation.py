@@ -19,10 +19,10 @@ def check_positive(at_most: int = 2**31, /, **values: int) -> None:
 
 
 def check_probability(**values: float) -> None:
-    """Raise ValueError unless every value lies in [0, 1)."""
+    """Raise ValueError unless every value is in [0, 1)."""
     for name, value in values.items():
         if not (isinstance(value, (int, float)) and 0 <= value < 1):
-            raise ValueError(f"{name}={value!r} must lie in [0, 1)")
+            raise ValueError(f"{name}={value!r} must be in [0, 1)")
 
 
 def check_frequencies(**limits: float) -> None:

@@ -61,7 +61,7 @@ class TwoLevelEmbedding(CompressedEmbedding):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Groups start as probable as Zipf's law makes them, beside dense tokens that are all alike."""
+        """Groups start as probable as Zipf's law makes them, next to dense tokens that are all alike."""
         nn.init.normal_(self.top.weight, std=self.initializer_range)
         place = torch.arange(self.grouped_tokens, device=self.group_bias.device)
         frequency = 1 / (self.frequent_tokens + place + 1.0)
@@ -217,7 +217,7 @@ class FrequencyCompressedEmbedding(TwoLevelEmbedding):
     def _grouped_logits(self, hidden: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
         size = math.ceil(self.groups / GROUP_PIECES)
         pieces = [slice(start, start + size) for start in range(0, self.groups, size)]
-        log_probs = [  # [..., G, D] at once would be more numbers than the scores where D is above √V
+        log_probs = [  # [..., G, D] at once would be more values than the scores where D is above √V
             self._member_log_probs(hidden[..., None, :] * self.gates.weight[piece], self.bias[piece])
             for piece in pieces
         ]
@@ -236,7 +236,7 @@ class FrequencyCompressedEmbedding(TwoLevelEmbedding):
 
 
 class AdaptiveEmbedding(TwoLevelEmbedding):
-    """Clusters of falling width: rare tokens have rows of D/4, D/16, ... numbers and a projection to D.
+    """Clusters of falling width: rare tokens have rows of D/4, D/16, ... values and a projection to D.
 
     After Baevski & Auli, "Adaptive Input Representations for Neural Language Modeling" (2018), tables and projections
     shared between input and output. The row of a cluster in the head is part of the rows of its tokens.
@@ -328,12 +328,12 @@ def make_embedding(config) -> nn.Module:
 
     Raises:
         ValueError: a compressed vocabulary with `tie_word_embeddings=False`, tables that do not fit, or a
-            `pad_token_id` that is no token.
+            `pad_token_id` that is not a token.
     """
     strategy, options = getattr(config, "embedding_strategy", "standard"), getattr(config, "embedding_options", None)
     strategy, options = lay_out_vocabulary(config.vocab_size, strategy, options)
     if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
-        raise ValueError(f"pad_token_id={config.pad_token_id} is no token of a vocabulary of {config.vocab_size}")
+        raise ValueError(f"pad_token_id={config.pad_token_id} is not a token of a vocabulary of {config.vocab_size}")
     if strategy == "standard":
         return ScaledEmbedding(config.vocab_size, config.hidden_size, config.pad_token_id)
     if not config.tie_word_embeddings:

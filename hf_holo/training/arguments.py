@@ -165,7 +165,7 @@ def _as_words(parser: ArgumentParser, recipe: str, values: dict[str, Any]) -> li
     """Single values of a recipe as words of a command line, so that they meet the same checks.
 
     Raises:
-        HoloError: there is a list or a mapping where a single value is wanted.
+        HoloError: there is a list or a mapping where a single value is expected.
     """
     actions = {action.dest: action for action in parser._actions}
     words = []
@@ -175,7 +175,7 @@ def _as_words(parser: ArgumentParser, recipe: str, values: dict[str, Any]) -> li
         elif (isinstance(value, list) and actions[name].nargs != "+") or (
             isinstance(value, dict) and name not in TrainingArguments._VALID_DICT_FIELDS
         ):
-            raise HoloError(f"recipe: {recipe!r} sets {name!r} to {value!r}, where a single value is wanted")
+            raise HoloError(f"recipe: {recipe!r} sets {name!r} to {value!r}, where a single value is expected")
     return words
 
 

@@ -2,7 +2,7 @@
 
 Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/) orthogonalises the momentum of a weight matrix.
 That suits matrices which map activations to activations; embeddings, output heads, vectors and the parameters of
-filters are no such maps and stay with AdamW. Both rules are torch's own (`torch.optim.Muon`, `torch.optim.AdamW`).
+filters are not such maps and stay with AdamW. Both rules are torch's own (`torch.optim.Muon`, `torch.optim.AdamW`).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -59,7 +59,7 @@ class MuonAdamW(Optimizer):
         eps: AdamW's epsilon.
 
     Raises:
-        ValueError: a group without a known `"rule"`, or a parameter under Muon that is no matrix, or sharded.
+        ValueError: a group without a known `"rule"`, or a parameter under Muon that is not a matrix, or sharded.
     """
 
     def __init__(
@@ -151,10 +151,10 @@ class WhitenedAdamW(AdamW):
         others: parameters without features, such as biases; AdamW trains them as they are, with the same `lr`.
 
     Raises:
-        ValueError: a parameter is no matrix, or its G has another size.
+        ValueError: a parameter is not a matrix, or its G has another size.
     """
 
-    LEAST = 0.1  # size of a column, as a share of that of all Ĉ: where C does nothing yet, it shall learn too
+    LEAST = 0.1  # size of a column, as a share of that of all Ĉ: where C does nothing yet, it must learn too
     FLOOR = 1e-6  # least eigenvalue of G, as a share of the mean: what hardly ever occurs must not take large steps
 
     def __init__(

@@ -16,7 +16,7 @@ TIMED_STEPS = 4  # after the first, which also warms up
 
 
 class RunProgress(ProgressCallback):
-    """The bars of transformers, with the loss beside them, in place of a printed dictionary for each log.
+    """The bars of transformers, with the loss next to them, in place of a printed dictionary for each log.
 
     With `disable_tqdm`, a line for each log takes the place of the bars. After the first steps it says how long the
     others will take.

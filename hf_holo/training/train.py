@@ -131,7 +131,7 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
         return Path(resume)
     checkpoints = complete_checkpoints(folder)
     if not checkpoints:
-        PartialState().print(f"There is no complete checkpoint in {folder}: starting from the beginning.")
+        PartialState().print(f"No complete checkpoint in {folder}: starting from the beginning.")
     return checkpoints[-1] if checkpoints else None
 
 
@@ -160,7 +160,7 @@ def load_config(run: Run) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise HoloError(f"model_name_or_path: {source!r} holds no model: {first_line(error)}") from None
+        raise HoloError(f"model_name_or_path: {source!r} is not a model: {first_line(error)}") from None
 
 
 def settle_task(run: Run) -> None:
@@ -305,7 +305,7 @@ def finish(trainer: HoloTrainer, run: Run, data: Splits) -> None:
 
 
 def write_results(trainer: HoloTrainer, run: Run, data: Splits, metrics: dict[str, float]) -> None:
-    """Save the model beside its tokenizer, write the samples, and say how to load it.
+    """Save the model next to its tokenizer, write the samples, and say how to load it.
 
     Args:
         metrics: of the final weights.
@@ -359,7 +359,7 @@ def write_sample(trainer: HoloTrainer, run: Run, data: Splits, path: Path) -> st
 
 
 def write_answers(trainer: HoloTrainer, data: DataArguments, held_out: Responses, path: Path) -> None:
-    """Let the model answer the first held-out instructions, beside the answers in the data."""
+    """Let the model answer the first held-out instructions, next to the answers in the data."""
     parts = []
     for record in held_out.records[: data.num_answers]:
         prompt = alpaca_prompt(record)

@@ -25,7 +25,7 @@ from ..errors import HoloError
 from ..eval.metrics import LanguageScores
 from ..modeling.checkpoint import check_files, check_finite, weight_files
 
-UNFINISHED = "unfinished"  # the folder beside the checkpoints of what is being written or deleted
+UNFINISHED = "unfinished"  # the folder next to the checkpoints of what is being written or deleted
 
 
 class WeightAverage(TrainerCallback):
@@ -257,8 +257,8 @@ def reading(checkpoint: str | Path | None, what: str) -> Iterator[None]:
 
 
 def read_checkpoint(folder: Path) -> TrainerState:
-    """The state of the run that left a checkpoint; the other files are looked at: whether they are whole, and hold
-    numbers and no code. The numbers stay on the disk.
+    """The state of the run that left a checkpoint; the other files are checked: whether they are whole, and hold
+    values and no code. The values stay on the disk.
 
     Raises:
         HoloError: a file is damaged; the message names it.

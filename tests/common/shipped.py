@@ -25,7 +25,7 @@ STAND_INS = {
 
 
 def shipped(module: str) -> ModuleType:
-    """One file of the tests, for example "test_modeling_common"; they are fetched once and kept beside the packages.
+    """One file of the tests, for example "test_modeling_common"; they are fetched once and kept next to the packages.
 
     Raises:
         subprocess.CalledProcessError: pip does not get the source distribution; `stderr` says why.

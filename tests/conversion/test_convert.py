@@ -274,7 +274,7 @@ def test_dry_run_names_every_module_and_needs_no_weights(tmp_path, capsys, monke
     assert "model.norm" in shown
     assert sum(line.count("→ HoloLinear 64") for line in shown.splitlines()) == 128
     command.main(["--dry-run", str(folder), "--ratio", "0.8"])
-    assert "128 of 195 modules converted, 80.0% of their numbers kept" in capsys.readouterr().out
+    assert "128 of 195 modules converted, 80.0% of their values kept" in capsys.readouterr().out
 
 
 # Resuming -----------------------------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def stopping_after(calls: int, function, finished: list):
     return stopping
 
 
-def test_a_stopped_run_goes_on(saved, texts, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_continues(saved, texts, tmp_path, monkeypatch, capsys):
     teacher, out, words = saved(), tmp_path / "out", ["--train_file", *texts, "--memory", "1e-5"]
     run(teacher, tmp_path / "whole", *words)
     finished, original = [], convert_linears.factorise
@@ -300,7 +300,7 @@ def test_a_stopped_run_goes_on(saved, texts, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(teacher, out, *words)
     assert not out.exists()
-    assert "goes on from there" in capsys.readouterr().out
+    assert "the same command resumes from there" in capsys.readouterr().out
 
     again = []
     monkeypatch.setattr(convert_linears, "factorise", lambda site, *rest: again.append(site) or original(site, *rest))
@@ -375,7 +375,7 @@ def test_options_that_make_no_sense_are_refused(saved, texts, tmp_path):
     refused("tied to the input embeddings", teacher, out, "--modules", "lm_head", *text)
     refused("name a folder for the result", teacher)
     refused("is the teacher", teacher, teacher + "/inside", *text)
-    refused("holds no model", str(tmp_path / "nothing"), out, *text)
+    refused("is not a model of transformers", str(tmp_path / "nothing"), out, *text)
     refused("neither a file nor one of convert-attention", teacher, out, "--recipe", "unknown", *text)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("ratios: 0.5")
@@ -426,15 +426,15 @@ def test_an_existing_output_stays_unless_overwritten(saved, texts, tmp_path):
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("all I have")
-    refused("holds no earlier conversion", teacher, precious, "--overwrite", "--train_file", *texts)
+    refused("is not an earlier conversion", teacher, precious, "--overwrite", "--train_file", *texts)
     (precious / "report.json").write_text('{"teacher": {}, "student": {}, "stages": []}')  # as a distillation's
-    refused("holds no earlier conversion", teacher, precious, "--overwrite", "--train_file", *texts)
+    refused("is not an earlier conversion", teacher, precious, "--overwrite", "--train_file", *texts)
     assert (precious / "thesis.txt").exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that takes no folders")
 def test_a_place_that_takes_no_folder_is_said_clearly(saved, texts):
-    refused("'/proc/result.work' cannot be made", saved(), "/proc/result", "--train_file", *texts)
+    refused("'/proc/result.work' cannot be created", saved(), "/proc/result", "--train_file", *texts)
 
 
 def test_a_full_disk_is_said_clearly_and_loses_nothing(saved, texts, tmp_path, monkeypatch):
@@ -448,7 +448,7 @@ def test_a_full_disk_is_said_clearly_and_loses_nothing(saved, texts, tmp_path, m
         refused("the disk is full", teacher, out, "--overwrite", "--seed", "1", "--train_file", *texts)
     with monkeypatch.context() as patch:
         patch.setattr(command.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-        refused("GiB of free disk", teacher, out, "--overwrite", "--seed", "1", "--train_file", *texts)
+        refused("GiB of free disk space", teacher, out, "--overwrite", "--seed", "1", "--train_file", *texts)
     assert fingerprint(str(out)) == before
 
 

@@ -1,4 +1,4 @@
-"""`hf-holo distill` on tiny models: stages that lower their loss, a teacher that stays, and runs that go on."""
+"""`hf-holo distill` on tiny models: stages that lower their loss, a teacher that stays, and runs that are resumed."""
 
 import csv
 import errno
@@ -131,7 +131,7 @@ def test_a_run_writes_all_it_promises_and_leaves_the_teacher(folders, capsys):
     ],
 )
 def test_the_recipe_of_surgery_teaches_every_student(tmp_path, surgery, changes, trains):
-    """Of fitted layers, of the original's, those with biases, and through adapters."""
+    """Of fitted layers, of those with regenerated bases or biases, and through adapters."""
     teacher = LlamaForCausalLM(LlamaConfig(vocab_size=len(TOKENIZER), attention_bias=True, **SHAPE)).eval()
     teacher.save_pretrained(tmp_path / "teacher")
     TOKENIZER.save_pretrained(tmp_path / "teacher")

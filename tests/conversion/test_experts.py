@@ -14,8 +14,8 @@ from hf_holo import HoloSurgeryConfig, apply_surgery
 from hf_holo.cli import main
 from hf_holo.conversion.surgery.calibration import is_expert
 from hf_holo.conversion.surgery.plan import is_router, other_matrices
+from hf_holo.data.tokenizers import make_tokenizer
 from hf_holo.modeling.quantizer import holo_layers
-from hf_holo.training.tokenizers import make_tokenizer
 
 MAJOR = version.parse(transformers_version).major
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -104,7 +104,7 @@ def test_routers_stay_and_everything_else_is_converted_or_named(name):
         assert len(routers) == 2 and not others
 
 
-@pytest.mark.skipif(MAJOR >= 5, reason="routers are no linear layers")
+@pytest.mark.skipif(MAJOR >= 5, reason="routers are not linear layers")
 def test_routers_are_converted_where_they_are_named():
     model = build("mixtral", EXPERTS["mixtral"], AutoModelForCausalLM, 80)
     report = apply_surgery(model, HoloSurgeryConfig(harmonics=4, modules=r"moe\.gate"))
@@ -112,7 +112,7 @@ def test_routers_are_converted_where_they_are_named():
 
 
 def test_a_router_in_a_module_of_its_own():
-    """Switch Transformers: `mlp.router.classifier` beside `mlp.experts`."""
+    """Switch Transformers: `mlp.router.classifier` next to `mlp.experts`."""
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "num_experts": 4}
     config = AutoConfig.for_model("switch_transformers", vocab_size=80, **sizes)
     model = AutoModelForSeq2SeqLM.from_config(config)
@@ -158,7 +158,7 @@ def test_refitting_without_use_cache(name, tmp_path):
 @pytest.mark.parametrize("refit", ["false", "true"])
 def test_an_expert_that_no_token_comes_to(refit, tmp_path):
     def close(model: PreTrainedModel) -> None:
-        """The last expert's score lies between the others', so it is never the best."""
+        """The last expert's score is between the others', so it is never the best."""
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if name.endswith("gate.weight"):

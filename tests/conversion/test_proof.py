@@ -38,7 +38,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def everything(model: nn.Module) -> dict:
-    """All that could change: identities of modules, attributes, parameters; configs; numbers."""
+    """All that could change: identities of modules, attributes, parameters; configs; values."""
     seen = {f"{name}: class": type(module) for name, module in model.named_modules()}
     for name, module in model.named_modules():
         plain = (bool, int, float, str, type(None))

@@ -104,7 +104,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def state(model: nn.Module) -> tuple:
-    """All that an operation could change: modules, config, numbers."""
+    """All that an operation could change: modules, config, values."""
     kinds = {name: type(module) for name, module in model.named_modules()}
     return kinds, model.config.to_dict(), {name: x.clone() for name, x in model.state_dict().items()}
 
@@ -326,7 +326,7 @@ def test_in_bfloat16_every_number_is_rounded_once(tmp_path):
 
 @torch.no_grad()
 def test_a_device_map_places_bases_too(tmp_path):
-    """A basis that is not stored has no data before the weights are placed; layers may lie on the disk."""
+    """A basis that is not stored has no data before the weights are placed; layers may be on the disk."""
     model = converted_model("llama")
     model.save_pretrained(tmp_path / "model")
     total = sum(parameter.nbytes for parameter in model.parameters())
@@ -648,7 +648,7 @@ def test_a_plan_for_another_model_is_refused():
         ({"exclude": [3]}, r"exclude=\[3\] must be a regular expression or a list of them"),
         ({"layers": [1]}, "layers: a plan gives basis, folded"),
         ({"harmonic": 8}, "unknown argument 'harmonic': did you mean 'harmonics'"),
-        ({"modules": "(q"}, r"modules: '\(q' is no regular expression"),
+        ({"modules": "(q"}, r"modules: '\(q' is not a regular expression"),
     ],
 )
 def test_bad_arguments(options, message):
@@ -664,7 +664,7 @@ def test_an_error_while_loading_is_clear(tmp_path):
 
 
 def test_the_callers_config_stays_as_it_was(tmp_path):
-    """One config converts models of different sizes: the plan lies in the model's copy."""
+    """One config converts models of different sizes: the plan is in the model's copy."""
     config = HoloSurgeryConfig(harmonics=4)
     for name in ("llama", "gpt2"):
         model = dense_model(name)
@@ -676,7 +676,7 @@ def test_the_callers_config_stays_as_it_was(tmp_path):
 
 
 def test_bases_that_are_not_the_models_own_are_refused(tmp_path, monkeypatch):
-    """As if another release made other numbers."""
+    """As if another release made other values."""
     model = converted_model("llama")
     model.save_pretrained(tmp_path)
     made = harmonics.harmonic_basis

@@ -26,7 +26,7 @@ QUIET = ["--use_cpu", "--disable_tqdm", "true", "--overwrite"]
 
 @pytest.fixture
 def model(tmp_path):
-    """The folder of a small Llama with its tokenizer, and a text beside it."""
+    """The folder of a small Llama with its tokenizer, and a text next to it."""
     (text,) = python_help()
     (tmp_path / "text.txt").write_text(text[:6000], encoding="utf-8")
     tokenizer = make_tokenizer("characters", [text[:6000]])

@@ -1,6 +1,6 @@
 """On a GPU everything is as on a CPU: values, gradients, generation, training, conversion; and memory stays linear.
 
-Quick: the whole file takes a few minutes on one GPU. `hf-holo check NAME --device cuda` checks more.
+Fast: the whole file takes a few minutes on one GPU. `hf-holo check NAME --device cuda` checks more.
 """
 
 import copy
@@ -241,7 +241,7 @@ def test_a_compiled_model_is_as_the_eager_one(small, random_ids, family, device)
         torch.testing.assert_close(gradients[f"_orig_mod.{name}"], gradient, rtol=0, atol=1e-8 * largest)
 
 
-# ---------------------------------------------------------------------------------------------- where it lies
+# ---------------------------------------------------------------------------------------------- where it is
 @pytest.mark.parametrize(("family", "variant"), [(f.name, v) for f in architectures().values() for v in f.variants])
 @torch.no_grad()
 def test_a_model_that_lies_on_gpu_and_cpu(small, random_ids, family, variant, tmp_path):
@@ -353,7 +353,7 @@ def windows(count: int) -> torch.Tensor:
 
 
 def calibrated(model: LlamaForCausalLM, refitted: bool) -> list[int | None]:
-    """Convert in place to 60 % of the numbers, as `hf-holo convert --method calibrated` does; returns the ranks."""
+    """Convert in place to 60 % of the values, as `hf-holo convert --method calibrated` does; returns the ranks."""
     sites = find_sites(model, HoloSurgeryConfig(shared=True))
     statistics = collect(model, sites, windows(24), windows(4))
     factors = [factorise(site, stacked_weight(model, site), s) for site, s in zip(sites, statistics, strict=True)]

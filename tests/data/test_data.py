@@ -63,7 +63,7 @@ def test_parquet_with_another_column(tmp_path):
 def test_a_column_of_numbers_is_no_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": null, "label": 1}\n{"text": "one", "label": 0}\n')
     assert read_documents(str(tmp_path / "a.jsonl")) == ["one"]
-    with pytest.raises(HoloError, match=r"text_column: 'label' .* holds int, where text is wanted"):
+    with pytest.raises(HoloError, match=r"text_column: 'label' .* holds int, where text is expected"):
         read_documents(str(tmp_path / "a.jsonl"), text_column="label")
 
 
@@ -86,8 +86,8 @@ def test_the_standard_library_is_written_code_in_a_fixed_order():
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "holds no text"),
-        (b" \n\n ", "holds no text"),
+        (b"", "contains no text"),
+        (b" \n\n ", "contains no text"),
         (b"fine until \xff\xfe here", "is not UTF-8 text .byte 11 is 0xff"),
     ],
 )
@@ -100,7 +100,11 @@ def test_bad_text(tmp_path, content, message):
 
 
 def test_missing_and_empty_sources(tmp_path):
-    for source, message in ((None, "name a text file"), ("nowhere.txt", "no file or folder"), (tmp_path, "holds no")):
+    for source, message in (
+        (None, "name a text file"),
+        ("nowhere.txt", "no file or folder"),
+        (tmp_path, "contains no file"),
+    ):
         with pytest.raises(HoloError, match=message):
             read_documents(str(source) if source else None)
 

@@ -31,7 +31,7 @@ DENSE = {"holo": "dense-mlp"}  # variants with matrices for Muon, where the firs
 
 @pytest.fixture(autouse=True)
 def nothing_chosen():
-    """Other tests have trained in this process, alone and on the CPU; a process that starts from it would go on so."""
+    """Other tests have trained in this process, alone and on the CPU; a process that starts from it inherits that."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -110,7 +110,7 @@ def sharded(model, optimizer, out) -> None:
 
 
 def launched(function, processes: int, out: Path, *arguments) -> list[float]:
-    """The losses of a function that so many processes run."""
+    """The losses of a function that this many processes run."""
     debug_launcher(function, (*arguments[:2], str(out), *arguments[2:]), num_processes=processes)
     return json.loads(out.read_text())
 
@@ -193,7 +193,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(tiny, family, tmp_pa
 
 @pytest.mark.parametrize("kind", ["family", "converted"])
 def test_stored_bases_are_read_from_the_disk_or_it_is_refused(tiny, kind, tmp_path):
-    """transformers 5 reads them; 4.57 leaves those of our families at zero, and has no numbers for those of a converted
+    """transformers 5 reads them; 4.57 leaves those of our families at zero, and has no values for those of a converted
     model."""
     if kind == "family":
         model = tiny("holo", variant="data", num_hidden_layers=4)

@@ -42,7 +42,7 @@ def test_a_cache_is_taken_under_both_names_and_given_under_that_of_the_release(m
 
 @torch.no_grad()
 def test_of_two_caches_the_one_with_tokens_is_taken(model, ids):
-    """PEFT's prefix tuning gives its prefix by the old name, beside the cache of generate()."""
+    """PEFT's prefix tuning gives its prefix by the old name, along with the cache of generate()."""
     empty = model.model.new_cache()
     kept = getattr(model(ids[:, :5]), CACHE_NAME)
     logits = model(ids[:, 5:], past_key_values=kept, cache=empty).logits

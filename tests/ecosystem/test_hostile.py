@@ -104,7 +104,7 @@ def change_weight(folder: Path, change) -> str:
 def test_a_truncated_file_is_named(checkpoint, share):
     content = (checkpoint / WEIGHTS).read_bytes()
     (checkpoint / WEIGHTS).write_bytes(content[: int(share * len(content))])
-    with pytest.raises(OSError, match=rf"{checkpoint.name}: its weights are no whole safetensors file"):
+    with pytest.raises(OSError, match=rf"{checkpoint.name}: its weights are not a complete safetensors file"):
         load(checkpoint)
 
 
@@ -119,7 +119,7 @@ def test_a_shard_may_be_damaged(checkpoint, damage):
         shard.unlink()
     else:
         shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(OSError, match="whole safetensors file" if damage == "truncated" else shard.name):
+    with pytest.raises(OSError, match="complete safetensors file" if damage == "truncated" else shard.name):
         load(checkpoint)
 
 
@@ -168,7 +168,7 @@ def test_a_truncated_file_of_a_converted_model_is_named(converted, share, sharde
     assert load(converted) is not None and (file.name != WEIGHTS) == sharded
     content = file.read_bytes()
     file.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(OSError, match=rf"{file.name}: its weights are no whole safetensors file"):
+    with pytest.raises(OSError, match=rf"{file.name}: its weights are not a complete safetensors file"):
         load(converted)
 
 
@@ -177,14 +177,14 @@ def test_a_pickle_is_refused_and_never_run(checkpoint, bomb):
     (checkpoint / WEIGHTS).rename(checkpoint / "kept")
     with (checkpoint / WEIGHTS).open("wb") as file:
         pickle.dump(bomb, file)
-    with pytest.raises(OSError, match="no whole safetensors file"):
+    with pytest.raises(OSError, match="not a complete safetensors file"):
         load(checkpoint)
     (checkpoint / WEIGHTS).unlink()
     for content in ({"bomb": bomb}, load_file(checkpoint / "kept")):
         torch.save(content, checkpoint / "pytorch_model.bin")
         with pytest.raises(OSError, match=rf"no file named {WEIGHTS}"):
             load(checkpoint)
-    assert load(checkpoint, use_safetensors=False) is not None  # who asks for it gets it: the numbers, no code
+    assert load(checkpoint, use_safetensors=False) is not None  # whoever asks for it gets it: the values, no code
     torch.save({"bomb": bomb}, checkpoint / "pytorch_model.bin")
     with pytest.raises((OSError, pickle.UnpicklingError)):
         load(checkpoint, use_safetensors=False)
@@ -270,7 +270,7 @@ def test_weights_to_resume_from_are_numbers(resumable):
 @ABSURD_SIZES
 def test_absurd_sizes_are_refused_before_memory_is_taken(checkpoint):
     """Every whole number in config.json is made absurd, one at a time, in a process that may take little memory. What
-    is no size (the id of a token) may load."""
+    is not a size (the id of a token) may load."""
     original = json.loads((checkpoint / "config.json").read_text())
     numbers = [name for name, value in original.items() if isinstance(value, int) and not isinstance(value, bool)]
     assert {"hidden_size", "vocab_size", "num_hidden_layers"} <= set(numbers)
@@ -327,7 +327,7 @@ def load_with(folder: Path, names: list[str], value: int = ABSURD) -> dict[str, 
 
 
 def in_a_small_process(function, *arguments, seconds: int = 120):
-    """What the function returns in a process that may take `ALLOWED` bytes and so many seconds."""
+    """What the function returns in a process that may take `ALLOWED` bytes and this many seconds."""
 
     def run(sender) -> None:
         torch.set_num_threads(1)
@@ -368,7 +368,7 @@ PLANS = {
     "code for a name": ({"__class__": PLAN}, "has no linear layer"),
     "a path for a basis": ({QUERIES: {**PLAN, "basis": "../../basis.npy"}}, "basis"),
     "absurd harmonics": ({QUERIES: {**PLAN, "harmonics": ABSURD}}, "harmonics"),
-    "a lender that is not there": ({QUERIES: {**PLAN, "lender": "../../x"}}, "no layer of the plan that lends"),
+    "a lender that is not there": ({QUERIES: {**PLAN, "lender": "../../x"}}, "not a layer of the plan that lends"),
 }
 
 
@@ -445,7 +445,7 @@ def test_the_name_of_a_recipe_is_no_path_into_the_package(name):
 
 
 def test_a_token_for_the_hub_is_not_written_down(tmp_path):
-    """The recipe of a run lies beside its model, and goes up with it."""
+    """The recipe of a run is saved next to its model, and is pushed with it."""
     secret = ["--push_to_hub", "--hub_token", "hf_secret", "--hub_model_id", "me/it"]
     recipe = {"teacher": "t", "student": "s", "train_file": ["x"], "stages": [{"match": "logits"}]}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))

@@ -14,7 +14,7 @@ from hf_holo import cli
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(1800),  # every process starts Python anew, which takes minutes where the machine is busy
+    pytest.mark.timeout(1800),  # every process starts Python again, which takes minutes where the machine is busy
     pytest.mark.feature("Accelerate", "`hf-holo train` in two processes", family="hsn"),
 ]
 FLAGS = shlex.split(
@@ -30,7 +30,7 @@ LAUNCHERS = {
 
 
 def arguments(folder: Path, rows: int, *flags: str) -> list[str]:
-    """Of a run in this folder, in which each process sees so many rows at a time; the text lies beside it."""
+    """Of a run in this folder, in which each process sees this many rows at a time; the text is next to it."""
     text = folder.parent / "text.txt"
     text.write_text("the wave binds a key to a value, " * 100)
     places = ["--train_file", str(text), "--output_dir", str(folder)]

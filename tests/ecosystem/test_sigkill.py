@@ -33,14 +33,14 @@ FORK = multiprocessing.get_context("fork")  # everything is imported already: a 
 
 
 class Runs:
-    """Runs of `hf-holo train` in one folder, each in a process of its own that goes on where the last was killed."""
+    """Runs of `hf-holo train` in one folder, each in a process of its own that resumes where the last was killed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder.parent / "text.txt").write_text("the wave binds a key to a value, " * 20)
 
     def start(self, watch: Callable[[], None] = lambda: None) -> multiprocessing.Process:
-        """Start a run that calls `watch` ahead of whatever it writes, moves or deletes in the folder."""
+        """Start a run that calls `watch` before whatever it writes, moves or deletes in the folder."""
         argv = ["train", *FLAGS, "--train_file", f"{self.folder.parent}/text.txt", "--output_dir", str(self.folder)]
 
         def run() -> None:
@@ -89,7 +89,7 @@ def same(one: dict, other: dict) -> bool:
 
 
 def ends_as(runs: Runs, expected: dict) -> bool:
-    """Whether the run, gone on with to its end, leaves what is expected."""
+    """Whether the run, resumed and finished, leaves what is expected."""
     runs.to_the_end()
     return same(runs.result(), expected)
 
@@ -111,7 +111,7 @@ def runs(tmp_path) -> Runs:
 
 
 def kill_at_write(runs: Runs, number: int) -> None:
-    """Let a run kill itself ahead of its write of this number; its checkpoints are whole nevertheless."""
+    """Let a run kill itself before its write of this number; its checkpoints are whole nevertheless."""
     left = [number]
 
     def watch() -> None:
@@ -136,7 +136,7 @@ def test_killed_while_it_writes(runs, undisturbed):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_killed_at_every_third_write(runs, undisturbed):
-    """Of the first half of a run, in which checkpoints are written and deleted; now and then it goes on to the end."""
+    """Of the first half of a run, in which checkpoints are written and deleted; now and then it runs to the end."""
     expected, writes, _ = undisturbed
     for number in range(0, writes // 2, 3):
         shutil.rmtree(runs.folder, ignore_errors=True)
@@ -158,7 +158,7 @@ def test_killed_twenty_times_at_random_moments(runs, undisturbed):
             process.join()
             kills += 1
             runs.check_checkpoints()
-        else:  # it was quicker: the next one starts from the beginning
+        else:  # it was faster: the next one starts from the beginning
             assert process.exitcode == 0 and same(runs.result(), expected)
             shutil.rmtree(runs.folder)
     assert ends_as(runs, expected)

@@ -124,7 +124,7 @@ def test_text_scores_compare_first_guesses_with_the_labels():
     labels = torch.full((2, 40), IGNORED)
     logits = torch.zeros(2, 40, len(tokenizer))
     for row, text in enumerate(ids):
-        places = torch.arange(3, 3 + len(text))  # behind a prompt that is not scored
+        places = torch.arange(3, 3 + len(text))  # after a prompt that is not scored
         labels[row, places] = torch.tensor(text)
         logits[row, places - 1, torch.tensor(text)] = 1.0
     guesses = scores.reduce(logits, labels)

@@ -210,7 +210,7 @@ class RestartedPositions(nn.Module):
 
 
 class LostBuffer(nn.Module):
-    """Multiplies by random numbers that no checkpoint holds."""
+    """Multiplies by random values that no checkpoint holds."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -250,7 +250,7 @@ def smooth_naive(x: torch.Tensor) -> torch.Tensor:
 
 
 class WrongGradient(nn.Module):
-    """A fast operation whose backward pass is not that of its twin."""
+    """A fast operation whose backward pass is not that of its naive twin."""
 
     def __init__(self, dim: int):
         super().__init__()

@@ -31,7 +31,7 @@ def hsn_folder(tmp_path_factory) -> Path:
 
 
 def bytes_in(model) -> int:
-    """Of the numbers that a model computes with: parameters, tied ones once, and buffers."""
+    """Of the values that a model computes with: parameters, tied ones once, and buffers."""
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 

@@ -105,7 +105,7 @@ def test_an_older_export_outlives_a_failure(hsn_folder, tmp_path, quick_export, 
 
 @pytest.mark.parametrize("where", ["torchscript", "torchscript/best"])
 def test_the_model_itself_is_not_replaced(hsn_folder, tmp_path, monkeypatch, capsys, where):
-    """Not even where an export lay before."""
+    """Not even where an export was before."""
     folder = shutil.copytree(hsn_folder, tmp_path / where)
     for name in ("model.pt", "report.json"):
         (tmp_path / "torchscript" / name).touch()
@@ -185,7 +185,7 @@ def test_bad_input_is_one_line(hsn_folder, tmp_path, capsys, arguments, message)
 
 def test_a_folder_that_is_none_is_named(hsn_folder, tmp_path, capsys):
     assert main(["export", str(tmp_path / "missing"), str(tmp_path / "out")]) == 2
-    assert "missing' is no folder" in capsys.readouterr().err
+    assert "missing' is not a folder" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert main(["export", str(hsn_folder), str(tmp_path / "file")]) == 2
     assert f"out={str(tmp_path / 'file')!r} cannot be a folder" in capsys.readouterr().err

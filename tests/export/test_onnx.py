@@ -47,7 +47,7 @@ def export(model, folder, task=STATE):
 
 
 def check_parity(model, folder, task, shapes):
-    """Outputs and states are PyTorch's: of a text with padding in front and of the same text again, behind itself.
+    """Outputs and states are PyTorch's: of a text with padding in front and of the same text again, after itself.
     Outputs to 1e-4; states, which sum up a text, to 1e-4 of the largest number."""
     graph = Graph(task, model.config)
     program = load_onnx(folder / "model.onnx", graph)
@@ -72,7 +72,7 @@ def exported(tmp_path_factory):
 
 
 def check_size(model, folder):
-    """The file has the numbers of the model, and little more: nothing that follows from them is stored."""
+    """The file has the values of the model, and little more: nothing that follows from them is stored."""
     graph = load(folder / "model.onnx").graph
     constants = [n.attribute[0].t for n in graph.node if n.op_type == "Constant" and n.attribute[0].name == "value"]
     stored = [numpy_helper.to_array(tensor) for tensor in (*graph.initializer, *constants)]

@@ -56,7 +56,7 @@ def test_scans_without_a_loop(in_a_graph, scan, length):
 @torch.no_grad()
 @pytest.mark.parametrize("scan", ["interference_scan", "cancelling_scan"])
 def test_a_long_text_costs_neither_precision_nor_the_square_of_its_length(in_a_graph, scan):
-    """2,048 chunks of two tokens in float32, beside the loop over tokens in float64; forgetting now and then whole."""
+    """2,048 chunks of two tokens in float32, against the loop over tokens in float64; some tokens forget everything."""
     torch.manual_seed(0)
     inputs = list(scan_inputs(4096))
     inputs[3][:, :, ::512] = -1000.0
@@ -69,7 +69,7 @@ def test_a_long_text_costs_neither_precision_nor_the_square_of_its_length(in_a_g
 
 
 class Sizes(TorchDispatchMode):
-    """Notes how many numbers the largest tensor has that an operation gives."""
+    """Notes how many values the largest tensor has that an operation gives."""
 
     largest = 0
 
@@ -91,7 +91,7 @@ def test_a_short_text_does_not_pay_for_the_longest(in_a_graph, scan):
 def test_too_many_chunks_give_nan_and_no_wrong_number(in_a_graph, monkeypatch, scan):
     monkeypatch.setattr(scans, "DOUBLINGS", 2)
     y, state = getattr(scans, scan)(*scan_inputs(4 * scans.CHUNK))
-    assert y.isfinite().all()  # the output of chunk 4 reads the state behind chunk 3
+    assert y.isfinite().all()  # the output of chunk 4 reads the state after chunk 3
     assert state.isnan().all()
 
 

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from hf_holo import HoloSurgeryConfig, apply_surgery
 from hf_holo.cli import main
-from hf_holo.training.tokenizers import make_tokenizer
+from hf_holo.data.tokenizers import make_tokenizer
 
 pytest.importorskip("optimum.exporters.onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

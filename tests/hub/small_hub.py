@@ -19,7 +19,7 @@ class SmallHub(ThreadingHTTPServer):
     Attributes:
         repos: by name: `files` (name to bytes), `private`, `gated` and the number of `commits`.
         objects: large files by hash, as they arrived.
-        faults: what to do wrong, each so many times: "drop upload" (close the connection in the middle of a large
+        faults: what to do wrong, each this many times: "drop upload" (close the connection in the middle of a large
             file), "drop commit", "fail commit" (status 500), "bad header" (of a card), "drop download NAME" (close the
             connection in the middle of the weights of this repository).
         requests: how often each method and route was called.
@@ -119,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
         elif token not in TOKENS or (write and not token):
             self.refuse(401, message="Invalid credentials in Authorization header")
         elif write and token == "hf_reader":
-            self.refuse(403, message="you may not write here")
+            self.refuse(403, message="you are not allowed to write here")
         elif held and held["gated"] and token != TOKEN:
             self.refuse(403, "GatedRepo", "Access to this repository is restricted")
         else:

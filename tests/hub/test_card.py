@@ -40,7 +40,7 @@ def test_a_card_tells_what_the_folder_shows(run_folder):
     model = AutoModelForCausalLM.from_pretrained(run_folder)
     write_card(run_folder, check_causality(model, (17,)))
     text = (run_folder / "README.md").read_text()
-    assert f"| numbers in the checkpoint | {model.num_parameters():,} |" in text
+    assert f"| values in the checkpoint | {model.num_parameters():,} |" in text
     assert "| architecture | HsnForCausalLM |" in text and "| hidden size | 32 |" in text
     assert "Trained on `plays.txt`, of which 10% was held out." in text
     assert "| validation loss | 1.7500 nats per token |" in text and "2.5247 bits per character" in text

@@ -41,7 +41,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
         with torch.no_grad():
             output = model(**tokenizer(text, return_tensors="pt"))
         output = output.logits if "logits" in output else output.last_hidden_state
-        # not to the bit: products of matrices round by where their numbers lie in memory
+        # not to the bit: products of matrices round by where their values are in memory
         same = torch.allclose(output, load_file(folder / "expected")["output"], rtol=0, atol=1e-6)
         print(folder.name, source.name == "again", type(model).__module__.partition(".")[0], same)
         if source is folder:

@@ -259,14 +259,14 @@ def test_tricks_in_the_name_of_the_repository(saved, capsys, repo):
 def test_a_pickle_in_place_of_safetensors(saved, capsys):
     torch.save({}, saved / "model.safetensors")
     assert push(saved, REPO, "--dry-run") == 2
-    assert "model.safetensors' is not a whole safetensors file" in capsys.readouterr().err
+    assert "model.safetensors' is not a complete safetensors file" in capsys.readouterr().err
 
 
 def test_weights_that_are_cut_off(saved, capsys):
     whole = (saved / "model.safetensors").read_bytes()
     (saved / "model.safetensors").write_bytes(whole[:-5])
     assert push(saved, REPO, "--dry-run") == 2
-    assert "is not a whole safetensors file" in capsys.readouterr().err
+    assert "is not a complete safetensors file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -323,7 +323,7 @@ def test_links_that_stay_behind_do_no_harm(saved, tmp_path, capsys):
 
 
 def test_a_folder_in_the_cache_of_the_hub(small_hub, saved, tmp_path):
-    """Its files are links to those beside it that have the hash for a name."""
+    """Its files are links to those next to it that have the hash for a name."""
     snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "12ab", tmp_path / "models--a--b" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
@@ -338,7 +338,7 @@ def test_a_folder_in_the_cache_of_the_hub(small_hub, saved, tmp_path):
 def test_a_folder_without_weights(saved, capsys):
     (saved / "model.safetensors").unlink()
     assert push(saved, REPO, "--dry-run") == 2
-    assert "holds no weights in safetensors" in capsys.readouterr().err
+    assert "has no weights in safetensors format" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_not_there(tmp_path, capsys):

@@ -44,7 +44,7 @@ import hf_holo
 from hf_holo import cli
 from transformers import AutoModelForCausalLM
 
-constants.DOWNLOAD_CHUNK_SIZE = 1000  # a tiny model shall arrive in more than one piece
+constants.DOWNLOAD_CHUNK_SIZE = 1000  # so that a tiny model arrives in more than one piece
 
 
 def pull(repo, token):
@@ -140,7 +140,7 @@ def test_pulling_ends_with_the_model_or_with_a_clear_error(hub, run, saved):
         ("me/good", "hf_reader"): "HsnForCausalLM",
         ("me/none", TOKEN): "refused: me/none is not a local folder and is not a valid model identifier",
     }
-    attempts = [*wanted, *[("me/flaky", TOKEN)] * 2]  # transformers 5 goes on by itself, 4.57 when it is called again
+    attempts = [*wanted, *[("me/flaky", TOKEN)] * 2]  # transformers 5 continues by itself, 4.57 when it is called again
     done = run(PULL, json.dumps(attempts), "me/closed", token="hf_reader")
     assert done.returncode == 2, done.stderr[-3000:]
     *found, first, second = json.loads(done.stdout.splitlines()[-1])

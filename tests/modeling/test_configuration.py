@@ -1,4 +1,4 @@
-"""Configurations: sensible defaults at any width, the original's argument names, and early errors for bad values."""
+"""Configurations: sensible defaults at any width, HoloSpectralNet's argument names, and early errors for bad values."""
 
 import pytest
 import torch
@@ -97,9 +97,9 @@ def test_token_ids_outside_the_vocabulary_are_refused(tiny_model, bad):
 @pytest.mark.parametrize("shape", [(2, 0), (0, 3)])
 def test_a_model_wants_tokens(tiny_model, shape):
     model = tiny_model("bundle")
-    with pytest.raises(ValueError, match=rf"input_ids of shape \({shape[0]}, {shape[1]}\) holds no tokens"):
+    with pytest.raises(ValueError, match=rf"input_ids of shape \({shape[0]}, {shape[1]}\) has no tokens"):
         model(input_ids=torch.ones(shape, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"inputs_embeds of shape .* holds no tokens"):
+    with pytest.raises(ValueError, match=r"inputs_embeds of shape .* has no tokens"):
         model(inputs_embeds=torch.ones(*shape, 32, dtype=torch.float64))
 
 

@@ -12,7 +12,7 @@ from hf_holo.modeling import phases
 
 
 class NoFloat64(TorchDispatchMode):
-    """Acts the device by "meta" and refuses float64 there; what is looked at or fetched from it is made up."""
+    """Acts the device by "meta" and refuses float64 there; what is read or fetched from it is made up."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}

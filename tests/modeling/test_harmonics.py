@@ -1,4 +1,4 @@
-"""HoloLinear, its bases and sine activations: the numbers, the counts, the costs, and what must not be done to them."""
+"""HoloLinear, its bases and sine activations: the values, the counts, the costs, and what must not be done to them."""
 
 import copy
 from functools import partial
@@ -135,7 +135,7 @@ def test_the_operation_is_its_naive_twin():
 
 
 class Largest(TorchDispatchMode):
-    """The most numbers in any tensor that an operation makes."""
+    """The most values in any tensor that an operation makes."""
 
     numbers = 0
 

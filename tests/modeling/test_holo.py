@@ -156,7 +156,7 @@ def test_state_dict_round_trip(x):
     assert not torch.allclose(other(x), model(x))
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(x), model(x))
-    assert not any("basis" in name for name in model.state_dict())  # made anew, never stored
+    assert not any("basis" in name for name in model.state_dict())  # recomputed, never stored
     torch.testing.assert_close(copy.deepcopy(model)(x), model(x))
 
 

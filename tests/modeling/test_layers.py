@@ -77,7 +77,7 @@ def test_a_delay_leaves_the_response_as_it_is():
 @torch.no_grad()
 @torch.no_grad()
 def test_a_kept_kernel_is_never_out_of_date(monkeypatch):
-    """Whatever changes the numbers of a gate, also behind the back of autograd, its kernel follows; else it stays."""
+    """Whatever changes the values of a gate, also unseen by autograd, its kernel follows; else it stays."""
     gate, designs = SpectralGate(4, taps=4), []
     design = gate.kernel
     monkeypatch.setattr(gate, "kernel", lambda: designs.append(1) or design())

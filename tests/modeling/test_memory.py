@@ -102,7 +102,7 @@ def test_one_pair_comes_back_as_it_was():
 
 @pytest.mark.parametrize(("pairs", "least"), [(64, 0.98), (128, 0.75)])
 def test_one_shot_recall_at_dimension_1024(pairs, least):
-    """The mean over 1,024 reads lies above what is promised, and near theory."""
+    """The mean over 1,024 reads is above what is promised, and near theory."""
     shares = []
     for seed in range(1024 // pairs):
         memory, state, keys, codebook, stored = filled(1024, pairs, 1000, seed)
@@ -301,15 +301,15 @@ def test_the_dimension_is_a_positive_integer(dimension):
         (lambda m, s, k, c: m.cleanup(c, c[:, :4]), r"codebook of shape \(5, 4\) must have 16"),
         (lambda m, s, k, c: m.recall(s, k, c, rounds=-1), "rounds=-1 must be an integer of at least 0"),
         (lambda m, s, k, c: m.recall(s, k, c, rounds=1.5), "rounds=1.5 must be an integer"),
-        (lambda m, s, k, c: m.decay(s, 1.5), r"rate=1.5 must lie in \[0, 1\]"),
-        (lambda m, s, k, c: m.decay(s, torch.tensor(1.5)), r"rate holds numbers from 1.5 to 1.5; all must lie"),
-        (lambda m, s, k, c: m.decay(s, torch.tensor([0.5, -1.0])), r"from -1 to 0.5; all must lie in \[0, 1\]"),
-        (lambda m, s, k, c: m.decay(s, torch.tensor(float("nan"))), r"all must lie in \[0, 1\]"),
+        (lambda m, s, k, c: m.decay(s, 1.5), r"rate=1.5 must be in \[0, 1\]"),
+        (lambda m, s, k, c: m.decay(s, torch.tensor(1.5)), r"rate has values from 1.5 to 1.5; all must be"),
+        (lambda m, s, k, c: m.decay(s, torch.tensor([0.5, -1.0])), r"from -1 to 0.5; all must be in \[0, 1\]"),
+        (lambda m, s, k, c: m.decay(s, torch.tensor(float("nan"))), r"all must be in \[0, 1\]"),
         (lambda m, s, k, c: m.write(s, k, c[:1]), "keys of 2 pairs, values of 1 pairs: every pair needs one of each"),
         (lambda m, s, k, c: m.write(s, k[0], c[0]), "keys of no pairs, values of no pairs"),
         (lambda m, s, k, c: m.write(s, k, c[:2], torch.ones(4)), "strength of 4 pairs"),
         (lambda m, s, k, c: m.recall(s, k, c, torch.ones(3)), "keys of 2 pairs, strength of 3 pairs"),
-        (lambda m, s, k, c: m.write(s, k, c[:2] * 1j), "values holds complex numbers"),
+        (lambda m, s, k, c: m.write(s, k, c[:2] * 1j), "values is complex"),
     ],
 )
 def test_bad_arguments(call, message):

@@ -87,8 +87,8 @@ def test_a_fading_sum_is_its_recurrence(lengths):
 
 @torch.no_grad()
 def test_a_pair_is_recalled_100_chunks_later():
-    """Projections that write the value beside the key of one token, and read it with that key: 100 chunks of other
-    pairs lie between, and the memory still knows which of 20 values it was."""
+    """Projections that write the value next to the key of one token, and read it with that key: 100 chunks of other
+    pairs come between, and the memory still knows which of 20 values it was."""
     values, phasors, chunk, chunks = 20, 512, 8, 100
     dim = 2 * values + 1  # one-hot keys, one-hot values, and whether to write
     memory = PersistentMemory(dim, phasors, chunk).double()

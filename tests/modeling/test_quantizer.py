@@ -43,7 +43,7 @@ def test_a_converted_model_is_not_read_from_a_pickle(converted, tmp_path, auto_c
         (tmp_path / "model" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     for content in (weights, {"bomb": Bomb(tmp_path / "went off")}):
         torch.save(content, tmp_path / "model" / name)
-        with pytest.raises(OSError, match=rf"{name}: the weights of a converted model lie in safetensors files"):
+        with pytest.raises(OSError, match=rf"{name}: the weights of a converted model must be in safetensors files"):
             auto_class.from_pretrained(tmp_path / "model")
     assert not (tmp_path / "went off").exists()
 

@@ -108,7 +108,7 @@ def test_a_bidirectional_model_hears_both_sides(variant, random_ids):
     ],
 )
 def test_presets(name, width, depth, vocab_size, strategy):
-    """Their vocabularies are those of the original's table; with another one, its strategy is chosen anew."""
+    """Their vocabularies are those of the Resonance reference; with another one, its strategy is chosen again."""
     preset = preset_config(f"resonance-{name}")
     assert (preset.vocab_size, preset.embedding_strategy) == (vocab_size, strategy)
     with torch.device("meta"):

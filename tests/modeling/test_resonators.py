@@ -193,7 +193,7 @@ def test_it_is_stable_after_300_000_tokens():
 
 
 def test_gradients_of_magnitude_and_phase_are_those_of_the_theorem():
-    """Theorem 1 of the original: with w = m e^{iφ}, dL/dm = Re(e^{iφ} G) and dL/dφ = -m Im(e^{iφ} G), where
+    """Theorem 1 of the Resonance reference: with w = m e^{iφ}, dL/dm = Re(e^{iφ} G) and dL/dφ = -m Im(e^{iφ} G), where
     G_k = Σ_t dL/dy_t z_{t,k} gathers what every mode has heard."""
     bank, length = make_bank(), 30
     u = torch.randn(1, length, DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

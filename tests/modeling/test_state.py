@@ -38,7 +38,7 @@ def test_rows_of_the_cache_can_be_repeated_and_selected(model, random_ids):
 
 
 @torch.no_grad()
-def test_a_reset_cache_starts_anew(model, random_ids):
+def test_a_reset_cache_starts_again(model, random_ids):
     ids = random_ids(2, 20)
     cache = model(input_ids=random_ids(2, 9, seed=1), use_cache=True).past_key_values
     cache.reset()

@@ -92,7 +92,7 @@ def test_default_sizes_are_kept_when_the_vocabulary_grows(strategy, vocab_size):
     ("vocab_size", "strategy", "options", "message"),
     [
         (100, "zip", {}, "embedding_strategy='zip' is unknown"),
-        (100, "hash", {"bucket": 3}, "'bucket' is no option of 'hash', which takes 'hashes', 'buckets'"),
+        (100, "hash", {"bucket": 3}, "'bucket' is not an option of 'hash', which takes 'hashes', 'buckets'"),
         (100, "standard", {"buckets": 3}, "which takes none"),
         (100, "frequency_compressed", {"frequent_tokens": 100}, "leaves 0 of vocab_size=100 tokens"),
         (100, "frequency_compressed", {"groups": 12, "group_size": 9}, "more than vocab_size=100"),
@@ -232,7 +232,7 @@ def test_loss_never_holds_all_scores(strategy, monkeypatch):
 
 @torch.no_grad()
 def test_factored_scores_hold_no_more_than_they_give():
-    """At a width above √V, where the hidden states behind all gates would be several times as many numbers."""
+    """At a width above √V, where the hidden states after all gates would be several times as many values."""
     embedding, hidden = make("frequency_compressed", 3000, 256), torch.randn(64, 256)
     with LargestTensor() as largest:
         assert embedding.logits(hidden).numel() == largest.numel == 64 * 3000

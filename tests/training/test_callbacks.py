@@ -136,7 +136,7 @@ def assert_same_training(make: Callable[[], nn.Module], folder: Path, **options:
     """With and without the callback, a run logs the same losses and ends with the same weights."""
     runs = []
     for guarded in (False, True):
-        run = trainer(make(), folder, guarded=guarded, **options)  # seeds the random state anew
+        run = trainer(make(), folder, guarded=guarded, **options)  # seeds the random state again
         run.train()
         runs.append(run)
     free, guarded = (run.model.state_dict() for run in runs)

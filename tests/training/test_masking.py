@@ -1,4 +1,4 @@
-"""Masked language modelling: what is hidden, what is scored, what a run leaves behind, and which models can."""
+"""Masked language modelling: what is hidden, what is scored, what a run leaves, and which models can."""
 
 import csv
 import math

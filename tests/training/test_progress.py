@@ -1,4 +1,4 @@
-"""What `hf-holo train` says and leaves behind: its plan, its progress, its help, and checkpoints without code."""
+"""What `hf-holo train` says and leaves: its plan, its progress, its help, and checkpoints without code."""
 
 import os
 import re

@@ -44,7 +44,7 @@ def test_resume_is_bitwise_exact(tiny_run, tmp_path, optimizer, checkpoint):
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "part" / name).read_text()
 
 
-@pytest.mark.timeout(900)  # it starts Python anew, which takes minutes where other work fills the machine
+@pytest.mark.timeout(900)  # it starts Python again, which takes minutes where other work fills the machine
 def test_a_killed_run_loses_only_the_steps_since_its_last_checkpoint(tiny_run, text_file, tmp_path):
     flags = ["--max_steps", "40", "--save_steps", "4", "--eval_steps", "40"]
     command = [*TINY, "--train_file", str(text_file), "--output_dir", str(tmp_path / "killed"), *flags]
@@ -92,7 +92,7 @@ def test_the_newest_and_the_best_checkpoint_are_kept(tiny_run, tmp_path, limit):
 
 @pytest.fixture
 def stopping_run(tiny_run, monkeypatch):
-    """Runs that stop when the loss has fallen so many times in a row: `stopping_run(2, folder="a")`."""
+    """Runs that stop when the loss has fallen this many times in a row: `stopping_run(2, folder="a")`."""
     best = ["--load_best_model_at_end", "--metric_for_best_model", "loss", "--greater_is_better", "true"]
     every = ["--ema_decay", "0", "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"]
     make_trainer = training.make_trainer
@@ -111,7 +111,7 @@ def stopping_run(tiny_run, monkeypatch):
 
 @pytest.mark.parametrize("left", [2, 3])
 def test_a_run_that_stopped_early_and_was_killed_stops_there_again(stopping_run, tmp_path, monkeypatch, left):
-    """It goes on counting from the checkpoint that is left; behind the last one it is only finished."""
+    """It keeps counting from the checkpoint that is left; after the last one it only finishes."""
     assert stopping_run(2, folder="whole").state.global_step == 3 < stopping_run(9, folder="longer").state.global_step
     with monkeypatch.context() as killed, pytest.raises(SystemExit):
         killed.setattr(training, "finish", lambda *_: sys.exit("killed"))

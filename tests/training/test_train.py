@@ -31,7 +31,7 @@ def test_a_run_writes_all_it_promises(tiny_run, tmp_path, capsys):
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "sample.txt").read_text()
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
-    assert not list(folder.glob("*.bin")), "a pickle beside the final model"
+    assert not list(folder.glob("*.bin")), "a pickle next to the final model"
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -179,7 +179,7 @@ def test_the_command_line_beats_the_recipe():
         ("--model hidden_size", "'hidden_size' is not of the form KEY=VALUE"),
         ("--model num_heads=5", "num_heads=5 does not divide"),
         ("--model vocab_size=5", "vocab_size: the tokenizer has .* the model only 5"),
-        ("--model_name_or_path no/such/folder", "model_name_or_path: 'no/such/folder' holds no model"),
+        ("--model_name_or_path no/such/folder", "model_name_or_path: 'no/such/folder' is not a model"),
         ("--resume_from_checkpoint nowhere/checkpoint-3", "is not a complete checkpoint"),
         ("--output_dir {file}", "is a file"),
     ],

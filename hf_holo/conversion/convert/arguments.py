@@ -34,11 +34,11 @@ class ConvertArguments:
         metadata={"help": "With hsn: the layers that get a mixer, negative ones from the end; default: all."},
     )
     method: Literal["calibrated", "harmonic"] | None = described(
-        "calibrated: fitted to the text, useful at once; harmonic: the original's regenerated bases, to be trained; "
+        "calibrated: fitted to the text, useful at once; harmonic: regenerated bases, to be trained; "
         "default: calibrated."
     )
     ratio: float | None = described(
-        f"Share of the converted layers' numbers that stays on disk, bases included; calibrated: default {RATIO}."
+        f"Share of the converted layers' values that stays on disk, bases included; calibrated: default {RATIO}."
     )
     harmonics: int | None = described("With harmonic: harmonics of every layer instead of a ratio; default 64.")
     basis: Literal["random", "dct", "golden"] = described("With harmonic: the basis.", "random")
@@ -208,7 +208,7 @@ def _as_words(recipe: str) -> list[str]:
     """A recipe as words of a command line, so that its values meet the same checks.
 
     Raises:
-        HoloError: there is no such recipe, or it sets what is no option.
+        HoloError: there is no such recipe, or it sets what is not an option.
     """
     options = [f.name for f in fields(ConvertArguments)]
     words: list[str] = []

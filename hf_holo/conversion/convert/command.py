@@ -5,10 +5,10 @@
     hf-holo convert TEACHER --dry-run
 
 TEACHER is a causal or masked language model of transformers with its tokenizer; a dry run needs its config alone. OUT
-loads with plain `from_pretrained`. A run that was stopped goes on when the same command is given again.
+loads with plain `from_pretrained`. A run that was stopped continues when the same command is given again.
 
 Memory: the weights in the type that they are stored in, the activations of one window with their gradients, and for
-linear layers the statistics of as many layers as --memory allows (the others lie on disk, in OUT.work), for attention
+linear layers the statistics of as many layers as --memory allows (the others are on disk, in OUT.work), for attention
 the student.
 """
 
@@ -55,10 +55,10 @@ def main(argv: list[str]) -> None:
     try:
         outcome = convert(teacher, out, command.options, command.overwrite)
     except KeyboardInterrupt:
-        print(f"\nInterrupted. What is measured lies in {work_path(out)}; the same command goes on from there.")
+        print(f"\nInterrupted. What is done is saved in {work_path(out)}; the same command resumes from there.")
         raise SystemExit(130) from None
     print_scores(outcome)
-    print(f"The model lies in {out}, with report.json, layers.csv and README.md; it loads with from_pretrained.")
+    print(f"The model is saved in {out}, with report.json, layers.csv and README.md; it loads with from_pretrained.")
     print(outcome.next_step(teacher, str(out)))
 
 
@@ -111,7 +111,7 @@ def convert(teacher: str, out: Path, options: ConvertArguments, overwrite: bool 
 
     Args:
         teacher: folder or Hub name of the model.
-        out: folder of the result; the work in progress lies beside it.
+        out: folder of the result; the work in progress is kept next to it.
         options: checked already.
         overwrite: replace an earlier result.
 
@@ -181,7 +181,7 @@ def prepare(teacher: str, out: Path, options: ConvertArguments) -> Job:
         HoloError: bad input.
     """
     if Path(teacher).resolve() in (out.resolve(), *out.resolve().parents):
-        raise HoloError(f"OUT: {str(out)!r} is the teacher, or lies in it; name another folder")
+        raise HoloError(f"OUT: {str(out)!r} is the teacher, or is inside it; name another folder")
     trust = options.trust_remote_code
     source = Source.find(teacher, trust)
     conversion = choose_conversion(source, options)
@@ -195,7 +195,7 @@ def check_space(work: WorkFolder, needed: int) -> None:
     free = shutil.disk_usage(work.path).free
     if free < needed:
         raise HoloError(
-            f"OUT: there are {free / 2**30:.1f} GiB of free disk at {str(work.path)!r}, "
+            f"OUT: there are {free / 2**30:.1f} GiB of free disk space at {str(work.path)!r}, "
             f"but up to {needed / 2**30:.1f} GiB are needed"
         )
 

@@ -50,7 +50,7 @@ class Conversion(ABC):
 
     @abstractmethod
     def figures(self, result: Path) -> dict[str, Any]:
-        """What the report says of the student that lies in `result`."""
+        """What the report says of the student that is saved in `result`."""
 
     @abstractmethod
     def summary(self, figures: dict[str, Any]) -> str:

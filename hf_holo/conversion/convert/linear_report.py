@@ -21,7 +21,7 @@ class LayerRow:
         layers: their names.
         harmonics: None where it stays dense.
         full: the largest rank that makes sense, min(outputs, inputs).
-        dense, stored: numbers of the weights before, and on disk now.
+        dense, stored: values of the weights before, and on disk now.
         error: mean squared error of the outputs on the calibration text relative to their mean square; where
             nothing was fitted to a text, squared error of the weights relative to their square.
     """
@@ -51,11 +51,11 @@ class LayerRow:
 
 
 def print_coverage(report: SurgeryReport, layers: dict[str, dict[str, Any]]) -> None:
-    """Print every module with numbers of its own: what it is, what it becomes, and how many numbers that takes."""
-    table = Table(title="every module that has numbers of its own")
+    """Print every module with values of its own: what it is, what it becomes, and how many values that takes."""
+    table = Table(title="every module that has values of its own")
     table.add_column("module", overflow="fold")
     table.add_column("from → to", overflow="fold")
-    for column in ("numbers", "on disk", "trained", "ratio"):
+    for column in ("values", "on disk", "trained", "ratio"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in report.rows:
         name, before, stored = row["module"], row["numbers_before"], row["stored"]
@@ -65,8 +65,8 @@ def print_coverage(report: SurgeryReport, layers: dict[str, dict[str, Any]]) -> 
     console.print(table)
     before, stored, trained = (report.total(column) for column in ("numbers_before", "stored", "trained"))
     console.print(
-        f"{len(report.converted)} of {len(report.rows)} modules converted, {report.kept:.1%} of their numbers kept on "
-        f"disk (bases included)\nwhole model: {before:,} → {stored:,} numbers on disk, {trained:,} of them parameters; "
+        f"{len(report.converted)} of {len(report.rows)} modules converted, {report.kept:.1%} of their values kept on "
+        f"disk (bases included)\nwhole model: {before:,} → {stored:,} values on disk, {trained:,} of them parameters; "
         f"merged for inference {before:,} again",
         highlight=False,
     )

@@ -1,4 +1,4 @@
-"""Linear layers become holographic, in place: fitted to a text, or in the regenerated bases of the original."""
+"""Linear layers become holographic, in place: fitted to a text, or in regenerated bases."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -36,7 +36,7 @@ from .linear_report import LayerRow, plot_layers, print_coverage, write_layers
 
 
 class RegeneratedSurgery(Conversion):
-    """The original's surgery: bases that are made anew on loading, coefficients to be trained."""
+    """The surgery of the HOLO reference: bases that are recomputed on loading, coefficients to be trained."""
 
     lesson = "distill-surgery"
     advice = "It has to be trained before it is of use, best on what its teacher says:"
@@ -80,13 +80,13 @@ class RegeneratedSurgery(Conversion):
         return {"kept": kept, "not_linear_layers": self.others}
 
     def summary(self, figures: dict[str, Any]) -> str:
-        kept = f"{figures['kept']:.1%} of the numbers of the chosen linear layers kept on disk, stored bases included"
+        kept = f"{figures['kept']:.1%} of the values of the chosen linear layers kept on disk, stored bases included"
         return f"{kept}; not converted: {self._others()}" if self.others else kept
 
     def _others(self) -> str:
-        """What stays because it is no linear layer, as a sentence's end."""
+        """What stays because it is not a linear layer, as the end of a sentence."""
         names = ", ".join(self.others)
-        return f"{sum(self.others.values()):,} numbers in the blocks that are not in linear layers: {names}"
+        return f"{sum(self.others.values()):,} values in the blocks that are not in linear layers: {names}"
 
     def write_layers(self, result: Path) -> None:
         write_layers(result / "layers.csv", self.rows)
@@ -97,10 +97,10 @@ class RegeneratedSurgery(Conversion):
 class CalibratedSurgery(RegeneratedSurgery):
     """Stored bases, fitted to activations and gradients on a text; see [`hf_holo.conversion.surgery.calibration`].
 
-    Memory: the statistics of as many sites as `options.memory` allows; those of the others lie in the work folder.
+    Memory: the statistics of as many sites as `options.memory` allows; those of the others are in the work folder.
     """
 
-    advice = "It was fitted and not trained; training on what its teacher says brings it nearer:"
+    advice = "It was fitted and not trained; training on what its teacher says brings it closer:"
     error_of = "outputs"
 
     def _check(self) -> None:

@@ -37,11 +37,11 @@ class MixerTransfer(Conversion):
         return transfer_to_hsn(teacher, self.options.layers or None)
 
     def print_coverage(self) -> None:
-        table = Table(title="every part of the teacher, and what stands in its place")
+        table = Table(title="every part of the teacher, and what takes its place")
         table.add_column("part", overflow="fold")
         table.add_column("from → to", overflow="fold")
         table.add_column("taken from the teacher", overflow="fold")
-        for column in ("numbers", "of the student"):
+        for column in ("parameters", "of the student"):
             table.add_column(column, justify="right", no_wrap=True)
         for part in self.parts:
             becomes = f"{part.before} → {part.after}"
@@ -49,7 +49,8 @@ class MixerTransfer(Conversion):
         console = Console()
         console.print(table)
         before, after = (sum(getattr(p, f"numbers_{when}") for p in self.parts) for when in ("before", "after"))
-        console.print(f"{self.summary(self._counts())}\nwhole model: {before:,} → {after:,} numbers", highlight=False)
+        sizes = f"whole model: {before:,} → {after:,} parameters"
+        console.print(f"{self.summary(self._counts())}\n{sizes}", highlight=False)
 
     def measure(self, model: PreTrainedModel, texts: list[Text], work: WorkFolder) -> None:
         """The weights say it all."""
@@ -69,7 +70,7 @@ class MixerTransfer(Conversion):
         total = figures["copied"] + figures["derived"] + figures["fresh"]
         return (
             f"{len(figures['replaced'])} of {self.depth} attention layers replaced by holographic mixers; of the "
-            f"student's numbers {figures['copied'] / total:.1%} are the teacher's, {figures['derived'] / total:.1%} "
+            f"student's parameters {figures['copied'] / total:.1%} are the teacher's, {figures['derived'] / total:.1%} "
             f"phases made of its queries and keys, {figures['fresh'] / total:.1%} fresh"
         )
 

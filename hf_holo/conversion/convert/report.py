@@ -1,4 +1,4 @@
-"""What every conversion leaves beside the model: report.json, sample.txt and README.md."""
+"""What every conversion leaves next to the model: report.json, sample.txt and README.md."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -32,7 +32,7 @@ class Outcome:
         summary: the same as a sentence.
         lesson: the recipe of `hf-holo distill` for the student, or None if none can teach it.
         advice: a sentence on what that brings.
-        numbers: in the whole checkpoint, "teacher" and "student".
+        numbers: values in the whole checkpoint, "teacher" and "student".
         before, after: perplexities of teacher and student on each text.
         samples: a text of each, or nothing.
         seconds: by part.
@@ -115,7 +115,7 @@ tags: [hf-holo, holographic]
 ---
 # {name}
 
-Made of {teacher} by `hf-holo convert`: {summary}. The whole checkpoint went from {before:,} to {after:,} numbers.
+Made of {teacher} by `hf-holo convert`: {summary}. The whole checkpoint went from {before:,} to {after:,} values.
 
 {scores}
 To load it:

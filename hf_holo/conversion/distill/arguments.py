@@ -189,7 +189,7 @@ def _dataclasses(values: dict[str, Any]) -> tuple:
     for action in parser._actions:  # argparse does not check defaults
         value = values.get(action.dest)
         if action.choices and isinstance(value, str) and value not in action.choices:
-            raise HoloError(f"{action.dest}: {value!r} is none of {', '.join(map(str, action.choices))}")
+            raise HoloError(f"{action.dest}: {value!r} is not one of {', '.join(map(str, action.choices))}")
     parser.set_defaults(**values)
     try:
         return parser.parse_args_into_dataclasses([])

@@ -132,7 +132,7 @@ def _finished_stages(run: Distillation, folder: Path) -> list[Stage]:
     complete = done.index(False) if False in done else len(done)
     if run.models.start_stage is not None:
         if run.models.start_stage not in names:
-            raise HoloError(f"start_stage: {run.models.start_stage!r} is none of the stages {', '.join(names)}")
+            raise HoloError(f"start_stage: {run.models.start_stage!r} is not one of the stages {', '.join(names)}")
         start = names.index(run.models.start_stage)
         if start > complete:
             raise HoloError(
@@ -245,7 +245,7 @@ def choose_trainable(student: nn.Module, teacher: PreTrainedModel, stage: Stage,
     """Let those parameters learn that the stage names, by default all that conversion made, and no others.
 
     Returns:
-        How many numbers they hold.
+        How many values they hold.
 
     Raises:
         HoloError: a pattern matches no parameter, or nothing was converted and nothing is named.
@@ -373,7 +373,7 @@ def make_trainer(
 ) -> DistillTrainer:
     """Put student, data and optimizer together."""
     args = stage.training
-    args.remove_unused_columns = False  # cached logits are no argument of the model
+    args.remove_unused_columns = False  # cached logits are not an argument of the model
     optimizer = make_optimizer(student, args, train)
     trainer = DistillTrainer(
         student,

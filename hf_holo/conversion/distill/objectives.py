@@ -1,8 +1,9 @@
 """What a student is compared with in distillation: outputs of layers and blocks, hidden states, logits.
 
-"layers" and "blocks" are compared where both read the same: every part of the student gets the input that its twin in
-the teacher had, so that all parts learn at once, and none has to undo the errors of those before it. (MOHAWK, Bick et
-al., 2024, aligns a block at a time in this way.) "hidden_states" and "logits" let the student run on its own.
+"layers" and "blocks" are compared where both read the same: every part of the student gets the input that its
+counterpart in the teacher had, so that all parts learn at once, and none has to undo the errors of those before it.
+(MOHAWK, Bick et al., 2024, aligns a block at a time in this way.) "hidden_states" and "logits" let the student run on
+its own.
 """
 
 from collections.abc import Callable, Iterator
@@ -68,7 +69,7 @@ def converted_layers(student: PreTrainedModel, teacher: PreTrainedModel) -> dict
             )
         twins[name] = Twins(student.get_submodule(name), twin)
     if not twins:
-        raise HoloError("student: nothing in it was converted; name what shall train with `trainable`")
+        raise HoloError("student: nothing in it was converted; name what to train with `trainable`")
     return twins
 
 
@@ -93,7 +94,7 @@ def _blocks(model: PreTrainedModel) -> nn.ModuleList:
 
 # ---------------------------------------------------------------------------------------------- outputs
 def output_loss(teacher: PreTrainedModel, twins: list[Twins], residual: bool) -> Loss:
-    """Compare the outputs of twins that read the same: the input of the teacher's.
+    """Compare the outputs of counterparts that read the same: the input of the teacher's.
 
     Args:
         residual: they are blocks, which add to what they read; the error is relative to what the teacher's adds.

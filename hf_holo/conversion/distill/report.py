@@ -14,7 +14,7 @@ class DistillReport:
     """What teacher and student lose on the held-out texts, before and after every stage.
 
     Attributes:
-        folder: where its files lie.
+        folder: of its files.
         teacher, student: parameters, scores by text and a sample, before the first stage.
         stages: the same after every stage, and how it went.
     """

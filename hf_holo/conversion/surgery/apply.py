@@ -36,8 +36,8 @@ class SurgeryReport:
     """What the surgery did, module by module.
 
     Attributes:
-        rows: for every module that has numbers of its own: `module`, its kind `before` and `after`, `numbers_before`,
-            `stored` (numbers in a checkpoint) and `trained` (parameters); a tied matrix counts once. `error`: squared
+        rows: for every module that has values of its own: `module`, its kind `before` and `after`, `numbers_before`,
+            `stored` (values in a checkpoint) and `trained` (parameters); a tied matrix counts once. `error`: squared
             error of the weights, relative to their square; None where nothing was fitted.
     """
 
@@ -52,7 +52,7 @@ class SurgeryReport:
 
     @property
     def kept(self) -> float:
-        """Share of the numbers of the converted layers that a checkpoint still keeps."""
+        """Share of the values of the converted layers that a checkpoint still keeps."""
         return sum(row["stored"] for row in self.converted) / sum(row["numbers_before"] for row in self.converted)
 
 
@@ -64,14 +64,15 @@ def apply_surgery(model: PreTrainedModel, config: HoloSurgeryConfig | None = Non
 
     Args:
         model: any model of transformers.
-        config: default: the original's, see [`HoloSurgeryConfig`]. A copy with the plan is kept in `model.config`.
+        config: default: that of the HOLO reference, see [`HoloSurgeryConfig`]. A copy with the plan is kept in
+            `model.config`.
 
     Returns:
         A report with every module.
 
     Raises:
         HoloError: a pattern matches nothing, a ratio cannot be reached, there are more harmonics than inputs, an output
-            layer is tied to the embeddings or to another, a weight is not finite, the model is none of transformers,
+            layer is tied to the embeddings or to another, a weight is not finite, the model is not one of transformers,
             converted already or wrapped in adapters, a "data" basis is asked for (it needs `hf-holo convert`), or the
             model does not run or load with the new layers. The model is then as it was.
     """
@@ -103,7 +104,7 @@ def _check_arguments(model: PreTrainedModel, config: HoloSurgeryConfig) -> None:
     if adapted:
         raise HoloError(f"model: {adapted[0]!r} carries an adapter; merge the adapters into the model, or unload them")
     if not isinstance(model, PreTrainedModel):
-        raise HoloError(f"model={type(model).__name__} must be a model of transformers; others take HoloLinear by hand")
+        raise HoloError(f"model={type(model).__name__} must be a model of transformers; in others, use HoloLinear")
     if getattr(model.config, "quantization_config", None) is not None:
         raise HoloError("model: it is converted or quantized already; start from a dense model, or `restore_linears`")
 
@@ -111,7 +112,7 @@ def _check_arguments(model: PreTrainedModel, config: HoloSurgeryConfig) -> None:
 def _check_weights(census: "_Census", layers: dict[str, dict[str, Any]]) -> None:
     for name, module in census.modules.items():
         if name in layers and not all(p.is_meta or p.isfinite().all() for p in module.parameters()):
-            raise HoloError(f"model: the weights of {name!r} are not finite; mend them, or leave it out with exclude=")
+            raise HoloError(f"model: the weights of {name!r} are not finite; fix them, or leave it out with exclude=")
 
 
 @torch.no_grad()
@@ -194,7 +195,7 @@ def restore_linears(model: nn.Module) -> nn.Module:
             around.fan_in_fan_out = inner.dense_class is Conv1D
     replace(model, {layer: _dense(layer) for layer in holo_layers(model)})
     for module in model.modules():
-        if isinstance(module, PreTrainedModel):  # adapters may lie around it
+        if isinstance(module, PreTrainedModel):  # adapters may be wrapped around it
             _unmark(module)
     return model
 
@@ -223,7 +224,7 @@ class _Census:
 
 
 def _census(model: nn.Module) -> _Census:
-    """Every module with numbers of its own; a HoloLinear counts with its basis, a shared tensor once."""
+    """Every module with values of its own; a HoloLinear counts with its basis, a shared tensor once."""
     seen, modules, kinds, numbers = set(), {}, {}, {}
     for name, module in model.named_modules():
         if isinstance(module, HarmonicBasis):

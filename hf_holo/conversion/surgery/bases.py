@@ -26,8 +26,8 @@ def fit_bases(
         model: with [`HoloLinear`] layers of basis "data", such as a `HoloForCausalLM`.
         batches: what `source` takes, each a dict such as `{"input_ids": [B, T]}`; labels are ignored, and so are tokens
             that `attention_mask` hides. A few thousand tokens are plenty.
-        source: a trained model with layers of the same names and inputs, the dense twin for instance, which shows what
-            trained layers read. Default: `model` as it is.
+        source: a trained model with layers of the same names and inputs, such as its dense counterpart: it shows
+            what trained layers read. Default: `model` as it is.
 
     Returns:
         For each of these layers the share of its inputs' energy that the basis keeps, in [0, 1].

@@ -4,7 +4,7 @@ Layers that read the same input form a site; their weights are stacked to one ma
 Σ = E[x xᵀ] of the inputs and the Fisher matrix G = E[g gᵀ] of the gradients at the outputs, a change of W to W′ costs
 about ½ tr(G (W − W′) Σ (W − W′)ᵀ) in loss. The best W′ of rank r is W times a projection, or a projection times W, and
 the projections of all ranks are nested: one eigendecomposition gives them and what each rank loses. The ranks of all
-sites are then chosen together, so that the loss is least for the numbers that may be stored.
+sites are then chosen together, so that the loss is least for the number of values that may be stored.
 
 Sources: activation-aware low rank as in SVD-LLM (Wang et al., 2024); G as in K-FAC (Martens and Grosse, 2015), of
 sampled labels.
@@ -55,7 +55,7 @@ class Site:
 
     @property
     def numbers(self) -> int:
-        """Of the dense weights, without biases."""
+        """Values of the dense weights, without biases."""
         return self.outputs * self.inputs
 
     @property
@@ -69,14 +69,14 @@ class Site:
         return self.outputs <= self.inputs
 
     def stored(self, harmonics: int | None, pivoted: bool = True) -> int:
-        """Numbers in a checkpoint at this rank, without biases; of the dense weights for None."""
+        """Values in a checkpoint at this rank, without biases; of the dense weights for None."""
         if harmonics is None:
             return self.numbers
         basis = harmonics * (self.inputs - harmonics) + self.inputs if pivoted else harmonics * self.inputs
         return harmonics * self.outputs + basis
 
     def largest_rank(self, ratio: float, pivoted: bool = True) -> int | None:
-        """The largest rank that keeps at most `ratio` of the numbers; None if not even one harmonic does."""
+        """The largest rank that keeps at most `ratio` of the values; None if not even one harmonic does."""
         ranks = (rank for rank in range(self.size, 0, -1) if self.stored(rank, pivoted) <= ratio * self.numbers)
         return next(ranks, None)
 
@@ -169,7 +169,8 @@ def collect(
         The statistics of each site.
 
     Raises:
-        HoloError: an activation or a gradient is not finite, or a layer that is no expert has no part in the output.
+        HoloError: an activation or a gradient is not finite, or a layer that is not an expert has no part in the
+            output.
     """
     model.eval()
     grams = _collect_grams(model, sites, windows)
@@ -351,9 +352,9 @@ def _falling_eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def allocate(sites: Sequence[Site], losses: Sequence[torch.Tensor], ratio: float) -> list[int | None]:
-    """Ranks of all sites that lose least and store at most `ratio` of the numbers, pivoted bases included.
+    """Ranks of all sites that lose least and store at most `ratio` of the values, pivoted bases included.
 
-    Each site takes the rank of least loss + μ · stored numbers; μ is found by bisection. What the last step leaves of
+    Each site takes the rank of least loss + μ · stored values; μ is found by bisection. What the last step leaves of
     the budget is spent one harmonic after the other, where it gains most. A site without losses, an expert that no
     token came to, takes its even share.
 
@@ -393,14 +394,14 @@ def allocate(sites: Sequence[Site], losses: Sequence[torch.Tensor], ratio: float
 
 
 def check_ratio(sites: Sequence[Site], ratio: float) -> None:
-    """Raises HoloError if one harmonic everywhere is already more than `ratio` of the numbers."""
+    """Raises HoloError if one harmonic everywhere is already more than `ratio` of the values."""
     least = sum(site.stored(1) for site in sites) / sum(site.numbers for site in sites)
     if least > ratio:
         raise HoloError(f"ratio={ratio} cannot be reached: one harmonic in each layer already keeps {least:.3g}")
 
 
 def _choices(site: Site, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stored numbers and loss of each choice `[k + 1]`: ranks 1 to k, and the dense weights at the end."""
+    """Stored values and loss of each choice `[k + 1]`: ranks 1 to k, and the dense weights at the end."""
     ranks = [*range(1, site.size + 1), None]
     cost = torch.tensor([site.stored(rank) for rank in ranks], dtype=torch.float64)
     tail = loss.double().cpu().flip(0).cumsum(0).flip(0)  # [k], with harmonic r itself: the loss of rank r - 1
@@ -419,7 +420,7 @@ def _topped_up(
     while True:
         steps = []
         for number, choice in enumerate(choices):
-            if choice + 2 < len(costs[number]):  # the dense weights are no step further, but a choice of their own
+            if choice + 2 < len(costs[number]):  # the dense weights are not one step further, but a choice of their own
                 price = float(costs[number][choice + 1] - costs[number][choice])
                 if price <= left:
                     steps.append((float(tails[number][choice] - tails[number][choice + 1]) / price, number, price))

@@ -26,12 +26,13 @@ LINEAR = (nn.Linear, Conv1D)
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-HARMONICS = 64  # of every layer, when neither harmonics nor a ratio is given: the original's figure
+HARMONICS = 64  # of every layer, when neither harmonics nor a ratio is given, as in the HOLO reference
 
 
 class HoloSurgeryConfig(QuantizationConfigMixin):
-    """Which layers become holographic, and how. The defaults are the original's: every linear layer in the blocks, a
-    random basis that is made anew on loading, amplitudes and phases as parameters.
+    """Which layers become holographic, and how. The defaults are those of the HOLO reference
+    (github.com/anttiluode/HOLO-pytorch): every linear layer in the blocks, a random basis that is recomputed on
+    loading, amplitudes and phases as parameters.
 
     Args:
         modules: regular expressions; a layer is converted if one is found in its name. Default: every linear layer
@@ -40,14 +41,14 @@ class HoloSurgeryConfig(QuantizationConfigMixin):
         keep_first, keep_last: number of blocks that stay at the start and at the end of every list of blocks (an
             encoder-decoder has two).
         harmonics: harmonics R of every layer; default 64, unless `ratio` is given.
-        ratio: share of each layer's numbers that is kept, stored bases included; in (0, 1].
+        ratio: share of each layer's values that is kept, stored bases included; in (0, 1].
         basis: "random", "dct", "golden", or "data" (fitted to activations, by `hf-holo convert`).
         shared: layers that read the same input share one basis.
         folded: keep A · cos Φ as one parameter.
         pivoted: store a "data" basis pivoted.
         seed: of random bases.
         layers: the resolved plan, by module name; filled in by the surgery. Given, it replaces all of the above.
-        checksum: of the bases that are made anew on loading; filled in by the surgery, verified on loading.
+        checksum: of the bases that are recomputed on loading; filled in by the surgery, verified on loading.
         quant_method: "holo", by which transformers knows the config.
 
     Raises:
@@ -121,7 +122,7 @@ def _patterns(argument: str, given: str | list[str] | None) -> list[str] | None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise HoloError(f"{argument}: {pattern!r} is no regular expression: {error}") from None
+            raise HoloError(f"{argument}: {pattern!r} is not a regular expression: {error}") from None
     return list(patterns)
 
 
@@ -191,7 +192,7 @@ def _is_its_product(layer: nn.Module) -> bool:
 
 
 def is_router(model: nn.Module, name: str) -> bool:
-    """Whether a layer chooses among experts: it has as many outputs as there are experts beside it, or beside the
+    """Whether a layer chooses among experts: it has as many outputs as there are experts next to it, or next to the
     module that it is in. A small error there sends tokens to other experts, so it is converted only where it is named.
     """
     outputs, _ = dense_shape(model.get_submodule(name))
@@ -224,7 +225,7 @@ def _matches(name: str, patterns: list[str]) -> bool:
 
 
 def _stays(name: str, depths: dict[str, int], config: HoloSurgeryConfig) -> bool:
-    """Whether a layer lies in the first or last blocks of its list, which stay."""
+    """Whether a layer is in the first or last blocks of its list, which stay."""
     for blocks, depth in depths.items():
         if name.startswith(f"{blocks}."):
             number = int(name.removeprefix(f"{blocks}.").partition(".")[0])
@@ -236,7 +237,7 @@ def block_lists(model: nn.Module) -> list[str]:
     """Names of the lists of blocks: one in most models, two in an encoder-decoder or a model of text and images.
 
     They are the outermost lists in the body of the model that hold linear layers inside their members; a list of linear
-    layers, or one beside the body, belongs to a head.
+    layers, or one outside the body, belongs to a head.
     """
     body = set((model.base_model if isinstance(model, PreTrainedModel) else model).modules())
     found: list[str] = []
@@ -265,7 +266,8 @@ def other_matrices(model: nn.Module) -> dict[str, int]:
     that are fused in one tensor.
 
     Returns:
-        Their numbers, by name (without the number of the block) and class of the module; those of all blocks together.
+        How many values they have, by name (without the index of the block) and class of the module; those of all
+            blocks together.
     """
     found: dict[str, int] = {}
     starts = tuple(f"{blocks}." for blocks in block_lists(model))

@@ -167,7 +167,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """The model is as it was after this block, the numbers in it included."""
+    """The model is as it was after this block, the values in it included."""
     before, numbers = _Structure(model), _Originals(model)
     try:
         with numbers:

@@ -63,10 +63,10 @@ def refit(
     windows: torch.Tensor,
     work: WorkFolder | None = None,
 ) -> list[float]:
-    """Convert in place, block after block, with weights fitted anew to the student's own inputs.
+    """Convert in place, block after block, with weights fitted again, to the student's own inputs.
 
-    Memory: beside the model a copy of one block, the hidden states of all windows twice, and what the layers of one
-    block read in the teacher.
+    Memory: in addition to the model, a copy of one block, the hidden states of all windows twice, and what the layers
+    of one block read in the teacher.
 
     Args:
         model: with all its dense layers, in eval mode.
@@ -74,14 +74,14 @@ def refit(
         ranks: harmonics of each site; None stays dense.
         fishers: G of each site, see [`Statistics`].
         windows: token ids `[N, T]`; the more, the better: see [`worth_refitting`].
-        work: keeps each block that is finished; those that lie there already are taken from it. Default: nothing is
+        work: keeps each block that is finished; those that are there already are taken from it. Default: nothing is
             kept.
 
     Returns:
         The error of each site, see [`Factors.error`].
 
     Raises:
-        HoloError: a site lies outside the blocks.
+        HoloError: a site is outside the blocks.
     """
     check_refit(model, sites)
     name = block_list(model)
@@ -157,12 +157,12 @@ def _project(
 
 
 def worth_refitting(model: PreTrainedModel, sites: Sequence[Site], tokens: int) -> bool:
-    """Whether all sites lie inside the blocks, and a text of so many tokens suffices for the widest."""
+    """Whether all sites are inside the blocks, and a text of this many tokens suffices for the widest."""
     return not _outside(model, sites) and tokens >= TOKENS_PER_INPUT * max(site.inputs for site in sites)
 
 
 def check_refit(model: PreTrainedModel, sites: Sequence[Site]) -> None:
-    """Raises HoloError if a site lies outside the blocks, where no order of layers is known."""
+    """Raises HoloError if a site is outside the blocks, where no order of layers is known."""
     outside = _outside(model, sites)
     if outside:
         raise HoloError(
@@ -287,7 +287,7 @@ def _gram(
 
 @dataclass(frozen=True)
 class Call:
-    """How the model calls a block: the hidden states `[1, T, D]`, and what it gives beside them."""
+    """How the model calls a block: the hidden states `[1, T, D]`, and what else it gives."""
 
     hidden: torch.Tensor
     args: tuple[Any, ...]

@@ -121,7 +121,7 @@ def _check_teacher(teacher: PreTrainedModel) -> None:
 def _rotary_base(teacher: PreTrainedModel) -> float:
     """The base of the teacher's rotary positions, read from the frequencies themselves."""
     config = teacher.config
-    rotary = type(teacher.model.rotary_emb)(config)  # anew: the teacher's may lie on meta
+    rotary = type(teacher.model.rotary_emb)(config)  # a new one: the teacher's may be on meta
     if getattr(config, "sliding_window", None):
         raise HoloError(f"layers: attention in a window (sliding_window={config.sliding_window}) cannot be kept")
     frequencies = rotary.inv_freq.double()

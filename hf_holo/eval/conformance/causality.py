@@ -29,7 +29,7 @@ from .exchange import (
 )
 from .subject import EXACT, Subject
 
-LENGTHS = (2, 17, 33, 64, 65, 129)  # on and beside the borders of the usual chunks
+LENGTHS = (2, 17, 33, 64, 65, 129)  # on and next to the borders of the usual chunks
 FAR_LENGTHS = (257, 1025)
 CUTS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 128)
 FAR_CUTS = (128, 255, 256, 511, 512, 1023, 1024)
@@ -38,8 +38,8 @@ PREFIX_LENGTH = 40
 CHANGES = {"other tokens": None, "a tiny change of": 1e-3, "a large change of": 1e3}  # of embeddings, in their norms
 NEGLIGIBLE, ROUNDING = 1e-10, 1e-5  # influence of the future that proves nothing: exact models, float32 inside
 FLOORS = {torch.float64: 0.0, torch.float32: 2e-6, torch.bfloat16: 0.01}  # the same relative to the outputs: some ulps
-TINY = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 4e-3}  # a change of embeddings that only rounds anew
-OVER_ROUNDING = 30  # times what such a change moves is no rounding
+TINY = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 4e-3}  # a change of embeddings that is rounding alone
+OVER_ROUNDING = 30  # times what such a change moves is more than rounding
 DRAWS = 3  # other suffixes that must all show what might be rounding
 LOSSES = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 0.03}  # relative; losses are computed in float32
 # Relative movement that proves nothing in a batch of Trainer, in float32 and in half precision.
@@ -50,7 +50,7 @@ SIZES = ("block", "chunk", "window", "segment")  # words in the names of config 
 MIRRORED = 1e-6  # relative difference of a text and its mirror image below which they are one text
 REACH, FAR, TEXTS, WEIGHTS = 32, 24, 16, 5  # tokens on each side of one that listens, where they speak, and draws
 ORDERED = 0.12  # measured: 0.3 to 0.9 where order is seen, up to 0.04 where an uneven filter alone tells sides apart
-BATCH_OUTPUTS = 2**24  # numbers in the outputs of one batch
+BATCH_OUTPUTS = 2**24  # values in the outputs of one batch
 TEXT_OUTPUTS = 2**26  # and of one text
 
 
@@ -136,7 +136,7 @@ def check_causality(
 
     Args:
         model: a causal language model, or its backbone, of transformers or of anyone.
-        lengths: lengths of the sequences to try, in tokens; default: those beside the borders of usual chunks, powers
+        lengths: lengths of the sequences to try, in tokens; default: those next to the borders of usual chunks, powers
             of two, the sizes of blocks that the config names, and the most that the model takes (up to 4,096).
         seed: of the inputs and of the noise on the weights.
         move_weights: move the weights of the copy, so that no flat start hides a leak; False probes them as they are.
@@ -145,8 +145,8 @@ def check_causality(
         A report with `passed`, `lookahead` and `leaks`.
 
     Raises:
-        HoloError: `model` is no `PreTrainedModel`, is an encoder with a decoder, takes no token ids, or does not give
-            one output per token.
+        HoloError: `model` is not a `PreTrainedModel`, is an encoder with a decoder, takes no token ids, or does not
+            give one output per token.
         Violation: its outputs are not finite, so that nothing can be said.
     """
     subject = Subject(model, seed=seed, move_weights=move_weights)
@@ -233,7 +233,7 @@ def stepwise_loss(subject: Subject) -> str:
 
 @check("causality", "text", "bidirectional")
 def order_is_seen(subject: Subject) -> str:
-    """A text is not its mirror image, and what stands far before a token is told from what stands far after it."""
+    """A text is not its mirror image, and what comes far before a token is told from what comes far after it."""
     ids = subject.ids(2, subject.lengths(2, 9, 33)[-1])
     there, back = subject.run(ids), subject.run(ids.flip(1))
     if "token outputs" in subject.features:
@@ -365,9 +365,9 @@ def usual_lengths(subject: Subject) -> list[int]:
     """Lengths of texts, in tokens, at which models do something of their own, and which they are trained with."""
     config = subject.config.get_text_config().to_dict()
     sizes = [n for name, n in config.items() if isinstance(n, int) and any(word in name for word in SIZES)]
-    beside = [length for size in sizes if size > 1 for length in (size, size + 1, 2 * size)]
+    near = [length for size in sizes if size > 1 for length in (size, size + 1, 2 * size)]
     most = [] if subject.max_length is None else [min(subject.max_length, LONGEST)]
-    usual = [length for length in beside if length <= max(USUAL_LENGTHS)]
+    usual = [length for length in near if length <= max(USUAL_LENGTHS)]
     longest = TEXT_OUTPUTS // subject.output_width
     return sorted({n for n in subject.lengths(*USUAL_LENGTHS, *usual, *most) if 2 <= n <= longest})
 
@@ -513,7 +513,7 @@ def probe_batch(model: nn.Module, inputs: dict[str, Any], half: bool = False) ->
     before = read(model, inputs)
     if before.outputs is not None:
         moved = movement(before.outputs, read(model, changed).outputs) / size_of(before.outputs)
-        seeing = (earlier & (moved > OUTPUTS_IN_BATCHES[half])).nonzero()  # NaN is no look-ahead
+        seeing = (earlier & (moved > OUTPUTS_IN_BATCHES[half])).nonzero()  # NaN is not look-ahead
         if not len(seeing):
             return Point(length)
         row, position = seeing[0].tolist()

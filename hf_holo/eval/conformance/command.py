@@ -99,7 +99,7 @@ def print_report(target: str, report: Report) -> None:
     models = len({result.subject for result in report.results})
     table = Table(title=f"{target}: {models} model{'s' * (models > 1)}")
     for column in ("check", "result", "what was seen"):
-        table.add_column(column, overflow="fold")  # a long name goes on in the next line and is not cut
+        table.add_column(column, overflow="fold")  # a long name continues on the next line and is not cut
     table.add_column("seconds", justify="right", no_wrap=True)
     for name in dict.fromkeys(result.check for result in report.results):
         _add_rows(table, [result for result in report.results if result.check == name])

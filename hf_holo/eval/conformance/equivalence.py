@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from .checks import Violation, assert_same, check
 from .subject import Subject, tokens_in
 
-CUTTINGS = {  # pieces on and beside the borders of the usual chunks
+CUTTINGS = {  # pieces on and next to the borders of the usual chunks
     "2+1+3": (2, 1, 3),
     "10+1+1+8+13": (10, 1, 1, 8, 13),
     "1+39": (1, 39),
@@ -75,7 +75,7 @@ def _feed_in_pieces(subject: Subject, name: str, sizes: Sequence[int]) -> str:
 def left_padding(subject: Subject) -> str:
     """Padding on the left changes nothing for real tokens."""
     mask = [0] * PADDING + [1] * _length(subject, PADDING)
-    if "packing" in subject.features:  # positions would begin a new document behind the pads, and so hide them
+    if "packing" in subject.features:  # positions would begin a new document after the pads, and so hide them
         _pad(subject, mask, "padding on the left, without position_ids,", None)
     return _pad(subject, mask, "padding on the left")
 
@@ -416,7 +416,7 @@ def _gradients_of(
 def assert_same_gradients(
     got: dict[str, torch.Tensor | None], expected: dict[str, torch.Tensor | None], what: str, tolerance: float
 ) -> str:
-    """As `assert_same`, for every parameter; relative to its largest gradient, if that is no mere rounding."""
+    """As `assert_same`, for every parameter; relative to its largest gradient, if that is more than rounding."""
     sizes = {name: 0.0 if x is None else x.abs().max().item() for name, x in expected.items()}
     floor, largest = 1e-4 * max(sizes.values()), 0.0
     for (name, wanted), found in zip(expected.items(), got.values(), strict=True):
@@ -450,7 +450,7 @@ def fast_operations(subject: Subject) -> str:
     for operation, arguments in calls.values():
         _compare_with_twin(subject, operation, subject.naive_twins[operation], arguments)
     if not calls:
-        return "it calls none of the operations with naive twins that stand beside its layers"
+        return "it calls none of the operations with naive twins that are defined next to its layers"
     names = sorted({operation.__name__ for operation, _ in calls.values()})
     return f"{', '.join(names)} ({len(calls)} kinds of calls)"
 

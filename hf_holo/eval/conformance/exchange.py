@@ -1,4 +1,4 @@
-"""Exchanging the end of a text, in whatever way the text is given to a model: what stood before it must stay."""
+"""Exchanging the end of a text, in whatever way the text is given to a model: what came before it must stay."""
 
 import random
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from torch import nn
 
 from .subject import Subject, main_output
 
-ARGUMENTS = ("attention_mask", "position_ids", "labels")  # what Trainer and its collators send beside the ids
+ARGUMENTS = ("attention_mask", "position_ids", "labels")  # what Trainer and its collators send in addition to the ids
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 ROWS = (1, 2, 5, 9)
 MANY_ROWS = 33
@@ -105,7 +105,7 @@ def with_other_suffix(inputs: dict[str, Any], later: torch.Tensor, others: torch
 def prefix_losses(
     model: nn.Module, inputs: dict[str, Any], changed: dict[str, Any], later: torch.Tensor
 ) -> tuple[float, float]:
-    """The loss of what stands before the places `later` `[B, T]`, with what stood there and with what was put there.
+    """The loss of what comes before the places `later` `[B, T]`, with what was there and with what was put there.
 
     The first of these places keeps its label, since the place before it predicts that.
     """

@@ -1,7 +1,7 @@
-"""generate() in its modes: what the cache speeds up it may not change.
+"""generate() in its modes: what the cache makes faster it must not change.
 
 All in float64, so that no tie is broken by rounding, and with an output matrix of its own: random weights whose output
-matrix is the embedding matrix tend to say one token for ever, which would prove little.
+matrix is the embedding matrix tend to repeat one token forever, which would prove little.
 """
 
 from typing import Any
@@ -248,7 +248,7 @@ def _variety(said: torch.Tensor) -> str:
 
 @torch.no_grad()
 def _reordering_fault(subject: Subject) -> str | None:
-    """What goes wrong when the rows of a cache move, or None: every row must go on from its own past."""
+    """What goes wrong when the rows of a cache move, or None: every row must continue from its own past."""
     ids, token = subject.ids(len(ORDER), unit(subject), salt=3), subject.ids(len(ORDER), 1, salt=4)
     _, cache = subject.feed([ids])
     # against another cache: that pieces give what the whole text gives is not the question here
@@ -261,7 +261,7 @@ def _reordering_fault(subject: Subject) -> str | None:
         return NO_REORDERING
     got = subject.feed([token], cache)[0][:, -1]
     try:
-        assert_same(got, expected, f"rows {ORDER} go on from another past", subject.tolerance, where=("row",))
+        assert_same(got, expected, f"rows {ORDER} continue from another past", subject.tolerance, where=("row",))
     except Violation as violation:
         stayed = (got - unmoved).abs().max() <= subject.tolerance * unmoved.abs().max()
         return "reorder_cache leaves the rows in place" if stayed else str(violation)

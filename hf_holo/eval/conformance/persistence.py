@@ -18,7 +18,7 @@ from .quiet import quiet
 from .subject import Subject, main_output, perturb
 
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
-LOADED = 1e-6  # relative tolerance of outputs and tables in float32: the same numbers in the same operations
+LOADED = 1e-6  # relative tolerance of outputs and tables in float32: the same values in the same operations
 IN_BFLOAT16 = 2**-7  # relative tolerance of a table that is rounded to bfloat16
 
 
@@ -64,7 +64,7 @@ def tied_and_untied(subject: Subject) -> str:
     for tied in (True, False):
         config = copy.deepcopy(subject.config)
         config.tie_word_embeddings = tied
-        for mark in QUANTIZED:  # a model built anew has its first layers
+        for mark in QUANTIZED:  # a model that is built again has its first layers
             vars(config).pop(mark, None)
         torch.manual_seed(subject.seed)
         with TemporaryDirectory() as folder, quiet():
@@ -174,7 +174,7 @@ def _assert_safetensors(folder: Path) -> None:
     if pickles:
         raise Violation(f"the checkpoint holds pickles: {_listed(pickles)}")
     if not any(name.endswith(".safetensors") for name in names):
-        raise Violation(f"the checkpoint holds no safetensors, only {_listed(names)}")
+        raise Violation(f"the checkpoint has no safetensors files, only {_listed(names)}")
 
 
 def _assert_same_tensors(loaded: PreTrainedModel, model: PreTrainedModel, tolerance: float) -> None:

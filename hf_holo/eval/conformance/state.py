@@ -34,7 +34,7 @@ def size_of_the_state(subject: Subject) -> str:
             _compare_with_declared(subject, found, rows)
         before = {name: tensor.shape for name, tensor in found.items()}
     numbers = sum(tensor.numel() for tensor in found.values()) // rows
-    return f"{numbers} numbers per sequence in {len(found)} tensors"
+    return f"{numbers} values per sequence in {len(found)} tensors"
 
 
 def _compare_with_declared(subject: Subject, found: Mapping[str, torch.Tensor], rows: int) -> None:
@@ -45,7 +45,7 @@ def _compare_with_declared(subject: Subject, found: Mapping[str, torch.Tensor], 
         if tuple(undeclared.pop(path).shape) != (rows, *shape):
             raise Violation(f"{path} is {tuple(found[path].shape)}, but {(rows, *shape)} is declared")
     for path, tensor in undeclared.items():
-        if tensor.is_floating_point() or tensor.numel() > rows:  # a count per sequence is no state
+        if tensor.is_floating_point() or tensor.numel() > rows:  # a count per sequence is not a state
             raise Violation(f"the cache holds {path} {tuple(tensor.shape)}, which is not declared")
 
 
@@ -79,7 +79,7 @@ def cache_tensors(cache: Any) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------------------------------------- precision
 @check("state", "text", "cache")
 def precision_of_the_state(subject: Subject) -> str:
-    """States are float64 in a float64 model, at least float32 in a bfloat16 model, and hold no rounded values."""
+    """States are float64 in a float64 model, at least float32 in a bfloat16 model, and do not hold rounded values."""
     for dtype, needed in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
         model = subject.copy(dtype)
         _, cache = subject.feed([subject.ids(2, 20)], model=model)

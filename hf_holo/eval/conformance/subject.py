@@ -203,7 +203,7 @@ class Subject:
     def _weights(self) -> PreTrainedModel:
         """In float32 and evaluation mode, every weight moved: a flat fresh gate would hide a leak."""
         if isinstance(self._source, type):
-            with torch.random.fork_rng(devices=[]):  # a probe during training may not touch its random numbers
+            with torch.random.fork_rng(devices=[]):  # a probe during training must not touch its random numbers
                 torch.manual_seed(self.seed)
                 model = self._source(copy.deepcopy(self._given_config))
         else:
@@ -231,7 +231,7 @@ class Subject:
 
     @cached_property
     def output_width(self) -> int:
-        """Numbers per token in the output."""
+        """Values per token in the output."""
         return self.run(self.ids(1, 2)).shape[-1]
 
     @cached_property

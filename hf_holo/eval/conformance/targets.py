@@ -25,7 +25,7 @@ def subjects_of(target: str, quick: bool = False, seed: int = 0, trust_remote_co
         trust_remote_code: allow a checkpoint to bring its own code.
 
     Raises:
-        HoloError: it is none of these, or the checkpoint cannot be loaded.
+        HoloError: it is not one of these, or the checkpoint cannot be loaded.
     """
     if target in architectures():
         return family_subjects(architectures()[target], quick, seed)
@@ -75,7 +75,7 @@ def load_checkpoint(path: str, trust_remote_code: bool = False) -> PreTrainedMod
         options = {"trust_remote_code": True} if trust_remote_code else {}
         return model_class.from_pretrained(path, dtype=torch.float32, **options)
     except UNREADABLE as error:
-        raise HoloError(f"{path!r} is no checkpoint that can be loaded: {first_line(error)}") from error
+        raise HoloError(f"{path!r} is not a checkpoint that can be loaded: {first_line(error)}") from error
 
 
 def _saved_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:

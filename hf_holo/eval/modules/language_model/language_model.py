@@ -16,7 +16,7 @@ from hf_holo.eval.metrics import LanguageScores
 
 DESCRIPTION = """
 Loss in nats per token, perplexity, bits per character, and the share of tokens that are the model's first guess, over
-all tokens of all texts, each counted once. A begin- or end-of-text token, if the tokenizer has one, stands before each
+all tokens of all texts, each counted once. A begin- or end-of-text token, if the tokenizer has one, comes before each
 text, so that its first token is predicted too. Bits per character compare models with different tokenizers.
 """
 INPUTS = """
@@ -54,7 +54,7 @@ class LanguageModel(evaluate.Metric):
             tokenizer = tokenizer or saved_tokenizer(model, "model")
             model = AutoModelForCausalLM.from_pretrained(model)
         elif tokenizer is None:
-            raise ValueError("tokenizer: None; a model that is not named by its folder needs the tokenizer beside it")
+            raise ValueError("tokenizer: None; a model that is not named by its folder needs its tokenizer as well")
         start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         texts = [encode(tokenizer, [text]) for text in predictions]
         if start is not None:
