@@ -89,7 +89,7 @@ class Source:
             HoloError: it is not there, or could not be saved again.
         """
         model = load_weights(self.auto_class, self.name, "auto", trust_remote_code=self.trust_remote_code).eval()
-        make_saveable(model.generation_config)
+        make_saveable(getattr(model, "generation_config", None))  # transformers 5 has none for encoders
         return model
 
 
