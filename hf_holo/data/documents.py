@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import HoloError
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # takes seconds, and most texts need none of it
 
 TABLE_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
@@ -137,7 +141,7 @@ def _read_texts(file: Path, text_column: str) -> list[str]:
         ) from None
 
 
-def read_table(file: Path):
+def read_table(file: Path) -> "Dataset":
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -150,7 +154,7 @@ def read_table(file: Path):
         ) from None
 
 
-def read_hub(name: str, config: str | None):
+def read_hub(name: str, config: str | None) -> "Dataset":
     from datasets import load_dataset
 
     try:
@@ -162,7 +166,7 @@ def read_hub(name: str, config: str | None):
         ) from None
 
 
-def _column(table, text_column: str, source: str) -> list[str | None]:
+def _column(table: "Dataset", text_column: str, source: str) -> list[str | None]:
     if text_column not in table.column_names:
         raise HoloError(f"text_column: {source!r} has no column {text_column!r}, only {', '.join(table.column_names)}")
     texts = table[text_column][:]

@@ -1,7 +1,9 @@
 """One held-out loss for all commands: nats per token, each token counted once whatever the batch size."""
 
 from collections.abc import Mapping
+from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -10,6 +12,8 @@ from tqdm.auto import tqdm
 
 from ..modeling.losses import IGNORED
 from .windows import Collator
+
+Array = TypeVar("Array", torch.Tensor, np.ndarray)
 
 
 def held_out_loss(
@@ -22,7 +26,7 @@ def held_out_loss(
 ) -> float:
     """Mean loss over all labels of the windows, in nats per token; arguments as of [`summed_over`].
 
-    `hf-holo train` computes the same from what Trainer gathers (`hf_holo.eval.metrics.LanguageScores`): both sum
+    `hf-holo train` computes the same from what Trainer gathers (`hf_holo.eval.metrics.LanguageArray`): both sum
     [`summed_scores`] in float64.
     """
     nats, tokens, _ = summed_over(model, windows, batch_size, pad_token_id, shift, description)
@@ -59,7 +63,7 @@ def summed_over(
     return totals
 
 
-def aligned(logits: torch.Tensor | tuple, labels: torch.Tensor, shift: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def aligned(logits: Array | tuple[Array, ...], labels: Array, shift: bool) -> tuple[Array, Array]:
     """Logits and the labels that they are to predict; `shift`: those of the next position."""
     logits = only_logits(logits)
     return (logits[:, :-1], labels[:, 1:]) if shift else (logits, labels)
@@ -79,6 +83,6 @@ def summed_scores(logits: torch.Tensor | tuple, labels: torch.Tensor, shift: boo
     return torch.cat([summed_losses(logits, labels, shift), hits], dim=1)
 
 
-def only_logits(output):
+def only_logits(output: Array | tuple[Array, ...]) -> Array:
     """The logits, where a model gives more than them."""
     return output[0] if isinstance(output, tuple) else output

@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,11 +21,14 @@ from ..data.scoring import aligned, only_logits, summed_scores
 from ..errors import HoloError, unknown
 from ..modeling.losses import IGNORED
 
+if TYPE_CHECKING:
+    from evaluate import EvaluationModule
+
 Metric = Callable[..., dict[str, float]]
 MODULES = Path(__file__).with_name("modules")  # for `evaluate.load`
 
 
-def evaluate_module(name: str):
+def evaluate_module(name: str) -> "EvaluationModule":
     """A metric of this package as a module of the package `evaluate`, for all that works with those:
 
         evaluate_module("language_model").compute(model="runs/quickstart", predictions=["A text.", "Another one."])
@@ -66,7 +71,7 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> dict[str, 
     return {"rougeL": float(np.mean(scores))}
 
 
-def _needed(module: str):
+def _needed(module: str) -> ModuleType:
     """A module of an optional dependency."""
     from importlib import import_module
 

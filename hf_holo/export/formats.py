@@ -37,7 +37,7 @@ class Source:
         HoloError: it cannot be loaded, or not for this task.
     """
 
-    def __init__(self, folder: str, task: str | None = None):
+    def __init__(self, folder: str, task: str | None = None) -> None:
         self.folder = folder
         try:
             config = AutoConfig.from_pretrained(folder)

@@ -104,7 +104,7 @@ class Graph:
         HoloError: the task is unknown, or the family has no head for it.
     """
 
-    def __init__(self, task: str, config: PretrainedConfig, dtype: torch.dtype = torch.float32):
+    def __init__(self, task: str, config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> None:
         self.task, self.config, self.dtype = task.removesuffix(WITH_PAST), config, dtype
         self.with_past = task.endswith(WITH_PAST)
         self.model_class = head_for(task, config)
@@ -235,7 +235,7 @@ class GraphModule(nn.Module):
         model: the model that computes it.
     """
 
-    def __init__(self, graph: Graph, model: PreTrainedModel):
+    def __init__(self, graph: Graph, model: PreTrainedModel) -> None:
         super().__init__()
         self.graph, self.model = graph, model
 

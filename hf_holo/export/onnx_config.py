@@ -76,7 +76,9 @@ def _unflatten(x: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
 class GraphPatcher(ModelPatcher):
     """Makes `forward` take the state as a flat sequence of tensors and give it as one, while the graph is recorded."""
 
-    def __init__(self, config: "HoloOnnxConfig", model: PreTrainedModel, model_kwargs: dict[str, Any] | None = None):
+    def __init__(
+        self, config: "HoloOnnxConfig", model: PreTrainedModel, model_kwargs: dict[str, Any] | None = None
+    ) -> None:
         super().__init__(config, model, model_kwargs)
         forward, graph = self.orig_forward, config.graph
         signature = inspect.signature(forward)

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import torch
+from transformers import GenerationConfig, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 try:
@@ -36,8 +37,14 @@ class HoloORTModelForCausalLM(ORTModelForCausalLM):
     _is_stateful = True  # a graph cannot take tokens back: transformers refuses assisted decoding
 
     def __init__(
-        self, *, config=None, session: InferenceSession = None, use_io_binding=None, generation_config=None, **kwargs
-    ):
+        self,
+        *,
+        config: PretrainedConfig | None = None,
+        session: InferenceSession | None = None,
+        use_io_binding: bool | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
         # past the parent's, which computes the shapes of keys and values
         super(ORTModelForCausalLM, self).__init__(config=config, session=session, use_io_binding=False, **kwargs)
         self.generation_config = generation_config
@@ -109,7 +116,9 @@ class HoloORTModelForCausalLM(ORTModelForCausalLM):
         output = CausalLMOutputWithPast(None, logits, None if use_cache is False else cache)
         return output.to_tuple() if return_dict is False else output
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any) -> None:
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
         if self.states and generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = RecurrentCache(self.config)
 

@@ -4,12 +4,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .arguments import check_arguments, check_mask
 from .cache import RecurrentCache, given_cache
 from .checkpoint import check_memory
+from .configuration_base import FamilyConfig
 from .embeddings import CompressedEmbedding, check_ids, num_embeddings
 from .layers import make_norm
 from .layout import arrange
@@ -27,7 +29,7 @@ class Backbone(FamilyPreTrainedModel):
 
     _auto_class = "AutoModel"
 
-    def __init__(self, config):
+    def __init__(self, config: FamilyConfig) -> None:
         super().__init__(config)
         config = self.config
         check_memory(lambda: nn.ModuleList([make_embedding(config), self.make_blocks(config)]))
@@ -38,7 +40,7 @@ class Backbone(FamilyPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def make_blocks(self, config) -> nn.ModuleList:
+    def make_blocks(self, config: FamilyConfig) -> nn.ModuleList:
         """New blocks, one for each layer."""
         return nn.ModuleList([self.block_class(config, index) for index in range(config.num_hidden_layers)])
 
@@ -190,5 +192,5 @@ class RecurrentBackbone(Backbone):
         return x, {"layout": layout}, order
 
 
-def wants_dict(config, return_dict: bool | None) -> bool:
+def wants_dict(config: PretrainedConfig, return_dict: bool | None) -> bool:
     return config.return_dict if return_dict is None else return_dict

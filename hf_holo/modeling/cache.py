@@ -1,10 +1,11 @@
 """The cache of recurrent models: a few tensors of constant size per layer, with exact roll-back."""
 
 import inspect
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, NoReturn
 
 import torch
+from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -47,7 +48,7 @@ class RecurrentLayer(CacheLayerMixin):
     is_compileable = False  # True would make generate() send a 4-D attention mask
     is_sliding = False
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.reset()
         self.recording = False
@@ -129,7 +130,7 @@ class RecurrentLayer(CacheLayerMixin):
         self.keep(lambda state: state[indices])
 
     # What transformers asks of every layer; a recurrent one has no keys, no limit and nothing to allocate.
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError("a recurrent layer keeps states, not keys and values: use put()")
 
     def lazy_initialization(self, *args, **kwargs) -> None: ...
@@ -158,7 +159,7 @@ class RecurrentCache(Cache):
         config: a model config with `num_hidden_layers`, or what iterating over a cache gives.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: PretrainedConfig | Iterable[dict[str, torch.Tensor]]) -> None:
         given = None if hasattr(config, "num_hidden_layers") else list(config)  # see __iter__
         count = config.num_hidden_layers if given is None else len(given)
         super().__init__(layers=[RecurrentLayer() for _ in range(count)])

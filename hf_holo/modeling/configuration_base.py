@@ -69,7 +69,7 @@ class FamilyConfig(PretrainedConfig):
         eos_token_id: int | None = None,
         format_version: int = FORMAT,
         **kwargs,
-    ):
+    ) -> None:
         if format_version > FORMAT:
             raise ValueError(
                 f"format_version={format_version} was written by a newer hf_holo; this release reads up to {FORMAT}: "

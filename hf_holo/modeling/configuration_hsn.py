@@ -58,7 +58,7 @@ class HsnConfig(FamilyConfig):
         norm_type: str = "layer",
         rotary_base: float | None = None,
         **kwargs,
-    ):
+    ) -> None:
         heads = {"num_heads": num_heads, "num_key_heads": num_key_heads}
         kwargs = self.own_names({name: value for name, value in heads.items() if value is not None} | kwargs)
         num_heads, num_key_heads = kwargs.pop("num_heads", None), kwargs.pop("num_key_heads", None)

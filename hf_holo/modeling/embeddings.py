@@ -27,7 +27,7 @@ class CompressedEmbedding(nn.Module):
         initializer_range: standard deviation of the numbers of an embedding at the start.
     """
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, initializer_range: float = 0.02):
+    def __init__(self, num_embeddings: int, embedding_dim: int, initializer_range: float = 0.02) -> None:
         super().__init__()
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim

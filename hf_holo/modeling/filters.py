@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from .cache import RecurrentLayer
 from .layers import at_least_float32, same_numbers
@@ -160,7 +161,7 @@ class _ShortConv(torch.autograd.Function):
     """[B, K - 1 + T, D] and [D, K] to [B, T, D]. Written out because autograd would keep and sum K copies."""
 
     @staticmethod
-    def forward(ctx, padded, kernel):
+    def forward(ctx: FunctionCtx, padded: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(padded, kernel)
         taps = kernel.shape[-1]
         length = padded.shape[1] - taps + 1
@@ -170,7 +171,7 @@ class _ShortConv(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: BackwardCFunction, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         padded, kernel = ctx.saved_tensors
         taps, length = kernel.shape[-1], grad.shape[1]
         d_padded = torch.zeros_like(padded)
@@ -201,7 +202,7 @@ class SpectralGate(nn.Module):
 
     RESOLUTION = 4  # frequencies between two that are set: keeps the wrapped-around tail of the kernel small
 
-    def __init__(self, dim: int, taps: int = 16, causal: bool = True, name: str = "gate", delayed: float = 0.0):
+    def __init__(self, dim: int, taps: int = 16, causal: bool = True, name: str = "gate", delayed: float = 0.0) -> None:
         super().__init__()
         self.taps, self.causal, self.name = taps, causal, name
         self.delayed = int(dim * delayed) if causal and taps > 1 else 0

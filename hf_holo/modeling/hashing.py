@@ -2,17 +2,20 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from .checkpoint import physical_memory
 from .embeddings import CompressedEmbedding
 from .layers import at_least_float32
 from .recording import exporting, has_values
+
+Array = TypeVar("Array", torch.Tensor, np.ndarray)
 
 PRIME = 2**31 + 11  # the smallest above every id
 
@@ -41,7 +44,7 @@ class HashEmbedding(CompressedEmbedding):
         hashes: int,
         buckets: int,
         importances: int,
-    ):
+    ) -> None:
         super().__init__(num_embeddings, embedding_dim, initializer_range)
         self.hashes = hashes
         self.buckets = buckets
@@ -123,12 +126,19 @@ class _GatherScores(torch.autograd.Function):
     """[`gather_scores`] of `[N, R]`. torch's own backward of a bag sorts all indices anew; here they are sorted."""
 
     @staticmethod
-    def forward(ctx, scores, weight, index, users, starts):
+    def forward(
+        ctx: FunctionCtx,
+        scores: torch.Tensor,
+        weight: torch.Tensor,
+        index: torch.Tensor,
+        users: torch.Tensor,
+        starts: torch.Tensor,
+    ) -> torch.Tensor:
         ctx.save_for_backward(scores, weight, index, users, starts)
         return _bags(scores.T, weight, index).T.contiguous()
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: BackwardCFunction, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scores, weight, index, users, starts = ctx.saved_tensors
         gradient = gradient.T.contiguous()  # [V, N]
         by_user = weight.flatten().index_select(0, users)
@@ -145,7 +155,7 @@ def _bags(rows: torch.Tensor, weight: torch.Tensor, index: torch.Tensor) -> torc
     return F.embedding_bag(index, rows.contiguous(), mode="sum", per_sample_weights=weight)
 
 
-def hash_codes(ids, hashes: int, buckets: int):
+def hash_codes(ids: Array, hashes: int, buckets: int) -> tuple[Array, Array]:
     """Rows and signs of tokens: K polynomials of second degree modulo a prime above 2^31 (Carter & Wegman, 1979).
 
     Three coefficients make any three tokens independent, and the arithmetic fits into int64 for every id.

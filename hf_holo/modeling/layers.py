@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .configuration_base import FamilyConfig
+
 
 class LiteChannelMix(nn.Module):
     """Factorized channel mixing, dim → rank → dim with GELU and a learned scale (HoloSpectralNet).
@@ -15,7 +17,7 @@ class LiteChannelMix(nn.Module):
         rank: inner width.
     """
 
-    def __init__(self, dim: int, rank: int):
+    def __init__(self, dim: int, rank: int) -> None:
         super().__init__()
         self.down_proj = nn.Linear(dim, rank, bias=False)
         self.up_proj = nn.Linear(rank, dim, bias=False)
@@ -42,7 +44,7 @@ class GatedChannelMix(nn.Module):
         intermediate: inner width.
     """
 
-    def __init__(self, dim: int, intermediate: int):
+    def __init__(self, dim: int, intermediate: int) -> None:
         super().__init__()
         self.gate_up_proj = nn.Linear(dim, 2 * intermediate, bias=False)
         self.down_proj = nn.Linear(intermediate, dim, bias=False)
@@ -58,7 +60,7 @@ class GatedChannelMix(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
-def make_channel_mix(config) -> nn.Module:
+def make_channel_mix(config: FamilyConfig) -> nn.Module:
     """The channel mix that `config.channel_mix` names: `[..., D]` to `[..., D]`."""
     if config.channel_mix == "gated":
         return GatedChannelMix(config.hidden_size, config.intermediate_size)
@@ -71,7 +73,7 @@ def init_residual_(depth: int, *projections: nn.Linear) -> None:
         init_normal_(projection.weight, std=0.7 * projection.in_features**-0.5 / math.sqrt(2 * depth))
 
 
-def make_norm(config) -> nn.Module:
+def make_norm(config: FamilyConfig) -> nn.Module:
     """The normalisation that `config.norm_type` names, without bias: `[..., D]` to `[..., D]`."""
     if config.norm_type == "rms":
         return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)

@@ -53,7 +53,7 @@ class HoloAttention(nn.Module):
         rotary_base: float | None = 10000.0,
         bias: bool = False,
         layer_idx: int = 0,
-    ):
+    ) -> None:
         super().__init__()
         self.heads, self.key_heads, self.head_dim = heads, key_heads or heads, dim // heads
         check_divides("heads", heads, "dim", dim)
@@ -126,7 +126,7 @@ class HoloMLP(nn.Module):
         activation: str = "silu",
         frequency: float = 30.0,
         bias: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         project = partial(_projection, harmonics=harmonics, basis=basis, seed=seed, bias=bias)
         self.gate_proj = project(dim, intermediate, name="gate_proj") if activation == "silu" else None
@@ -175,7 +175,7 @@ class HoloTransformerBlock(nn.Module):
         bias: bool = True,
         norm_eps: float = 1e-5,
         batch_first: bool = True,
-    ):
+    ) -> None:
         super().__init__()
         check_divides("heads", heads, "dim", dim)
         check_choice("basis", basis, tuple(kind for kind in BASES if kind != "data"))
@@ -236,7 +236,7 @@ class HoloBlock(GradientCheckpointingLayer):
         layer_idx: index of the block.
     """
 
-    def __init__(self, config: HoloConfig, layer_idx: int = 0):
+    def __init__(self, config: HoloConfig, layer_idx: int = 0) -> None:
         super().__init__()
         dim = config.hidden_size
         of_layer = {"basis": config.basis, "seed": named_seed(config.basis_seed, f"layers.{layer_idx}")}

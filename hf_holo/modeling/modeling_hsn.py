@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ def or_sizes(init: Callable) -> Callable:
     """A constructor that takes an [`HsnConfig`] or, as HoloSpectralNet's, the sizes of [`reference_config`]."""
 
     @functools.wraps(init)
-    def with_config(self, *args, **kwargs) -> None:
+    def with_config(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         given = args[0] if args else kwargs.get("config")
         if isinstance(given, HsnConfig):
             init(self, *args, **kwargs)
@@ -67,7 +68,7 @@ class HolographicMixer(nn.Module):
     """
 
     @or_sizes
-    def __init__(self, config: HsnConfig):
+    def __init__(self, config: HsnConfig) -> None:
         super().__init__()
         dim, self.heads = config.hidden_size, config.num_heads
         self.key_heads = config.num_key_heads if config.binding == "dynamic" else self.heads
@@ -124,7 +125,9 @@ class HolographicMixer(nn.Module):
         source = x if self.filter is None else F.silu(self.filter(x, layout, cache))
         return (self._dynamic if self.dynamic else self._static)(x, source, layout, cache)
 
-    def _dynamic(self, x, source, layout: TokenLayout, cache: RecurrentLayer | None) -> torch.Tensor:
+    def _dynamic(
+        self, x: torch.Tensor, source: torch.Tensor, layout: TokenLayout, cache: RecurrentLayer | None
+    ) -> torch.Tensor:
         projected = self._project(x, source)
         with torch.autocast(x.device.type, enabled=False):  # states and phases keep their precision
             if layout.drift is None:
@@ -137,7 +140,9 @@ class HolographicMixer(nn.Module):
         y = y.transpose(1, 2).flatten(2).to(x.dtype) * self.norm_weight  # [B, T, D]
         return self.out_proj(y * F.silu(self.gate_proj(x)))
 
-    def _static(self, x, source, layout: TokenLayout, cache: RecurrentLayer | None) -> torch.Tensor:
+    def _static(
+        self, x: torch.Tensor, source: torch.Tensor, layout: TokenLayout, cache: RecurrentLayer | None
+    ) -> torch.Tensor:
         dtype = at_least_float32(x.dtype)
         k, u, source = (z.to(dtype) for z in (self.bind_key, self.unbind_key, source))
         with torch.autocast(x.device.type, enabled=False):
@@ -158,7 +163,16 @@ class HolographicMixer(nn.Module):
         strength = self.write_proj(source).to(dtype) if self.cancel else None
         return v, theta_q, theta_k, self.decay_proj(x).to(dtype), strength
 
-    def _recall(self, v, theta_q, theta_k, decay, strength, layout: TokenLayout, cache: RecurrentLayer | None):
+    def _recall(
+        self,
+        v: torch.Tensor,
+        theta_q: torch.Tensor,
+        theta_k: torch.Tensor,
+        decay: torch.Tensor,
+        strength: torch.Tensor | None,
+        layout: TokenLayout,
+        cache: RecurrentLayer | None,
+    ) -> torch.Tensor:
         """Bind, bundle and unbind by phases in one direction: `[B, H, T, V]`."""
         groups = self.heads // self.key_heads
         drift = layout.drift if groups == 1 else layout.drift.repeat_interleave(groups, 1)
@@ -168,7 +182,14 @@ class HolographicMixer(nn.Module):
         decay = (decay + self.decay_bias.to(decay.dtype)).transpose(1, 2).contiguous()  # [B, H, T]
         return self._scan(q, k, v.transpose(1, 2), decay, strength, layout, cache)
 
-    def _spread(self, x, first, second, layout: TokenLayout, cache: RecurrentLayer | None):
+    def _spread(
+        self,
+        x: torch.Tensor,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        layout: TokenLayout,
+        cache: RecurrentLayer | None,
+    ) -> torch.Tensor:
         """Bind `[B, T, D]` with one key, bundle, and unbind with the other in one direction: `[B, T, D]`."""
         v = bind(x, first).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, T, V]
         ones = torch.ones_like(v[..., :1])
@@ -176,7 +197,16 @@ class HolographicMixer(nn.Module):
         y = self._scan(ones, ones, v, decay, None, layout, cache)
         return unbind(y.transpose(1, 2).flatten(2), second)
 
-    def _scan(self, q, k, v, decay, strength, layout: TokenLayout, cache: RecurrentLayer | None):
+    def _scan(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        decay: torch.Tensor,
+        strength: torch.Tensor | None,
+        layout: TokenLayout,
+        cache: RecurrentLayer | None,
+    ) -> torch.Tensor:
         """Bundle what is bound and read it, with the decay λ = σ(-`decay`) `[B, H, T]`: `[B, H, T, V]`."""
         log_decay = -F.softplus(decay)  # of other strides, torch.compile takes the wrong ones for its gradient
         write = self._write(decay, strength)
@@ -223,7 +253,7 @@ class AttentionMixer(nn.Module):
         config: an [`HsnConfig`].
     """
 
-    def __init__(self, config: HsnConfig):
+    def __init__(self, config: HsnConfig) -> None:
         super().__init__()
         dim, self.heads, self.key_heads = config.hidden_size, config.num_heads, config.num_key_heads
         self.causal, self.head_dim = config.is_causal, config.head_dim
@@ -305,7 +335,7 @@ class HoloSpectralBlock(GradientCheckpointingLayer):
     """
 
     @or_sizes
-    def __init__(self, config: HsnConfig, layer_idx: int = 0):
+    def __init__(self, config: HsnConfig, layer_idx: int = 0) -> None:
         super().__init__()
         dim = config.hidden_size
         self.layer_idx = layer_idx

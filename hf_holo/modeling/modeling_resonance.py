@@ -27,7 +27,7 @@ class Listener(nn.Module):
         config: a [`ResonanceConfig`].
     """
 
-    def __init__(self, config: ResonanceConfig):
+    def __init__(self, config: ResonanceConfig) -> None:
         super().__init__()
         make_bank = partial(
             ResonatorBank,
@@ -80,7 +80,7 @@ class ResonanceMixer(nn.Module):
         config: a [`ResonanceConfig`].
     """
 
-    def __init__(self, config: ResonanceConfig):
+    def __init__(self, config: ResonanceConfig) -> None:
         super().__init__()
         dim, ways = config.hidden_size, range(1 if config.is_causal else 2)
         self.norm_eps = config.norm_eps
@@ -134,7 +134,7 @@ class ResonanceBlock(GradientCheckpointingLayer):
         layer_idx: index of the block, which picks its states in the cache.
     """
 
-    def __init__(self, config: ResonanceConfig, layer_idx: int = 0):
+    def __init__(self, config: ResonanceConfig, layer_idx: int = 0) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.mixer_norm = make_norm(config)
@@ -177,7 +177,9 @@ class ResonancePreTrainedModel(FamilyPreTrainedModel):
 class ResonanceModel(ResonancePreTrainedModel, RecurrentBackbone):
     """Resonance without a head: `[B, T]` token ids to hidden states `[B, T, hidden_size]`."""
 
-    def run_blocks(self, x, cache, keep_all, layout):
+    def run_blocks(
+        self, x: torch.Tensor, cache: RecurrentCache | None, keep_all: bool, layout: TokenLayout
+    ) -> list[torch.Tensor]:
         """A long text goes through all blocks segment by segment, unless gradients or a graph are recorded."""
         run, length = super().run_blocks, self.config.segment_length
         if exporting() or torch.is_grad_enabled() or not self.config.is_causal or layout.length <= length:

@@ -11,6 +11,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from .cache import CACHE_NAMES
 from .checkpoint import check_finite, check_offloaded, naming_the_checkpoint, within_memory
+from .configuration_base import FamilyConfig
 from .embeddings import CompressedEmbedding
 from .remote_code import auto_map, card_writers, complete_code, with_code
 
@@ -33,7 +34,7 @@ class FamilyPreTrainedModel(PreTrainedModel):
     block_class: type[nn.Module]
     needs_causal: bool | None = None  # the `causal` of its config; None: it works with both
 
-    def __init__(self, config):
+    def __init__(self, config: FamilyConfig) -> None:
         if self.needs_causal is not None and config.causal is None:
             config = copy.deepcopy(config)
             config.causal = self.needs_causal
@@ -49,7 +50,7 @@ class FamilyPreTrainedModel(PreTrainedModel):
         return issubclass(cls, GenerationMixin)
 
     @classmethod
-    def capabilities_of(cls, config) -> frozenset[str]:
+    def capabilities_of(cls, config: FamilyConfig) -> frozenset[str]:
         """The capabilities that hold for this config; a family overrides it where an option takes one away."""
         return cls.capabilities
 

@@ -17,7 +17,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 
+from .configuration_base import FamilyConfig
 from .configuration_vocabulary import lay_out_vocabulary
 from .embeddings import CompressedEmbedding, ScaledEmbedding
 from .hashing import HashEmbedding
@@ -51,7 +53,7 @@ class TwoLevelEmbedding(CompressedEmbedding):
         frequent_tokens: int,
         grouped_tokens: int,
         groups: int,
-    ):
+    ) -> None:
         super().__init__(num_embeddings, embedding_dim, initializer_range)
         self.frequent_tokens = frequent_tokens
         self.grouped_tokens = grouped_tokens
@@ -182,7 +184,7 @@ class FrequencyCompressedEmbedding(TwoLevelEmbedding):
         frequent_tokens: int,
         groups: int,
         group_size: int,
-    ):
+    ) -> None:
         sizes = {"frequent_tokens": frequent_tokens, "grouped_tokens": groups * group_size, "groups": groups}
         super().__init__(num_embeddings, embedding_dim, initializer_range, **sizes)
         self.group_size = group_size
@@ -255,7 +257,7 @@ class AdaptiveEmbedding(TwoLevelEmbedding):
         *,
         cutoffs: list[int],
         shrink: int = 4,
-    ):
+    ) -> None:
         frequent, *ends = cutoffs
         sizes = {"frequent_tokens": frequent, "grouped_tokens": ends[-1] - frequent, "groups": len(ends)}
         super().__init__(num_embeddings, embedding_dim, initializer_range, **sizes)
@@ -321,7 +323,7 @@ EMBEDDINGS = {
 }
 
 
-def make_embedding(config) -> nn.Module:
+def make_embedding(config: FamilyConfig) -> nn.Module:
     """The embedding that `config.embedding_strategy` names, with `config.embedding_options`.
 
     A config of a family that does not offer the choice has none of the two: its embedding is the standard one.
@@ -344,7 +346,7 @@ def make_embedding(config) -> nn.Module:
     return EMBEDDINGS[strategy](config.vocab_size, config.hidden_size, config.initializer_range, **options)
 
 
-def vocabulary_parameters(model) -> tuple[int, int]:
+def vocabulary_parameters(model: PreTrainedModel) -> tuple[int, int]:
     """Parameters of a language model's embedding and head together, and those of one dense table for both."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     modules = [module for module in (embedding, head) if module is not None]

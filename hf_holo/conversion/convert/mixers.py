@@ -25,7 +25,7 @@ class MixerTransfer(Conversion):
     lesson = "distill-hsn"
     advice = "Its mixers are only a start: it writes noise until it has been distilled from its teacher:"
 
-    def __init__(self, source: Source, options: ConvertArguments):
+    def __init__(self, source: Source, options: ConvertArguments) -> None:
         super().__init__(source, options)
         student = self._transfer(self.twin)
         self.parts: list[Part] = compare(self.twin, student)

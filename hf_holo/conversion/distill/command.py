@@ -302,7 +302,13 @@ class DistillTrainer(HoloTrainer):
         self.stage_loss = stage_loss
         self.model_accepts_loss_kwargs = False  # the loss is a mean: accumulated steps have to be averaged
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         if return_outputs:  # Trainer evaluates
             return super().compute_loss(model, inputs, return_outputs)
         with self.accelerator.autocast():  # for the teacher too, and for parts of the student that are called alone

@@ -8,7 +8,7 @@ al., 2024, aligns a block at a time in this way.) "hidden_states" and "logits" l
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -153,7 +153,7 @@ def recorded(modules: list[nn.Module], feed: list[torch.Tensor] | None = None) -
             replace = _replacing(feed[place])
             hooks.append(module.register_forward_pre_hook(replace, with_kwargs=True))
 
-        def note(module, args, kwargs, output, place=place):
+        def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any, place: int = place) -> None:
             passages[place] = Passage(_read(args, kwargs), output[0] if isinstance(output, tuple) else output)
 
         hooks.append(module.register_forward_hook(note, with_kwargs=True))
@@ -169,7 +169,7 @@ def _read(args: tuple, kwargs: dict) -> torch.Tensor:
 
 
 def _replacing(value: torch.Tensor) -> Callable:
-    def replace(module, args, kwargs):
+    def replace(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return ((value, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": value})
 
     return replace

@@ -8,7 +8,7 @@ pass over two tokens and by loading what would be saved, without memory, on the 
 import inspect
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -182,7 +182,7 @@ class _Structure:
 
     TABLES = ("_parameters", "_buffers", "_modules")
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         configs = {id(part): part for module in model.modules() for part in _configs(getattr(module, "config", None))}
         self.attributes = [(owner, dict(vars(owner))) for owner in [*model.modules(), *configs.values()]]
         self.tables = [(table, dict(table)) for m in model.modules() for table in (vars(m)[n] for n in self.TABLES)]
@@ -206,12 +206,18 @@ def _configs(config: Any) -> list[PretrainedConfig]:
 class _Originals(TorchDispatchMode):
     """Keeps a copy of each tensor of a model from before the first operation that writes to it."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.owners = {_storage(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
         self.copies: dict[int, torch.Tensor] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         arguments = func._schema.arguments
         values = [*args, *(kwargs.get(argument.name) for argument in arguments[len(args) :])]

@@ -172,7 +172,7 @@ def taking_tokens_back(subject: Subject) -> str:
 class Speaker:
     """A float64 copy of a subject's model with an output matrix of its own, and no options but ours."""
 
-    def __init__(self, subject: Subject):
+    def __init__(self, subject: Subject) -> None:
         self.model = subject.copy().requires_grad_(False)
         self._masks = "attention_mask" in subject.arguments
         head = self.model.get_output_embeddings()

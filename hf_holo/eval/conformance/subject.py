@@ -64,7 +64,7 @@ class Subject:
         capabilities: Sequence[str] | None = None,
         seed: int = 0,
         move_weights: bool = True,
-    ):
+    ) -> None:
         self.model_class = source if isinstance(source, type) else type(source)
         if not issubclass(self.model_class, PreTrainedModel):
             raise HoloError(f"model={self.model_class.__name__} must be a PreTrainedModel of transformers")
