@@ -53,7 +53,7 @@ class Subject:
         move_weights: move the weights away from where they are, see [`perturb`].
 
     Raises:
-        HoloError: the model is an encoder with a decoder, or no `PreTrainedModel`.
+        HoloError: the model is an encoder with a decoder or no `PreTrainedModel`, or a class comes without a config.
     """
 
     def __init__(
@@ -69,7 +69,10 @@ class Subject:
         if not issubclass(self.model_class, PreTrainedModel):
             raise HoloError(f"model={self.model_class.__name__} must be a PreTrainedModel of transformers")
         self._source = source
-        self._given_config = config if isinstance(source, type) else source.config
+        given = config if isinstance(source, type) else source.config
+        if given is None:
+            raise HoloError(f"config=None: {self.model_class.__name__} is a class, so the config of a model is needed")
+        self._given_config = given
         if self._given_config.is_encoder_decoder:
             raise HoloError(f"model={self.model_class.__name__} is an encoder with a decoder; give one of the two")
         self.name = name or self.model_class.__name__
@@ -327,7 +330,7 @@ class Subject:
         Returns:
             The outputs of all pieces `[B, sum of T_i, ...]`, and the cache after the last.
         """
-        outputs = []
+        outputs: list[torch.Tensor] = []
         for ids, extra in zip(pieces, self._cut(per_token, pieces), strict=True):
             seen = sum(output.shape[1] for output in outputs)
             output, cache = self.advance(ids, cache, seen, model, **extra)
