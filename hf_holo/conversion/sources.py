@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -23,12 +22,13 @@ from ..data.documents import read_named, split_documents
 from ..data.masking import Masking, masked_splits
 from ..data.scoring import held_out_loss
 from ..data.tokenizers import saved_tokenizer
-from ..data.windows import Splits, text_splits
+from ..data.windows import AnyWindows, Splits, text_splits
 from ..errors import UNREADABLE, HoloError, first_line
 from .convert.arguments import ConvertArguments
 
 MASKED_SHARE = 0.15  # of the tokens that a masked language model is asked for
 AUTO_CLASSES = {AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForMaskedLM: MODEL_FOR_MASKED_LM_MAPPING}
+AutoClass = type[AutoModelForCausalLM] | type[AutoModelForMaskedLM]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Source:
 
     name: str
     config: PretrainedConfig
-    auto_class: type
+    auto_class: AutoClass
     trust_remote_code: bool = False
 
     @classmethod
@@ -129,7 +129,7 @@ def _saving_fails(config: GenerationConfig) -> str | None:
 
 
 def load_weights(
-    auto_class: type,
+    auto_class: AutoClass,
     name: str,
     dtype: torch.dtype | str,
     argument: str = "TEACHER",
@@ -186,7 +186,7 @@ class Text:
 
     name: str
     calibration: torch.Tensor
-    held_out: Dataset
+    held_out: AnyWindows
     prompt: str
     causal: bool
 

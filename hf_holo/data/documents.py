@@ -77,12 +77,12 @@ def read_documents(
         HoloError: nothing is named, nothing is there, nothing is in it, it is not UTF-8, or the column is missing.
     """
     if dataset_name in BUILT_IN_TEXTS:
-        documents = BUILT_IN_TEXTS[dataset_name]()
+        found: Sequence[str | None] = BUILT_IN_TEXTS[dataset_name]()
     elif dataset_name:
-        documents = _column(read_hub(dataset_name, dataset_config_name), text_column, dataset_name)
+        found = _column(read_hub(dataset_name, dataset_config_name), text_column, dataset_name)
     else:
-        documents = [text for file in find_files(train_file) for text in _read_texts(file, text_column)]
-    documents = [text for text in documents if text]
+        found = [text for file in find_files(train_file) for text in _read_texts(file, text_column)]
+    documents = [text for text in found if text]
     if not any(text.strip() for text in documents):
         raise HoloError(f"{name_of_source(train_file, dataset_name)} holds no text")
     return documents
@@ -129,7 +129,7 @@ def _files_at(name: str) -> list[Path]:
     return files
 
 
-def _read_texts(file: Path, text_column: str) -> list[str]:
+def _read_texts(file: Path, text_column: str) -> Sequence[str | None]:
     if file.suffix in TABLE_FORMATS:
         return _column(read_table(file), text_column, str(file))
     try:

@@ -26,7 +26,7 @@ def held_out_loss(
 ) -> float:
     """Mean loss over all labels of the windows, in nats per token; arguments as of [`summed_over`].
 
-    `hf-holo train` computes the same from what Trainer gathers (`hf_holo.eval.metrics.LanguageArray`): both sum
+    `hf-holo train` computes the same from what Trainer gathers (`hf_holo.eval.metrics.LanguageScores`): both sum
     [`summed_scores`] in float64.
     """
     nats, tokens, _ = summed_over(model, windows, batch_size, pad_token_id, shift, description)
@@ -69,14 +69,18 @@ def aligned(logits: Array | tuple[Array, ...], labels: Array, shift: bool) -> tu
     return (logits[:, :-1], labels[:, 1:]) if shift else (logits, labels)
 
 
-def summed_losses(logits: torch.Tensor | tuple, labels: torch.Tensor, shift: bool = True) -> torch.Tensor:
+def summed_losses(
+    logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor, shift: bool = True
+) -> torch.Tensor:
     """Loss of each row and the number of tokens it is summed over: `[B, T, V], [B, T] -> [B, 2]`."""
     logits, targets = aligned(logits, labels, shift)
     losses = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
     return torch.stack([losses.sum(1), (targets != IGNORED).sum(1)], dim=1)
 
 
-def summed_scores(logits: torch.Tensor | tuple, labels: torch.Tensor, shift: bool = True) -> torch.Tensor:
+def summed_scores(
+    logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor, shift: bool = True
+) -> torch.Tensor:
     """[`summed_losses`], and the number of tokens that were the model's first guess: `[B, 3]`."""
     guesses, targets = aligned(logits, labels, shift)
     hits = (guesses.argmax(-1) == targets).sum(1, keepdim=True)  # an ignored label is no token's id

@@ -106,7 +106,8 @@ def state_bytes(model: PreTrainedModel) -> int | None:
     """Bytes of recurrent state that one sequence keeps whatever its length, from `state_spec`; None without one."""
     if not hasattr(model, "state_spec"):
         return None
-    shapes = [shape for layer in model.state_spec(model.config) for shape in layer.values()]
+    model_class: Any = type(model)
+    shapes = [shape for layer in model_class.state_spec(model.config) for shape in layer.values()]
     return torch.float32.itemsize * sum(map(math.prod, shapes))
 
 
@@ -167,7 +168,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known = weakref.WeakSet()
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(
         self,

@@ -1,7 +1,7 @@
 """Generation on ONNX Runtime, for graphs whose state is whatever it is. Needs the extra `onnx`."""
 
 import re
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig
@@ -23,6 +23,10 @@ from .onnx_config import register
 register()  # for `from_pretrained(..., export=True)`
 
 NOT_IN_A_GRAPH = ("seq_idx", "labels", "inputs_embeds", "output_attentions", "output_hidden_states")
+
+
+def _cannot_replay(tokens: int) -> NoReturn:
+    raise NotImplementedError("an exported graph cannot take tokens back")
 
 
 class HoloORTModelForCausalLM(ORTModelForCausalLM):
@@ -103,12 +107,13 @@ class HoloORTModelForCausalLM(ORTModelForCausalLM):
             feed["position_ids"] = positions(feed["attention_mask"], tokens) if given is None else given
         elif _packed(kwargs.get("position_ids"), feed["attention_mask"]):
             raise HoloError("position_ids: an exported graph reads one document in a row; give each its own row")
+        layers = [] if cache is None else cache.layers
         for state in self.states:
-            held = cache.layers[state.layer].get(state.name)
+            held = layers[state.layer].get(state.name)
             feed[state.input_name] = state.zeros(len(input_ids)) if held is None else held
         outputs = self._prepare_onnx_outputs(True, self.session.run(None, self._prepare_onnx_inputs(True, feed)))
         for state in self.states:
-            cache.layers[state.layer].put(state.name, outputs[state.output_name], tokens, replay=None)
+            layers[state.layer].put(state.name, outputs[state.output_name], tokens, _cannot_replay)
         if cache is not None:
             cache.advance(tokens)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

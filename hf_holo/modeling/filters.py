@@ -7,7 +7,7 @@ Source: minimum phase from the folded cepstrum (Oppenheim & Schafer, Discrete-Ti
 """
 
 import math
-from functools import partial
+from functools import partial, reduce
 
 import numpy as np
 import torch
@@ -137,7 +137,9 @@ def short_causal_conv(
     for j in range(1, taps):
         window = slice(taps - 1 - j, taps - 1 - j + length)
         tap = padded[:, window] * kernel[:, j]
-        out = out + (tap if labels is None else tap * (labels[:, window] == document)[..., None])
+        if document is not None and labels is not None:
+            tap = tap * (labels[:, window] == document)[..., None]
+        out = out + tap
     return out
 
 
@@ -153,7 +155,8 @@ def short_causal_conv_naive(
     rows = []
     for t in range(x.shape[1]):
         taps = ((kernel[:, j], before + t - j) for j in range(before + 1))
-        rows.append(sum(tap * padded[:, at] * (labels[:, at] == document[:, t])[:, None] for tap, at in taps))
+        heard = (tap * padded[:, at] * (labels[:, at] == document[:, t])[:, None] for tap, at in taps)
+        rows.append(reduce(torch.add, heard))
     return torch.stack(rows, 1)
 
 
@@ -172,7 +175,8 @@ class _ShortConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: BackwardCFunction, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        padded, kernel = ctx.saved_tensors
+        saved: tuple[torch.Tensor, ...] = ctx.saved_tensors
+        padded, kernel = saved
         taps, length = kernel.shape[-1], grad.shape[1]
         d_padded = torch.zeros_like(padded)
         d_kernel = torch.empty_like(kernel)

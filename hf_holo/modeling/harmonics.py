@@ -98,6 +98,10 @@ class HarmonicBasis(nn.Module):
             or pivoted without a "data" basis.
     """
 
+    table: torch.Tensor
+    tail: torch.Tensor
+    order: torch.Tensor
+
     def __init__(
         self,
         in_features: int,
@@ -224,6 +228,12 @@ class HoloLinear(nn.Linear):
 
     dense_class: type[nn.Module] = nn.Linear
     loading: bool = False
+    coefficients: nn.Parameter
+    amplitude: nn.Parameter
+    phase: nn.Parameter
+    bias: nn.Parameter | None  # type: ignore[assignment]  # torch declares none that is None
+    merged: torch.Tensor | None
+    own_basis: HarmonicBasis
 
     def __init__(
         self,
@@ -241,7 +251,7 @@ class HoloLinear(nn.Linear):
         nn.Module.__init__(self)  # not nn.Linear's, which would make a weight
         check_positive(out_features=out_features)
         self.in_features, self.out_features, self.harmonics = in_features, out_features, harmonics
-        made = {"device": device, "dtype": dtype}
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
         if isinstance(basis, HarmonicBasis):
             self._lent = (basis,)  # in a tuple, so that it is no submodule: a second owner would break saving
         else:
@@ -281,7 +291,7 @@ class HoloLinear(nn.Linear):
         return coefficients @ self.basis.matrix().to(coefficients.dtype)
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> torch.Tensor:  # type: ignore[override]  # computed
         """The dense matrix `[O, I]` that the layer stands for. Computed: writing to it raises TypeError; freezing it
         freezes what it is computed from."""
         if self.loading:
@@ -375,7 +385,7 @@ class HoloLinear(nn.Linear):
         )
 
 
-FREEZING = (torch.Tensor.requires_grad.__set__, torch.Tensor.requires_grad_)
+FREEZING = (torch.Tensor.requires_grad.__set__, torch.Tensor.requires_grad_)  # type: ignore[attr-defined]
 WRITING = r"__set__|__setitem__|[a-z]\w*[^_]_"  # x.data = ..., x[i] = ..., x.add_(...), init.zeros_(x)
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -139,12 +139,13 @@ class _GatherScores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: BackwardCFunction, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scores, weight, index, users, starts = ctx.saved_tensors
+        saved: tuple[torch.Tensor, ...] = ctx.saved_tensors
+        scores, weight, index, users, starts = saved
         gradient = gradient.T.contiguous()  # [V, N]
         by_user = weight.flatten().index_select(0, users)
         to_scores = F.embedding_bag(users // index.shape[1], gradient, starts, mode="sum", per_sample_weights=by_user)
         to_weight = None
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1]:  # type: ignore[misc]  # torch declares a tuple of one
             with torch.enable_grad():
                 weight = weight.detach().requires_grad_()
                 (to_weight,) = torch.autograd.grad(_bags(scores.detach().T, weight, index), weight, gradient)
@@ -168,8 +169,8 @@ def hash_codes(ids: Array, hashes: int, buckets: int) -> tuple[Array, Array]:
     Returns:
         Rows from 0 to K · buckets - 1, those of hash function k after those of k - 1, and signs ±1: `[..., K]` each.
     """
-    xp = np if isinstance(ids, np.ndarray) else torch
-    ids = ids.astype(np.int64) if xp is np else ids.long()
+    xp: Any = np if isinstance(ids, np.ndarray) else torch
+    ids = ids.astype(np.int64) if isinstance(ids, np.ndarray) else ids.long()
     rows, signs = [], []
     for k, (a, b, c) in enumerate(_coefficients(hashes)):
         code = ((a * ids + b) % PRIME * ids + c) % PRIME % (2 * buckets)
@@ -188,7 +189,7 @@ def _coefficients(hashes: int) -> list[list[int]]:
 class Codes(NamedTuple):
     """The hash codes of a whole vocabulary: `index` and `sign` `[V, K]`, `users` and `starts` of [`gather_scores`]."""
 
-    index: np.ndarray
+    index: np.ndarray  # type: ignore[assignment]  # in place of the method of tuples
     sign: np.ndarray
     users: np.ndarray
     starts: np.ndarray

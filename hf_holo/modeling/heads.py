@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import (
@@ -19,7 +19,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from .arguments import check_arguments
 from .backbone import RecurrentBackbone, wants_dict
 from .cache import CACHE_NAME, CACHE_NAMES, RecurrentCache, given_cache
-from .configuration_base import FamilyConfig
 from .embeddings import CompressedEmbedding, num_embeddings
 from .layers import at_least_float32
 from .losses import IGNORED, check_labels, dense_token_losses, language_loss
@@ -35,7 +34,7 @@ class _Head(FamilyPreTrainedModel):
 
     backbone_class: type[RecurrentBackbone]
 
-    def __init__(self, config: FamilyConfig) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
         self.model = self.backbone_class(self.config)
 
@@ -49,7 +48,7 @@ class _Head(FamilyPreTrainedModel):
 class _LMHead(_Head):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
-    def __init__(self, config: FamilyConfig) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
         if isinstance(self.model.embed_tokens, CompressedEmbedding):  # it is its own head, and nothing is to be tied
             self.lm_head = self._tied_weights_keys = None
@@ -108,7 +107,7 @@ class CausalLMHead(_LMHead, GenerationMixin):
     _auto_class = "AutoModelForCausalLM"
     needs_causal = True
 
-    def __init__(self, config: FamilyConfig) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
         # Trainer shifts the labels of label smoothing for the classes named here; this one may be a copy of the code
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(config.model_type, type(self).__name__)
@@ -244,7 +243,7 @@ class MaskedLMHead(_LMHead):
 
 
 class _ClassificationHead(_Head):
-    def __init__(self, config: FamilyConfig) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
         self.dropout = nn.Dropout(config.classifier_dropout)

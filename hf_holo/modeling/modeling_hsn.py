@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .backbone import RecurrentBackbone
@@ -261,8 +262,8 @@ class AttentionMixer(nn.Module):
         self.k_proj = nn.Linear(dim, self.key_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(dim, self.key_heads * self.head_dim, bias=False)
         self.out_proj = nn.Linear(dim, dim, bias=False)
-        turned = config.rotary_base is not None
-        self.rotary = RotaryEmbedding(self.head_dim, base=config.rotary_base) if turned else None
+        base = config.rotary_base
+        self.rotary = None if base is None else RotaryEmbedding(self.head_dim, base=base)
 
     def init_residual_(self, depth: int) -> None:
         """Start what writes to the residual stream for a model of `depth` blocks, see [`init_residual_`]."""
@@ -334,6 +335,8 @@ class HoloSpectralBlock(GradientCheckpointingLayer):
         layer_idx: index of the block, which picks its mixer and its states in the cache.
     """
 
+    gate: SpectralGate | None
+
     @or_sizes
     def __init__(self, config: HsnConfig, layer_idx: int = 0) -> None:
         super().__init__()
@@ -382,7 +385,7 @@ class HsnPreTrainedModel(FamilyPreTrainedModel):
             return [HoloSpectralBlock(config, index).state_spec() for index in range(config.num_hidden_layers)]
 
     @classmethod
-    def capabilities_of(cls, config: HsnConfig) -> frozenset[str]:
+    def capabilities_of(cls, config: PretrainedConfig) -> frozenset[str]:
         attends = "attention" in config.mixer_types  # then keys and values grow with the text
         return cls.capabilities - {"constant_state"} if attends else cls.capabilities
 

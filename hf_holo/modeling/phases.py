@@ -151,7 +151,9 @@ class RotaryEmbedding(PhaseDrift):
         """Angles of the pairs at whole `positions` `[...]`, modulo 2π: `[..., D/2]`, see [`PhaseDrift.angles`]."""
         return super().angles(positions)[..., 0, :]
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(  # type: ignore[override]  # it has the frequencies of a drift, and another use
+        self, x: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Turn `x` `[..., T, D]` by its positions `[T]` or `[..., T]` (default: from 0 on), to the same shape."""
         if positions is None:
             positions = torch.arange(x.shape[-2], device=home_of_float64(x.device))

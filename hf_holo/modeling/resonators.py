@@ -235,7 +235,9 @@ def _carry(
     across = _of_channels(powers[..., -1], rows)[:, None]  # [D, 1, 2K]
     before = [state]
     for n in range(written.shape[2] - 1):
-        kept = state if document is None else state * (document[:, n, -1] == carried[:, n])[:, None]
+        kept = state
+        if document is not None and carried is not None:
+            kept = state * (document[:, n, -1] == carried[:, n])[:, None]
         state = multiply(kept, across) + written[:, :, n]
         before.append(state)
     return torch.stack(before, 2)
@@ -473,7 +475,9 @@ class ChunkContext(nn.Module):
         ValueError: `chunk_length` is not a positive integer.
     """
 
-    def __init__(self, chunk_length: int, bank: nn.Module, name: str = "context") -> None:
+    bank: ResonatorBank | FadingSum
+
+    def __init__(self, chunk_length: int, bank: ResonatorBank | FadingSum, name: str = "context") -> None:
         super().__init__()
         check_positive(chunk_length=chunk_length)
         self.chunk_length, self.bank, self.name = chunk_length, bank, name
@@ -497,7 +501,7 @@ class ChunkContext(nn.Module):
 
     def _scan(
         self, u: torch.Tensor, layout: TokenLayout, running: torch.Tensor | None, coarse: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """What every token hears [B, T, D]; the sum and the number of the tokens in the last chunk [B, D + 1], zeros
         if it is complete; and the coarse state of the complete ones [B, D, 2K]."""
         # 1. inside chunks: sum and number of the tokens of each, those that an earlier call has left included

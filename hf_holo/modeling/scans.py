@@ -243,7 +243,8 @@ class _ChunkedScan(torch.autograd.Function):
     def backward(
         ctx: BackwardCFunction, dy: torch.Tensor, d_final: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, final, scores, between, from_start, to_end, across, before = ctx.saved_tensors
+        saved: tuple[torch.Tensor, ...] = ctx.saved_tensors
+        q, k, v, final, scores, between, from_start, to_end, across, before = saved
         d_final = torch.zeros_like(final) if d_final is None else d_final
         dy = dy.contiguous()
         # 4. read, backwards: what every chunk wants of the state before it

@@ -16,12 +16,12 @@ from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import ConcatDataset, Subset
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ...data.scoring import held_out_loss
 from ...data.tokenizers import saved_tokenizer
-from ...data.windows import Collator, Splits, evenly
+from ...data.windows import AnyWindows, Collator, Splits, evenly
 from ...errors import HoloError
 from ...files import write_text
 from ...generate import generate_text
@@ -73,8 +73,8 @@ class Texts:
         prompt: text to start a sample from.
     """
 
-    train: Dataset
-    validation: dict[str, Dataset]
+    train: AnyWindows
+    validation: dict[str, AnyWindows]
     prompt: str
 
 
@@ -235,7 +235,7 @@ def distillation_texts(texts: TextArguments, tokenizer: PreTrainedTokenizerBase)
     return Texts(mixed_equally([split.train for split in splits.values()]), validation, first.prompt)
 
 
-def mixed_equally(texts: list[Dataset]) -> Dataset:
+def mixed_equally(texts: list[AnyWindows]) -> AnyWindows:
     """The windows of all texts, those of shorter ones repeated: a student learns from each of them as much."""
     longest = max(map(len, texts))
     return ConcatDataset([Subset(text, [i % len(text) for i in range(longest)]) for text in texts])
@@ -374,7 +374,7 @@ def make_trainer(
     student: nn.Module,
     loss: Loss,
     tokenizer: PreTrainedTokenizerBase,
-    train: Dataset,
+    train: AnyWindows,
     texts: Texts,
 ) -> DistillTrainer:
     """Put student, data and optimizer together."""
@@ -397,7 +397,7 @@ def make_trainer(
     return trainer
 
 
-def make_optimizer(student: nn.Module, args: DistillTrainingArguments, train: Dataset) -> Optimizer | None:
+def make_optimizer(student: nn.Module, args: DistillTrainingArguments, train: AnyWindows) -> Optimizer | None:
     """The optimizer that the stage names; None: Trainer makes it.
 
     Raises:

@@ -5,16 +5,15 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ...data.windows import fingerprint
+from ...data.windows import AnyWindows, TokenDataset, fingerprint
 from ...files import replacing
 from .objectives import SoftLabels
 
 
-class CachedLogits(Dataset):
+class CachedLogits(TokenDataset):
     """Training windows with the soft labels that a teacher gave them.
 
     Args:
@@ -22,7 +21,7 @@ class CachedLogits(Dataset):
         path: what [`write_cache`] wrote for them.
     """
 
-    def __init__(self, windows: Dataset, path: Path) -> None:
+    def __init__(self, windows: AnyWindows, path: Path) -> None:
         self.windows = windows
         self.file = safe_open(path, "pt")  # maps the file into memory: only the rows in use are read
         self.names = list(self.file.keys())
@@ -36,7 +35,7 @@ class CachedLogits(Dataset):
 
 @torch.no_grad()
 def write_cache(
-    teacher: PreTrainedModel, windows: Dataset, path: Path, top_k: int, temperature: float, batch_size: int
+    teacher: PreTrainedModel, windows: AnyWindows, path: Path, top_k: int, temperature: float, batch_size: int
 ) -> None:
     """Compute the soft labels of all windows, unless `path` already holds them.
 

@@ -164,7 +164,9 @@ def _live(subject: Subject, model: PreTrainedModel, ending: list[int]) -> tuple[
         The last outputs `[LAST, D]` of every chunk and of the ending in float64, and the size of the state after each.
     """
     ids = subject.ids(1, CHUNKS * CHUNK + SINGLE_STEPS)
-    outputs, sizes, cache = [], [], None
+    outputs: list[torch.Tensor] = []
+    sizes: list[float] = []
+    cache = None
     pieces = [[chunk] for chunk in ids[:, : CHUNKS * CHUNK].split(CHUNK, 1)]
     for piece in [*pieces, ids[:, CHUNKS * CHUNK :].split(ending, 1)]:
         output, cache = subject.feed(piece, cache, model)
