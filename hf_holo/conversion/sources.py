@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -27,8 +28,11 @@ from ..errors import UNREADABLE, HoloError, first_line
 from .convert.arguments import ConvertArguments
 
 MASKED_SHARE = 0.15  # of the tokens that a masked language model is asked for
-AUTO_CLASSES = {AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForMaskedLM: MODEL_FOR_MASKED_LM_MAPPING}
 AutoClass = type[AutoModelForCausalLM] | type[AutoModelForMaskedLM]
+AUTO_CLASSES: dict[AutoClass, Any] = {
+    AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForMaskedLM: MODEL_FOR_MASKED_LM_MAPPING,
+}
 
 
 @dataclass(frozen=True)
@@ -205,7 +209,7 @@ def calibration_texts(
         HoloError: there is none, one cannot be read, one is too short, two have one name, or the windows are too long
             for the teacher.
     """
-    if not options.train_file:
+    if not options.train_file or tokenizer is None:
         if options.calibrated:
             raise HoloError("train_file: a calibrated conversion needs --train_file, best several of different kinds")
         return []

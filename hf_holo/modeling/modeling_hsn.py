@@ -402,7 +402,7 @@ class HsnModel(HsnPreTrainedModel, RecurrentBackbone):
     """HoloSpectralNet without a head: `[B, T]` token ids to hidden states `[B, T, hidden_size]`."""
 
 
-class HsnForCausalLM(HsnPreTrainedModel, RecurrentForCausalLM):
+class HsnForCausalLM(HsnPreTrainedModel, RecurrentForCausalLM):  # type: ignore[misc]  # as CausalLMHead
     """HoloSpectralNet that predicts the next token."""
 
     backbone_class = HsnModel

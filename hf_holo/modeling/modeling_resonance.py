@@ -1,6 +1,7 @@
 """Resonance: language models that listen to their past through banks of damped resonators instead of attending."""
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,8 +87,8 @@ class ResonanceMixer(nn.Module):
         self.norm_eps = config.norm_eps
         self.filter = SpectralGate(dim, config.gate_taps, config.is_causal, "filter", delayed=0.5)
         self.in_proj = nn.Linear(dim, 2 * dim, bias=False)  # values and their gate
-        self.listeners = nn.ModuleList([Listener(config) for _ in ways])
-        self.memories = None
+        self.listeners: Any = nn.ModuleList([Listener(config) for _ in ways])
+        self.memories: Any = None
         if config.memory_dimension is not None:
             sizes = dim, config.memory_dimension, config.memory_chunk_length
             self.memories = nn.ModuleList([PersistentMemory(*sizes, config.norm_eps) for _ in ways])
@@ -177,7 +178,7 @@ class ResonancePreTrainedModel(FamilyPreTrainedModel):
 class ResonanceModel(ResonancePreTrainedModel, RecurrentBackbone):
     """Resonance without a head: `[B, T]` token ids to hidden states `[B, T, hidden_size]`."""
 
-    def run_blocks(
+    def run_blocks(  # type: ignore[override]  # the layout is all that its blocks are called with
         self, x: torch.Tensor, cache: RecurrentCache | None, keep_all: bool, layout: TokenLayout
     ) -> list[torch.Tensor]:
         """A long text goes through all blocks segment by segment, unless gradients or a graph are recorded."""
@@ -190,7 +191,7 @@ class ResonanceModel(ResonancePreTrainedModel, RecurrentBackbone):
         return [torch.cat(segments, 1) for segments in zip(*parts, strict=True)]
 
 
-class ResonanceForCausalLM(ResonancePreTrainedModel, RecurrentForCausalLM):
+class ResonanceForCausalLM(ResonancePreTrainedModel, RecurrentForCausalLM):  # type: ignore[misc]  # as CausalLMHead
     """Resonance that predicts the next token."""
 
     backbone_class = ResonanceModel

@@ -30,16 +30,17 @@ class RunReport(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            write_metrics(state.log_history, _folder(args) / "metrics.csv")
+            write_metrics(state.log_history, folder_of(args) / "metrics.csv")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            plot_losses(state.log_history, _folder(args) / "loss.png")
+            plot_losses(state.log_history, folder_of(args) / "loss.png")
 
 
-def _folder(args: TrainingArguments) -> Path:
+def folder_of(args: TrainingArguments) -> Path:
+    """The output folder."""
     return Path(args.output_dir)  # type: ignore[arg-type]  # Trainer has filled it in
 
 

@@ -31,6 +31,7 @@ from ...modeling.harmonics import HoloLinear
 from ...training.callbacks import CausalityCallback
 from ...training.optim import MuonAdamW, WhitenedAdamW
 from ...training.progress import show_progress
+from ...training.report import folder_of
 from ...training.train import find_checkpoint, save_final
 from ...training.trainer import HoloTrainer
 from ..sources import load_tokenizer, load_weights, splits_of
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> None:
     run = parse(argv)
     if (processes := PartialState().num_processes) > 1:
         raise HoloError(f"a distillation runs in one process, not in {processes}: start `hf-holo distill` by itself")
-    folder = Path(run.training.output_dir)
+    folder = folder_of(run.training)
     try:
         with clear_disk_errors("output_dir", folder):
             distill(run)
@@ -80,7 +81,7 @@ class Texts:
 
 def distill(run: Distillation) -> PreTrainedModel | PeftModel:
     """Distil as `run` says, write everything into its output folder, and return the student."""
-    folder = Path(run.training.output_dir)
+    folder = folder_of(run.training)
     finished = _finished_stages(run, folder)
     set_seed(run.training.seed)
     teacher = load_model("teacher", run.models.teacher, run.models.trust_remote_code).eval().requires_grad_(False)
@@ -115,7 +116,7 @@ def distill(run: Distillation) -> PreTrainedModel | PeftModel:
 
 # ---------------------------------------------------------------------------------------------- before the first stage
 def stage_folder(run: Distillation, index: int) -> Path:
-    return Path(run.stages[index].training.output_dir)
+    return folder_of(run.stages[index].training)
 
 
 def _finished_stages(run: Distillation, folder: Path) -> list[Stage]:
@@ -332,7 +333,7 @@ def run_stage(
     run: Distillation,
 ) -> dict[str, Any]:
     """Train the student in place, save it in the folder of the stage, and return what the report says about it."""
-    folder = Path(stage.training.output_dir)
+    folder = folder_of(stage.training)
     start = time.perf_counter()
     checkpoint = find_checkpoint(folder, run.training.resume_from_checkpoint)
     trained = choose_trainable(student, teacher, stage, run.models.lora_rank)

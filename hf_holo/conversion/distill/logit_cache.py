@@ -1,6 +1,7 @@
 """The teacher's logits on disk: the most likely tokens of every position, in a safetensors file."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import safe_open
@@ -44,7 +45,7 @@ def write_cache(
     """
     top_k = min(top_k, teacher.config.vocab_size)
     metadata = {
-        "teacher": teacher.name_or_path,
+        "teacher": str(teacher.name_or_path),
         "text": fingerprint(windows),
         "temperature": str(temperature),
         "top_k": str(top_k),
@@ -58,7 +59,7 @@ def write_cache(
         rows = [windows[i]["input_ids"] for i in range(start, min(start + batch_size, len(windows)))]
         soft = SoftLabels.of(teacher(input_ids=torch.stack(rows).to(teacher.device)).logits, temperature, top_k)
         log_probs.append(soft.log_probs.cpu())
-        indices.append(soft.indices.int().cpu())
+        indices.append(cast(torch.Tensor, soft.indices).int().cpu())
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         save_file({"log_probs": torch.cat(log_probs), "indices": torch.cat(indices)}, temporary, metadata)

@@ -8,7 +8,7 @@ al., 2024, aligns a block at a time in this way.) "hidden_states" and "logits" l
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -81,14 +81,15 @@ def block_twins(student: PreTrainedModel, teacher: PreTrainedModel) -> list[Twin
     pairs = (_blocks(student), _blocks(teacher))
     if len(pairs[0]) != len(pairs[1]):
         raise HoloError(f"student: it has {len(pairs[0])} blocks, the teacher {len(pairs[1])}; match 'logits' only")
-    widths = [model.get_input_embeddings().weight.shape[1] for model in (student, teacher)]
+    embeddings: list[Any] = [model.get_input_embeddings() for model in (student, teacher)]
+    widths = [embedding.weight.shape[1] for embedding in embeddings]
     if widths[0] != widths[1]:
         raise HoloError(f"student: its hidden states have width {widths[0]}, the teacher's {widths[1]}; match 'logits'")
     return [Twins(*pair) for pair in zip(*pairs, strict=True)]
 
 
 def _blocks(model: PreTrainedModel) -> nn.ModuleList:
-    return model.get_submodule(block_list(model))
+    return cast(nn.ModuleList, model.get_submodule(block_list(model)))
 
 
 # ---------------------------------------------------------------------------------------------- outputs
@@ -202,7 +203,7 @@ class SoftLabels:
         student = F.log_softmax(logits.float() / temperature, -1)  # [B, T, V]
         kept = student if self.indices is None else student.gather(-1, self.indices)
         divergence = (self.log_probs.exp() * (self.log_probs - kept)).sum(-1)
-        if self.log_probs.shape[-1] < student.shape[-1]:
+        if self.indices is not None and self.log_probs.shape[-1] < student.shape[-1]:
             rest = (1 - self.log_probs.exp().sum(-1)).clamp_min(1e-8)
             others = student.scatter(-1, self.indices, float("-inf")).logsumexp(-1)
             divergence = divergence + rest * (rest.log() - others)
