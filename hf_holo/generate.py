@@ -33,7 +33,9 @@ def main(argv: list[str]) -> None:
     if args.seed is not None:
         set_seed(args.seed)
 
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if args.num_beams == 1 else None
+    streamer = None
+    if args.num_beams == 1:  # transformers asks for an AutoTokenizer, of which there are none
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
     sampling = {"do_sample": args.temperature > 0, "num_beams": args.num_beams}
     if args.temperature > 0:
         sampling |= {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}

@@ -62,7 +62,7 @@ class MovedFinder(MetaPathFinder, Loader):
                     return getattr(found, name)
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}; it is {now} now")
 
-        module.__getattr__ = find
+        module.__getattr__ = find  # type: ignore[method-assign]  # a module's is a function that one sets (PEP 562)
 
 
 def install() -> None:

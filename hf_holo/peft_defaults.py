@@ -50,6 +50,8 @@ class _AfterImport(MetaPathFinder):
         if name != TABLES:
             return None
         spec = PathFinder.find_spec(name, path)
+        if spec is None or spec.loader is None:
+            return spec
         execute = spec.loader.exec_module
 
         def execute_and_fill(module: ModuleType) -> None:
@@ -57,7 +59,7 @@ class _AfterImport(MetaPathFinder):
             execute(module)
             _fill(module)
 
-        spec.loader.exec_module = execute_and_fill
+        spec.loader.exec_module = execute_and_fill  # type: ignore[method-assign]  # of this one loader
         return spec
 
 

@@ -61,7 +61,7 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
 class _HelpAll(Action):
     """`--help_all`: the help with those options that `--help` leaves out."""
 
-    def __call__(self, parser: "RecipeParser", *args: Any) -> None:
+    def __call__(self, parser: "RecipeParser", *args: Any) -> None:  # type: ignore[override]  # no other has it
         for action, text in parser.left_out.items():
             action.help = text
         parser.print_help()
@@ -78,16 +78,17 @@ class RecipeParser(Parser, HfArgumentParser):
     def __init__(self, dataclass_types: type | Sequence[type], **options: Any) -> None:
         self.left_out: dict[Action, str | None] = {}
         usage = "%(prog)s [RECIPE] [--OPTION VALUE ...]"
-        super().__init__(dataclass_types, **{"formatter_class": _HelpFormatter, "usage": usage, **options})
+        options = {"formatter_class": _HelpFormatter, "usage": usage, **options}
+        super().__init__(dataclass_types, **options)  # type: ignore[arg-type]  # its type of a dataclass is its own
 
     def _add_dataclass_arguments(self, dtype: type) -> None:
         before = len(self._actions)
-        super()._add_dataclass_arguments(dtype)
+        super()._add_dataclass_arguments(dtype)  # type: ignore[arg-type]  # as well
         added, own = self._actions[before:], _own_fields(dtype)
         for action in added:
             if action.nargs == 0 and action.const is False:  # the `--no_x` of an `--x` that is true by default
                 action.help = SUPPRESS
-        title = inspect.getdoc(dtype).partition(".")[0].partition(":")[0]
+        title = (inspect.getdoc(dtype) or "").partition(".")[0].partition(":")[0]
         self._group([action for action in added if action.dest in own], title)
         inherited = [action for action in added if action.dest not in own]
         if inherited:

@@ -8,7 +8,7 @@ import importlib
 import json
 import warnings
 from collections import UserDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -232,7 +232,7 @@ def load_plugins() -> None:
     for entry_point in entry_points(group=ENTRY_POINT_GROUP):
         try:
             loaded = entry_point.load()
-            if isinstance(loaded, Callable):
+            if callable(loaded):
                 loaded()
         except Exception as error:
             reason = " ".join(str(error).split())
@@ -243,9 +243,10 @@ def load_plugins() -> None:
             )
 
 
-def _check_class(argument: str, value: Any, base: type) -> None:
+def _check_class(argument: str, value: Any, base: type) -> type[Any]:
     if not (isinstance(value, type) and issubclass(value, base)):
         raise HoloError(f"{argument}={value!r} must be a subclass of {base.__name__}")
+    return value
 
 
 def _check_models(models: Mapping[str, type[PreTrainedModel] | str], config: type[PretrainedConfig]) -> None:
@@ -256,9 +257,9 @@ def _check_models(models: Mapping[str, type[PreTrainedModel] | str], config: typ
             raise HoloError(f"models: {auto_name!r} is not an Auto class for models; one is 'AutoModelForCausalLM'")
         if isinstance(model, str) and ":" in model:
             continue
-        _check_class(f"models[{auto_name!r}]", model, PreTrainedModel)
-        if model.config_class is not config:
-            raise HoloError(f"models[{auto_name!r}]: {model.__name__}.config_class must be {config.__name__}")
+        known = _check_class(f"models[{auto_name!r}]", model, PreTrainedModel)
+        if known.config_class is not config:
+            raise HoloError(f"models[{auto_name!r}]: {known.__name__}.config_class must be {config.__name__}")
 
 
 def _read_presets(source: Mapping[str, dict[str, Any]] | Path | None) -> dict[str, dict[str, Any]]:
@@ -319,7 +320,7 @@ def _register_with_transformers(architecture: Architecture) -> None:
         transformers.AutoProcessor.register(config, architecture.processor, exist_ok=True)
 
 
-def _register_model(auto_class: type, config: type[PretrainedConfig], model: type | str) -> None:
+def _register_model(auto_class: Any, config: type[PretrainedConfig], model: type | str) -> None:
     """What `auto_class.register` does, for classes that are still to be imported too."""
     mapping = auto_class._model_mapping
     if not isinstance(mapping._extra_content, Classes):

@@ -4,9 +4,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -23,12 +23,16 @@ from ..data.documents import read_named, split_documents
 from ..data.masking import Masking, masked_splits
 from ..data.scoring import held_out_loss
 from ..data.tokenizers import saved_tokenizer
-from ..data.windows import Splits, text_splits
+from ..data.windows import AnyWindows, Splits, text_splits
 from ..errors import UNREADABLE, HoloError, first_line
 from .convert.arguments import ConvertArguments
 
 MASKED_SHARE = 0.15  # of the tokens that a masked language model is asked for
-AUTO_CLASSES = {AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForMaskedLM: MODEL_FOR_MASKED_LM_MAPPING}
+AutoClass = type[AutoModelForCausalLM] | type[AutoModelForMaskedLM]
+AUTO_CLASSES: dict[AutoClass, Any] = {
+    AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForMaskedLM: MODEL_FOR_MASKED_LM_MAPPING,
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Source:
 
     name: str
     config: PretrainedConfig
-    auto_class: type
+    auto_class: AutoClass
     trust_remote_code: bool = False
 
     @classmethod
@@ -129,7 +133,7 @@ def _saving_fails(config: GenerationConfig) -> str | None:
 
 
 def load_weights(
-    auto_class: type,
+    auto_class: AutoClass,
     name: str,
     dtype: torch.dtype | str,
     argument: str = "TEACHER",
@@ -186,7 +190,7 @@ class Text:
 
     name: str
     calibration: torch.Tensor
-    held_out: Dataset
+    held_out: AnyWindows
     prompt: str
     causal: bool
 
@@ -205,7 +209,7 @@ def calibration_texts(
         HoloError: there is none, one cannot be read, one is too short, two have one name, or the windows are too long
             for the teacher.
     """
-    if not options.train_file:
+    if not options.train_file or tokenizer is None:
         if options.calibrated:
             raise HoloError("train_file: a calibrated conversion needs --train_file, ideally texts of several kinds")
         return []

@@ -32,7 +32,7 @@ class WorkFolder:
         HoloError: OUT exists, or there is unfinished work of another kind.
     """
 
-    def __init__(self, out: Path, identity: dict[str, Any], overwrite: bool = False):
+    def __init__(self, out: Path, identity: dict[str, Any], overwrite: bool = False) -> None:
         self.out, self.path = out, work_path(out)
         check_out(out, overwrite)
         known = self.load_json("identity")

@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import HoloError
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # takes seconds, and most texts need none of it
 
 TABLE_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
@@ -73,12 +77,12 @@ def read_documents(
         HoloError: nothing is named, nothing is there, nothing is in it, it is not UTF-8, or the column is missing.
     """
     if dataset_name in BUILT_IN_TEXTS:
-        documents = BUILT_IN_TEXTS[dataset_name]()
+        found: Sequence[str | None] = BUILT_IN_TEXTS[dataset_name]()
     elif dataset_name:
-        documents = _column(read_hub(dataset_name, dataset_config_name), text_column, dataset_name)
+        found = _column(read_hub(dataset_name, dataset_config_name), text_column, dataset_name)
     else:
-        documents = [text for file in find_files(train_file) for text in _read_texts(file, text_column)]
-    documents = [text for text in documents if text]
+        found = [text for file in find_files(train_file) for text in _read_texts(file, text_column)]
+    documents = [text for text in found if text]
     if not any(text.strip() for text in documents):
         raise HoloError(f"{name_of_source(train_file, dataset_name)} contains no text")
     return documents
@@ -125,7 +129,7 @@ def _files_at(name: str) -> list[Path]:
     return files
 
 
-def _read_texts(file: Path, text_column: str) -> list[str]:
+def _read_texts(file: Path, text_column: str) -> Sequence[str | None]:
     if file.suffix in TABLE_FORMATS:
         return _column(read_table(file), text_column, str(file))
     try:
@@ -137,7 +141,7 @@ def _read_texts(file: Path, text_column: str) -> list[str]:
         ) from None
 
 
-def read_table(file: Path):
+def read_table(file: Path) -> "Dataset":
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -150,7 +154,7 @@ def read_table(file: Path):
         ) from None
 
 
-def read_hub(name: str, config: str | None):
+def read_hub(name: str, config: str | None) -> "Dataset":
     from datasets import load_dataset
 
     try:
@@ -162,7 +166,7 @@ def read_hub(name: str, config: str | None):
         ) from None
 
 
-def _column(table, text_column: str, source: str) -> list[str | None]:
+def _column(table: "Dataset", text_column: str, source: str) -> list[str | None]:
     if text_column not in table.column_names:
         raise HoloError(f"text_column: {source!r} has no column {text_column!r}, only {', '.join(table.column_names)}")
     texts = table[text_column][:]

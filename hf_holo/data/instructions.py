@@ -4,13 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import HoloError
 from ..modeling.losses import IGNORED
 from .documents import TABLE_FORMATS, find_files, name_of_source, read_hub, read_table
-from .windows import Splits, token_ids
+from .windows import Splits, TokenDataset, token_ids
 
 RESPONSE_MARK = "### Response:\n"
 
@@ -51,7 +50,7 @@ def alpaca_prompt(record: dict[str, str]) -> str:
     return "\n\n".join([*parts, RESPONSE_MARK])
 
 
-class Responses(Dataset):
+class Responses(TokenDataset):
     """Prompt and response of each record, with labels on the response and its end token only.
 
     Responses are cut at `block_size` tokens; records whose prompt leaves no room for a response are left out.

@@ -1,17 +1,20 @@
 """Masked language modelling: what is masked in training, what in evaluation, and a text with its gaps filled."""
 
 import zlib
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import ConcatDataset
 from transformers import DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import HoloError
 from ..modeling.losses import IGNORED
 from .windows import (
+    AnyWindows,
     Collator,
     Splits,
+    TokenDataset,
     Windows,
     check_length,
     check_windows,
@@ -41,7 +44,7 @@ class Masking:
         if not 0.0 < fraction < 1.0:
             raise HoloError(f"mlm_probability: {fraction} is not between 0 and 1")
         self.special = torch.tensor(tokenizer.all_special_ids)
-        probabilities = {"mask_replace_prob": 1.0, "random_replace_prob": 0.0} if only_masks else {}
+        probabilities: dict[str, Any] = {"mask_replace_prob": 1.0, "random_replace_prob": 0.0} if only_masks else {}
         self.rules = DataCollatorForLanguageModeling(tokenizer, mlm_probability=fraction, **probabilities)
 
     def __call__(self, ids: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,14 +78,14 @@ class MaskingCollator(Collator):
         return batch
 
 
-class MaskedWindows(Dataset):
+class MaskedWindows(TokenDataset):
     """Windows with masks that depend on the place of a window alone: a fixed set to score models on.
 
     Attributes:
         tokens: number of hidden tokens.
     """
 
-    def __init__(self, windows: Dataset, masking: Masking) -> None:
+    def __init__(self, windows: AnyWindows, masking: Masking) -> None:
         self.examples: list[dict[str, torch.Tensor]] = []
         for number in range(len(windows)):
             inputs, labels = masking(windows[number]["input_ids"][None], EVALUATION_SEED + number)

@@ -1,7 +1,9 @@
 """One held-out loss for all commands: nats per token, each token counted once whatever the batch size."""
 
 from collections.abc import Mapping
+from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -10,6 +12,8 @@ from tqdm.auto import tqdm
 
 from ..modeling.losses import IGNORED
 from .windows import Collator
+
+Array = TypeVar("Array", torch.Tensor, np.ndarray)
 
 
 def held_out_loss(
@@ -59,26 +63,30 @@ def summed_over(
     return totals
 
 
-def aligned(logits: torch.Tensor | tuple, labels: torch.Tensor, shift: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def aligned(logits: Array | tuple[Array, ...], labels: Array, shift: bool) -> tuple[Array, Array]:
     """Logits and the labels that they are to predict; `shift`: those of the next position."""
     logits = only_logits(logits)
     return (logits[:, :-1], labels[:, 1:]) if shift else (logits, labels)
 
 
-def summed_losses(logits: torch.Tensor | tuple, labels: torch.Tensor, shift: bool = True) -> torch.Tensor:
+def summed_losses(
+    logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor, shift: bool = True
+) -> torch.Tensor:
     """Loss of each row and the number of tokens it is summed over: `[B, T, V], [B, T] -> [B, 2]`."""
     logits, targets = aligned(logits, labels, shift)
     losses = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
     return torch.stack([losses.sum(1), (targets != IGNORED).sum(1)], dim=1)
 
 
-def summed_scores(logits: torch.Tensor | tuple, labels: torch.Tensor, shift: bool = True) -> torch.Tensor:
+def summed_scores(
+    logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor, shift: bool = True
+) -> torch.Tensor:
     """[`summed_losses`], and the number of tokens that were the model's first guess: `[B, 3]`."""
     guesses, targets = aligned(logits, labels, shift)
     hits = (guesses.argmax(-1) == targets).sum(1, keepdim=True)  # an ignored label is not the id of a token
     return torch.cat([summed_losses(logits, labels, shift), hits], dim=1)
 
 
-def only_logits(output):
+def only_logits(output: Array | tuple[Array, ...]) -> Array:
     """The logits, where a model gives more than them."""
     return output[0] if isinstance(output, tuple) else output

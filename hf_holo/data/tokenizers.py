@@ -4,6 +4,7 @@ and those that were saved."""
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -14,6 +15,7 @@ from ..registry import architectures
 
 PAD, UNKNOWN, END, MASK = "<|pad|>", "<|unk|>", "<|end|>", "<|mask|>"
 TOKENIZERS = ("characters", "bytes", "bpe")
+AnyTokenizer = TypeVar("AnyTokenizer", bound=PreTrainedTokenizerBase)
 
 
 def character_tokenizer(texts: Iterable[str]) -> HoloTokenizer:
@@ -120,7 +122,7 @@ def saved_tokenizer(
     raise HoloError(f"{argument}: {str(name)!r} has no tokenizer, or a damaged one: {reason}")
 
 
-def add_mask(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def add_mask(tokenizer: AnyTokenizer) -> AnyTokenizer:
     """The tokenizer with a mask token; in a text, `<|mask|>` stands for one token with the space before it."""
     if tokenizer.mask_token is None:
         tokenizer.add_special_tokens({"mask_token": MASK})

@@ -39,7 +39,17 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, split_special_tokens=True).input_ids
 
 
-class Windows(Dataset):
+class TokenDataset(Dataset[dict[str, torch.Tensor]]):
+    """A dataset that knows its length: torch declares none."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError(f"{type(self).__name__} does not say how many examples it has")
+
+
+AnyWindows = TokenDataset | ConcatDataset | Subset
+
+
+class Windows(TokenDataset):
     """Windows of `block_size` token ids.
 
     Args:
@@ -95,7 +105,7 @@ def scoring_windows(ids: np.ndarray, block_size: int) -> CausalWindows:
     return CausalWindows(ids, block_size, range(0, len(ids) - 1, block_size - 1))
 
 
-def evenly(windows: Dataset, count: int) -> Dataset:
+def evenly(windows: AnyWindows, count: int) -> AnyWindows:
     """`count` windows at equal distances over all of them; all if there are fewer, or for 0.
 
     Raises:
@@ -107,7 +117,7 @@ def evenly(windows: Dataset, count: int) -> Dataset:
     return Subset(windows, [i * total // count for i in range(count)]) if 0 < count < total else windows
 
 
-def fingerprint(windows: Dataset) -> str:
+def fingerprint(windows: AnyWindows) -> str:
     """SHA-256 of the tokens of all windows: equal for equal windows."""
     digest = hashlib.sha256()
     for i in range(len(windows)):
@@ -129,7 +139,7 @@ class Collator:
             "labels": pad([e["labels"] for e in examples], batch_first=True, padding_value=IGNORED),
         }
         if lengths.min() < lengths.max():
-            batch["attention_mask"] = (torch.arange(lengths.max()) < lengths[:, None]).long()  # [B, T]
+            batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()  # [B, T]
         return batch
 
 
@@ -146,8 +156,8 @@ class Splits:
         documents: number of documents or records that all of it comes from.
     """
 
-    train: Dataset
-    validation: Dataset
+    train: AnyWindows
+    validation: AnyWindows
     train_tokens: int
     tokens: int
     characters: int | None

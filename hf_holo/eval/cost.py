@@ -9,7 +9,7 @@ import argparse
 import json
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,8 @@ def state_bytes(model: PreTrainedModel) -> int | None:
     """Bytes of recurrent state that one sequence keeps whatever its length, from `state_spec`; None without one."""
     if not hasattr(model, "state_spec"):
         return None
-    shapes = [shape for layer in model.state_spec(model.config) for shape in layer.values()]
+    model_class: Any = type(model)
+    shapes = [shape for layer in model_class.state_spec(model.config) for shape in layer.values()]
     return torch.float32.itemsize * sum(map(math.prod, shapes))
 
 
@@ -164,12 +165,18 @@ def _tensor_bytes(cache: Any) -> int:
 class LiveBytes(TorchDispatchMode):
     """Weighs the tensors that operations make inside the context: `now` and at most (`peak`) alive, in bytes."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known = weakref.WeakSet()
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):

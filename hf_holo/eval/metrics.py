@@ -6,9 +6,11 @@
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,11 +21,14 @@ from ..data.scoring import aligned, only_logits, summed_scores
 from ..errors import HoloError, unknown
 from ..modeling.losses import IGNORED
 
+if TYPE_CHECKING:
+    from evaluate import EvaluationModule
+
 Metric = Callable[..., dict[str, float]]
 MODULES = Path(__file__).with_name("modules")  # for `evaluate.load`
 
 
-def evaluate_module(name: str):
+def evaluate_module(name: str) -> "EvaluationModule":
     """A metric of this package as a module of the package `evaluate`, for all that works with those:
 
         evaluate_module("language_model").compute(model="runs/quickstart", predictions=["A text.", "Another one."])
@@ -66,7 +71,7 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> dict[str, 
     return {"rougeL": float(np.mean(scores))}
 
 
-def _needed(module: str):
+def _needed(module: str) -> ModuleType:
     """A module of an optional dependency."""
     from importlib import import_module
 
@@ -113,15 +118,15 @@ class LanguageScores:
     characters: int | None = None
     shift: bool = True
 
-    def reduce(self, logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
+    def reduce(self, logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
         """[`summed_scores`]."""
         return summed_scores(logits, labels, self.shift)
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         """The metrics of a whole evaluation, from the rows of `reduce`."""
-        return self.of_sums(prediction.predictions.astype(np.float64).sum(0))
+        return self.of_sums(np.asarray(prediction.predictions, np.float64).sum(0))
 
-    def of_sums(self, sums: Sequence[float]) -> dict[str, float]:
+    def of_sums(self, sums: Iterable[float]) -> dict[str, float]:
         """The metrics, from nats, tokens and right first guesses over all texts."""
         nats, tokens, hits = map(float, sums)
         per_character = {"bits_per_character": nats / self.characters / math.log(2)} if self.characters else {}
@@ -147,7 +152,7 @@ class TextScores:
     metrics: tuple[Metric, ...] = (bleu, rouge_l)
     shift: bool = True
 
-    def reduce(self, logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
+    def reduce(self, logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
         """The first guesses `[B, T]` at the labels; -100 where there is none."""
         guesses, targets = aligned(logits, labels, self.shift)
         guesses = guesses.argmax(-1).masked_fill(targets == IGNORED, IGNORED)
@@ -155,7 +160,7 @@ class TextScores:
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         labels = np.where(prediction.predictions == IGNORED, IGNORED, prediction.label_ids)
-        texts = {"predictions": self._decoded(prediction.predictions), "references": self._decoded(labels)}
+        texts = {"predictions": self._decoded(np.asarray(prediction.predictions)), "references": self._decoded(labels)}
         return {name: value for metric in self.metrics for name, value in metric(**texts).items()}
 
     def _decoded(self, rows: np.ndarray) -> list[str]:

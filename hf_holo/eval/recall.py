@@ -97,15 +97,15 @@ def _point(codebook: torch.Tensor, pairs: int, rounds: int, reads: int, generato
     codes, dimension = codebook.shape[0], codebook.shape[1] // 2
     memory = HolographicMemory(dimension)
     memories = math.ceil(reads / EIGHTH / pairs)  # filled and read together
-    one_shot = []
+    guesses = []
     for batch in range(math.ceil(reads / memories / pairs)):
         keys = _random_phases(generator, memories, pairs, dimension)
         stored = torch.randint(codes, (memories, pairs), generator=generator)
         state = memory.write(memory.empty(memories), keys, codebook[stored])
-        one_shot.append(memory.cleanup(memory.read(state, keys), codebook) == stored)
+        guesses.append(memory.cleanup(memory.read(state, keys), codebook) == stored)
         if batch == 0:
             cancelled = memory.recall(state, keys, codebook, rounds=rounds).argmax(-1) == stored
-    one_shot, cancelled = torch.cat(one_shot).double(), cancelled.double()
+    one_shot, cancelled = torch.cat(guesses).double(), cancelled.double()
     return Point(
         dimension=dimension,
         pairs=pairs,

@@ -142,8 +142,8 @@ def _train(name: str, make: Callable[[], nn.Module], rate: float, seed: int, ste
         schedule.step()
         progress.update()
     seconds = time.perf_counter() - start
-    shares = [_accuracy(network, *spirals(POINTS, s)) for s in (seed, seed + 1)]
-    return View(name, count(network), rate, *shares, round(seconds, 1), picture(network))
+    seen, unseen = (_accuracy(network, *spirals(POINTS, s)) for s in (seed, seed + 1))
+    return View(name, count(network), rate, seen, unseen, round(seconds, 1), picture(network))
 
 
 @torch.no_grad()

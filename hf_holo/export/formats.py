@@ -37,7 +37,7 @@ class Source:
         HoloError: it cannot be loaded, or not for this task.
     """
 
-    def __init__(self, folder: str, task: str | None = None):
+    def __init__(self, folder: str, task: str | None = None) -> None:
         self.folder = folder
         try:
             config = AutoConfig.from_pretrained(folder)
@@ -174,7 +174,7 @@ def load_onnx(file: Path, graph: Graph) -> Program:
         feed = {name: tensor.numpy() for name, tensor in named.items() if name in known}
         return tuple(torch.from_numpy(array) for array in session.run(list(graph.output_axes), feed))
 
-    run.takes_positions = "position_ids" in known
+    run.takes_positions = "position_ids" in known  # type: ignore[attr-defined]  # a mark on the function
     return run
 
 
@@ -205,13 +205,14 @@ def with_thin_linears(model: nn.Module) -> nn.Module:
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
-    linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+    outputs, inputs = weight.shape
+    linear = nn.Linear(inputs, outputs, bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.bias = bias
+    linear.bias = bias  # type: ignore[assignment]  # None is a bias, too
     return linear
 
 
-def _save_exported(graph: Graph, model: PreTrainedModel, file: Path) -> None:
+def _save_exported(graph: Graph, model: nn.Module, file: Path) -> None:
     sizes = {name: torch.export.Dim.DYNAMIC for axes in graph.input_axes.values() for name in axes.values()}
     shapes = tuple({axis: sizes[name] for axis, name in axes.items()} for axes in graph.input_axes.values())
     example = tuple(graph.example(tokens=70).values())  # several chunks, of which none is full
@@ -225,7 +226,7 @@ def _save_exported(graph: Graph, model: PreTrainedModel, file: Path) -> None:
 
 def _any_size() -> AbstractContextManager:
     """Without it the exporter takes every size that is not 1 in the example for one that never is."""
-    return torch.fx.experimental._config.patch(backed_size_oblivious=True)
+    return torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
 
 
 def load_torch_export(file: Path, graph: Graph) -> Program:

@@ -104,7 +104,7 @@ class Graph:
         HoloError: the task is unknown, or the family has no head for it.
     """
 
-    def __init__(self, task: str, config: PretrainedConfig, dtype: torch.dtype = torch.float32):
+    def __init__(self, task: str, config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> None:
         self.task, self.config, self.dtype = task.removesuffix(WITH_PAST), config, dtype
         self.with_past = task.endswith(WITH_PAST)
         self.model_class = head_for(task, config)
@@ -188,8 +188,8 @@ class Graph:
         past = past if any(None in state.shape for state in self.states) else 0
         made = {}
         for name, sizes in self.media.items():
-            sizes = (size + tokens if axis in MEDIA[name] else size for axis, size in enumerate(sizes, 1))
-            made[name] = torch.randn(batch, *sizes, generator=generator)
+            longer = (size + tokens if axis in MEDIA[name] else size for axis, size in enumerate(sizes, 1))
+            made[name] = torch.randn(batch, *longer, generator=generator)
         if self.reads_text:
             made["input_ids"] = torch.randint(self.config.vocab_size, (batch, tokens), generator=generator)
         length = tokens if self.reads_text else made[self.model_class.main_input_name].shape[1]
@@ -235,7 +235,7 @@ class GraphModule(nn.Module):
         model: the model that computes it.
     """
 
-    def __init__(self, graph: Graph, model: PreTrainedModel):
+    def __init__(self, graph: Graph, model: nn.Module) -> None:
         super().__init__()
         self.graph, self.model = graph, model
 
@@ -279,8 +279,10 @@ def _read_off(model_class: type[PreTrainedModel], config: PretrainedConfig, dtyp
 def held_by(cache: Cache) -> Iterator[tuple[tuple[int, str], torch.Tensor]]:
     """The tensors in a cache, each with its layer and name."""
     for index, layer in enumerate(cache.layers):
-        recurrent = isinstance(layer, RecurrentLayer)
-        for name, tensor in (layer.states if recurrent else {"key": layer.keys, "value": layer.values}).items():
+        held: Mapping[str, Any] = (
+            layer.states if isinstance(layer, RecurrentLayer) else {"key": layer.keys, "value": layer.values}
+        )
+        for name, tensor in held.items():
             if name != PADDING:  # a graph reads it off the mask
                 yield (index, name), tensor
 
@@ -313,8 +315,9 @@ def make_cache(config: PretrainedConfig, states: Sequence[State], tensors: Seque
 def _keys_and_values(held: Mapping[int, Mapping[str, torch.Tensor]]) -> DynamicCache:
     """transformers' own cache. Not through its `update`, which joins an empty tensor that no graph needs."""
     cache = DynamicCache()
-    cache.layers = [DynamicLayer() for _ in held]
-    for layer, named in zip(cache.layers, held.values(), strict=True):
+    layers = [DynamicLayer() for _ in held]
+    cache.layers = list(layers)
+    for layer, named in zip(layers, held.values(), strict=True):
         layer.keys, layer.values = named["key"], named["value"]
         layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
     return cache

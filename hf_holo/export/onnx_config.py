@@ -5,7 +5,7 @@ Needs the extra `onnx`. `optimum-cli` calls [`register`] through `optimum/comman
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from .onnx_numbers import share_numbers
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by Optimum's names
 
 
-def _transposed(g: Any, x: torch.Value) -> torch.Value:
+def _transposed(g: Any, x: Any) -> torch.Value:
     """`x.mT`, which torch's exporter lacks."""
     *outer, rows, columns = range(x.type().dim())
     return g.op("Transpose", x, perm_i=[*outer, columns, rows])
@@ -76,7 +76,9 @@ def _unflatten(x: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
 class GraphPatcher(ModelPatcher):
     """Makes `forward` take the state as a flat sequence of tensors and give it as one, while the graph is recorded."""
 
-    def __init__(self, config: "HoloOnnxConfig", model: PreTrainedModel, model_kwargs: dict[str, Any] | None = None):
+    def __init__(
+        self, config: "HoloOnnxConfig", model: PreTrainedModel, model_kwargs: dict[str, Any] | None = None
+    ) -> None:
         super().__init__(config, model, model_kwargs)
         forward, graph = self.orig_forward, config.graph
         signature = inspect.signature(forward)
@@ -120,10 +122,10 @@ class HoloOnnxConfig(OnnxConfigWithPast):
         self, framework: str = "pt", batch_size: int = 2, sequence_length: int = 16, **kwargs: Any
     ) -> dict[str, Any]:
         """The example of the graph, with the states as one list under `past_key_values`."""
-        tensors = self.graph.example(batch_size, sequence_length)
+        tensors: Mapping[str, Any] = self.graph.example(batch_size, sequence_length)
         if framework == "np":
             tensors = {name: tensor.numpy() for name, tensor in tensors.items()}
-        inputs = {name: tensors[name] for name in self.graph.inputs}
+        inputs: dict[str, Any] = {name: tensors[name] for name in self.graph.inputs}
         if self.graph.states:
             inputs["past_key_values"] = [tensors[state.input_name] for state in self.graph.states]
         return inputs
@@ -187,5 +189,5 @@ def _accept_own_modules() -> None:
             return "transformers"
         return infer(model=model, model_class=model_class)
 
-    infer_library.of_hf_holo = True
+    infer_library.of_hf_holo = True  # type: ignore[attr-defined]  # a mark on the function
     TasksManager._infer_library_from_model_or_model_class = staticmethod(infer_library)

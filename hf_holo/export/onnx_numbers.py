@@ -29,7 +29,8 @@ def share(model: ModelProto) -> None:
     """[`share_numbers`] of a model in memory."""
     graph = model.graph
     constants = [node for node in graph.node if _is_large_constant(node)]
-    tensors, reading, names = [], [], {}
+    tensors, reading = [], []
+    names: dict[tuple | None, str] = {}
     # what the exporter has transposed is called onnx::..., and comes after the parameters
     for tensor in sorted(map(_as_initializer, [*graph.initializer, *constants]), key=lambda t: t.name[:6] == "onnx::"):
         numbers = numpy_helper.to_array(tensor)

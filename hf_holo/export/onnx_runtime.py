@@ -1,9 +1,10 @@
 """Generation on ONNX Runtime, for graphs whose state is whatever it is. Needs the extra `onnx`."""
 
 import re
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from transformers import GenerationConfig, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 try:
@@ -24,6 +25,10 @@ register()  # for `from_pretrained(..., export=True)`
 NOT_IN_A_GRAPH = ("seq_idx", "labels", "inputs_embeds", "output_attentions", "output_hidden_states")
 
 
+def _cannot_replay(tokens: int) -> NoReturn:
+    raise NotImplementedError("an exported graph cannot take tokens back")
+
+
 class HoloORTModelForCausalLM(ORTModelForCausalLM):
     """An exported causal language model that generates as in PyTorch: greedy, sampling, beams, left padding.
 
@@ -36,8 +41,14 @@ class HoloORTModelForCausalLM(ORTModelForCausalLM):
     _is_stateful = True  # a graph cannot take tokens back: transformers refuses assisted decoding
 
     def __init__(
-        self, *, config=None, session: InferenceSession = None, use_io_binding=None, generation_config=None, **kwargs
-    ):
+        self,
+        *,
+        config: PretrainedConfig | None = None,
+        session: InferenceSession | None = None,
+        use_io_binding: bool | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
         # past the parent's, which computes the shapes of keys and values
         super(ORTModelForCausalLM, self).__init__(config=config, session=session, use_io_binding=False, **kwargs)
         self.generation_config = generation_config
@@ -96,12 +107,13 @@ class HoloORTModelForCausalLM(ORTModelForCausalLM):
             feed["position_ids"] = positions(feed["attention_mask"], tokens) if given is None else given
         elif _packed(kwargs.get("position_ids"), feed["attention_mask"]):
             raise HoloError("position_ids: an exported graph reads one document in a row; give each its own row")
+        layers = [] if cache is None else cache.layers
         for state in self.states:
-            held = cache.layers[state.layer].get(state.name)
+            held = layers[state.layer].get(state.name)
             feed[state.input_name] = state.zeros(len(input_ids)) if held is None else held
         outputs = self._prepare_onnx_outputs(True, self.session.run(None, self._prepare_onnx_inputs(True, feed)))
         for state in self.states:
-            cache.layers[state.layer].put(state.name, outputs[state.output_name], tokens, replay=None)
+            layers[state.layer].put(state.name, outputs[state.output_name], tokens, _cannot_replay)
         if cache is not None:
             cache.advance(tokens)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -109,7 +121,9 @@ class HoloORTModelForCausalLM(ORTModelForCausalLM):
         output = CausalLMOutputWithPast(None, logits, None if use_cache is False else cache)
         return output.to_tuple() if return_dict is False else output
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any) -> None:
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
         if self.states and generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = RecurrentCache(self.config)
 

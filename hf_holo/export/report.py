@@ -19,7 +19,7 @@ from ..data.scoring import summed_losses
 from ..data.windows import Windows, encode, scoring_windows
 from ..errors import HoloError
 from ..files import write_text
-from ..modeling.cache import given_cache
+from ..modeling.cache import RecurrentLayer, given_cache
 from .formats import Format, Program, Source, continues
 from .graph import PAST, TOTAL, Graph, State, held_by, make_cache
 
@@ -111,6 +111,7 @@ def _compare(
 
 def generation(source: Source, program: Program) -> dict[str, float]:
     """Share of equal tokens in what both write after two prompts, one of them padded: greedily and with 4 beams."""
+    model: Any = source.model  # that generates
     ids, new = source.graph.example(2, PROMPT, past=0)["input_ids"], _new_tokens(source)
     mask = torch.ones_like(ids)
     mask[0, : PROMPT // 3] = 0
@@ -122,11 +123,11 @@ def generation(source: Source, program: Program) -> dict[str, float]:
             "num_beams": beams,
             "max_new_tokens": new,
             "min_new_tokens": new,
-            "pad_token_id": source.model.config.pad_token_id or 0,
+            "pad_token_id": model.config.pad_token_id or 0,
         }
-        wanted = source.model.generate(ids, **options)
-        with computed_by(source.model, source.graph, program):
-            given = source.model.generate(ids, **options)
+        wanted = model.generate(ids, **options)
+        with computed_by(model, source.graph, program):
+            given = model.generate(ids, **options)
         shares[name] = (wanted == given)[:, PROMPT:].double().mean().item()
     return shares
 
@@ -155,8 +156,9 @@ def computed_by(model: PreTrainedModel, graph: Graph, program: Program) -> Itera
         if cache is not None:
             cache.layers = make_cache(model.config, graph.states, new).layers
             for layer in cache.layers:
-                layer.seen = seen + tokens
-        return CausalLMOutputWithPast(None, logits, cache)
+                if isinstance(layer, RecurrentLayer):
+                    layer.seen = seen + tokens
+        return CausalLMOutputWithPast(None, logits, cache)  # type: ignore[arg-type]  # it asks for a FloatTensor
 
     model.forward = forward
     try:
@@ -169,7 +171,7 @@ def computed_by(model: PreTrainedModel, graph: Graph, program: Program) -> Itera
 def perplexities(source: Source, program: Program, text: str) -> dict[str, float]:
     """exp of the mean loss in nats a token on a text, PyTorch's and the program's, in windows of `WINDOW` tokens."""
     nats = {"float32": 0.0, "exported": 0.0}
-    runs = {"float32": functools.partial(source.graph.call, source.model), "exported": program}
+    runs: dict[str, Program] = {"float32": functools.partial(source.graph.call, source.model), "exported": program}
     windows, tokens = held_out(source, text), 0
     for number in range(len(windows)):
         window = windows[number]["input_ids"][None]  # [1, T]
@@ -212,7 +214,7 @@ def latencies(source: Source, program: Program) -> dict[str, dict[str, float]]:
 def _medians(runs: Mapping[str, Callable], tensors: list[torch.Tensor]) -> dict[str, float]:
     """Each in two blocks, A B B A: call by call, the waiting threads of one runtime would slow the other down."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for name in (*runs, *reversed(runs)):
+    for name in (*runs, *reversed(list(runs))):
         for call in range(REPEATS):
             start = time.perf_counter()
             runs[name](tensors)

@@ -24,7 +24,7 @@ class Model:
         batch: number of texts that are read side by side.
     """
 
-    def __init__(self, file: Path, batch: int = 1):
+    def __init__(self, file: Path, batch: int = 1) -> None:
         self.session = InferenceSession(file, providers=["CPUExecutionProvider"])
         self.outputs = [output.name for output in self.session.get_outputs()]
         self.read = 0

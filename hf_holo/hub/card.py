@@ -156,31 +156,38 @@ def read_card(path: Path) -> ModelCard:
         raise HoloError(f"DIR: the Hub cannot read the header of {str(path)!r}: {first_line(error)}") from None
 
 
+def header_of(card: ModelCard) -> Any:
+    """What huggingface_hub reads into attributes, and declares none of."""
+    return card.data
+
+
 def is_own(card: ModelCard) -> bool:
     """Whether this package wrote the card."""
-    return isinstance(card.data.tags, list) and TAG in card.data.tags
+    tags = header_of(card).tags
+    return isinstance(tags, list) and TAG in tags
 
 
 def add_tags(card: ModelCard, path: Path) -> ModelCard:
     """The card with the tags of another one, too: those that a user gave to `push_to_hub`."""
-    given = ModelCard.load(path).data.tags or []
-    card.data.tags = [*card.data.tags, *(tag for tag in given if tag not in card.data.tags)]
+    given, header = header_of(ModelCard.load(path)).tags or [], header_of(card)
+    header.tags = [*header.tags, *(tag for tag in given if tag not in header.tags)]
     return card
 
 
 def name_repository(card: ModelCard, folder: Path, repo: str) -> None:
     """Let a card of this package call the model by its repository, where it has the name of the folder, or of the one
     that it was written in: in its header, its title and its code."""
-    for old in {folder.resolve().name, str(card.data.model_name or repo)}:
+    header = header_of(card)
+    for old in {folder.resolve().name, str(header.model_name or repo)}:
         card.text = card.text.replace(f'from_pretrained("{old}"', f'from_pretrained("{repo}"')
         card.text = re.sub(rf"^# {re.escape(old)}$", lambda _: f"# {repo}", card.text, count=1, flags=re.MULTILINE)
-    card.data.model_name = repo
+    header.model_name = repo
 
 
 def auto_class_of(config: dict[str, Any]) -> str:
     """The Auto class that loads the head in a config.json; "AutoModel" if it names none that is known."""
     name = next(iter(config.get("architectures") or []), "")
-    architecture = architectures().get(config.get("model_type"))
+    architecture = architectures().get(config.get("model_type", ""))
     if architecture is None:
         return next(iter(auto_classes_of(name)), "AutoModel")
     heads = {model.__name__: auto_class for auto_class, model in architecture.models.items()}

@@ -104,7 +104,7 @@ def package_of(config: dict[str, Any]) -> str | None:
     registered here."""
     if is_converted(config):
         return "hf_holo"
-    architecture = architectures().get(config.get("model_type"))
+    architecture = architectures().get(config.get("model_type", ""))
     return None if architecture is None else architecture.config.__module__.partition(".")[0]
 
 
@@ -136,7 +136,7 @@ def is_converted(config: dict[str, Any]) -> bool:
 
 def obstacle(config: dict[str, Any]) -> str | None:
     """Why the code of this checkpoint cannot go along; None if it can, or need not."""
-    architecture = architectures().get(config.get("model_type"))
+    architecture = architectures().get(config.get("model_type", ""))
     if is_converted(config):
         names = config.get("architectures") or ["a model without a name"]
         known = architecture is None and remote_code.auto_classes_of(names[0])
@@ -151,12 +151,13 @@ def _code_of(config: dict[str, Any]) -> tuple[dict[str, str], list[Path]]:
         name = config["architectures"][0]
         auto_classes = remote_code.auto_classes_of(name)
         return dict.fromkeys(auto_classes, f"{CONVERTED.stem}.{name}"), _with_imports([CONVERTED])
-    architecture = architectures().get(config.get("model_type"))
+    architecture = architectures().get(config.get("model_type", ""))
     if architecture is None:
         return {}, []
     classes = {"AutoConfig": architecture.config, **architecture.models}
     auto_map = {auto_class: remote_code.reference(cls) for auto_class, cls in classes.items()}
-    return auto_map, _with_imports([remote_code.file_of(cls) for cls in classes.values()])
+    files = map(remote_code.file_of, classes.values())
+    return auto_map, _with_imports([file for file in files if file is not None])
 
 
 def _with_imports(files: list[Path]) -> list[Path]:

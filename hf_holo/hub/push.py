@@ -27,7 +27,7 @@ from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from ..errors import HoloError, Parser, first_line
 from ..modeling.checkpoint import is_finite
-from .card import is_own, make_card, name_repository, read_card
+from .card import header_of, is_own, make_card, name_repository, read_card
 from .code import missing_code
 
 UNFINISHED = re.compile(r"\.tmp\d+$")  # as `hf_holo.files.replacing` calls a file that is being written
@@ -195,7 +195,8 @@ def _card(folder: Path, repo: str, license: str | None) -> Item:
             raise HoloError(f"--license: {str(path)!r} is your own card; write the license into its header")
         return Item(path.name, path)
     name_repository(card, folder, repo)
-    card.data.license = license or card.data.license
+    header = header_of(card)
+    header.license = license or header.license
     return Item(path.name, str(card).encode(), "names the repository")
 
 
@@ -263,6 +264,8 @@ def naming_the_checkpoint(repo: str) -> Iterator[None]:
 
 
 def _refusal(repo: str, error: HfHubHTTPError) -> str:
+    if error.response is None:
+        return f"the Hub refused {repo!r}: {first_line(error)}"
     status = error.response.status_code
     if status == 401:
         return "the Hub does not accept your token; run `hf auth login`, or set HF_TOKEN to a valid one"

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -27,7 +28,7 @@ class Backbone(FamilyPreTrainedModel):
 
     _auto_class = "AutoModel"
 
-    def __init__(self, config):
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
         config = self.config
         check_memory(lambda: nn.ModuleList([make_embedding(config), self.make_blocks(config)]))
@@ -38,7 +39,7 @@ class Backbone(FamilyPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def make_blocks(self, config) -> nn.ModuleList:
+    def make_blocks(self, config: PretrainedConfig) -> nn.ModuleList:
         """New blocks, one for each layer."""
         return nn.ModuleList([self.block_class(config, index) for index in range(config.num_hidden_layers)])
 
@@ -117,7 +118,8 @@ class Backbone(FamilyPreTrainedModel):
             restore = order[..., None].expand_as(x)
             hidden_states = [h.gather(1, restore) for h in hidden_states]
         kept = tuple(hidden_states) if output_hidden_states else None
-        output = BaseModelOutputWithPast(hidden_states[-1], cache, kept)
+        # it asks for a FloatTensor, a class that tensors are no longer of
+        output = BaseModelOutputWithPast(hidden_states[-1], cache, kept)  # type: ignore[arg-type]
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
 
     def run_blocks(self, x: torch.Tensor, cache: Cache | None, keep_all: bool, **arguments) -> list[torch.Tensor]:
@@ -131,15 +133,14 @@ class Backbone(FamilyPreTrainedModel):
         return [*hidden_states, self.norm(x)]
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        name, given = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
-        if not exporting() and 0 in given.shape:
-            raise ValueError(f"{name} of shape {tuple(given.shape)} has no tokens; give at least one row of one")
-        if inputs_embeds is not None:
+        if input_ids is not None and inputs_embeds is None:
+            _check_tokens("input_ids", input_ids)
+            check_ids("input_ids", input_ids, num_embeddings(self.embed_tokens))
+            return self.embed_tokens(input_ids)
+        if inputs_embeds is not None and input_ids is None:
+            _check_tokens("inputs_embeds", inputs_embeds)
             return inputs_embeds
-        check_ids("input_ids", input_ids, num_embeddings(self.embed_tokens))
-        return self.embed_tokens(input_ids)
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
 
     def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
         """What to continue from and to update: what is given, or something new where the state is wanted."""
@@ -172,7 +173,7 @@ class RecurrentBackbone(Backbone):
                 "that it returned, or from RecurrentCache(config)"
             )
 
-    def prepare(
+    def prepare(  # type: ignore[override]  # check_cache has refused all others
         self,
         x: torch.Tensor,
         attention_mask: torch.Tensor | None,
@@ -190,5 +191,10 @@ class RecurrentBackbone(Backbone):
         return x, {"layout": layout}, order
 
 
-def wants_dict(config, return_dict: bool | None) -> bool:
+def _check_tokens(name: str, given: torch.Tensor) -> None:
+    if not exporting() and 0 in given.shape:
+        raise ValueError(f"{name} of shape {tuple(given.shape)} has no tokens; give at least one row of one")
+
+
+def wants_dict(config: PretrainedConfig, return_dict: bool | None) -> bool:
     return config.return_dict if return_dict is None else return_dict

@@ -3,6 +3,8 @@
 Source: holographic reduced representations (Plate, 1995).
 """
 
+import functools
+
 import numpy as np
 import torch
 
@@ -24,7 +26,7 @@ def bind(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def bind_naive(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Twin of [`bind`]: the sum over m, one shift at a time."""
-    return sum(a[..., m, None] * b.roll(m, -1) for m in range(a.shape[-1]))
+    return functools.reduce(torch.add, (a[..., m, None] * b.roll(m, -1) for m in range(a.shape[-1])))
 
 
 def unbind(c: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -37,7 +39,7 @@ def unbind(c: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def unbind_naive(c: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Twin of [`unbind`]: out[n] = Σ_m c[(n + m) mod D] b[m]."""
-    return sum(b[..., m, None] * c.roll(-m, -1) for m in range(c.shape[-1]))
+    return functools.reduce(torch.add, (b[..., m, None] * c.roll(-m, -1) for m in range(c.shape[-1])))
 
 
 def _through_spectra(a: torch.Tensor, b: torch.Tensor, sign: int) -> torch.Tensor:

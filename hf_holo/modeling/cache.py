@@ -1,10 +1,11 @@
 """The cache of recurrent models: a few tensors of constant size per layer, with exact roll-back."""
 
 import inspect
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
+from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -17,8 +18,10 @@ CROP_NAMES_WHAT_STAYS = "max_length" in inspect.signature(Cache.crop).parameters
 SEEN = "tokens seen"
 PADDING = "padding"  # how many pads every row was fed, [B], next to the states of the first layer
 
+AnyCache = TypeVar("AnyCache", bound=Cache)
 
-def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+
+def given_cache(past_key_values: AnyCache | None, cache: AnyCache | None) -> AnyCache | None:
     """What a caller continues from, by whichever name it came.
 
     By both names, `cache` is the one, as in transformers, unless it is empty: PEFT's prefix tuning gives its prefix by
@@ -46,8 +49,11 @@ class RecurrentLayer(CacheLayerMixin):
 
     is_compileable = False  # True would make generate() send a 4-D attention mask
     is_sliding = False
+    states: dict[str, torch.Tensor]
+    journal: dict[str, list[_Write]]
+    seen: int
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.reset()
         self.recording = False
@@ -80,8 +86,8 @@ class RecurrentLayer(CacheLayerMixin):
         if drop and drop == self.seen:
             self.reset()
         elif drop:
-            self.states = {name: self._rewind(name, drop) for name in self.states}
-            self.states = {name: state for name, state in self.states.items() if state is not None}
+            states = {name: self._rewind(name, drop) for name in self.states}
+            self.states = {name: state for name, state in states.items() if state is not None}
             self.seen -= drop
         self.journal = {}
 
@@ -98,8 +104,8 @@ class RecurrentLayer(CacheLayerMixin):
         )
 
     def reset(self) -> None:
-        self.states: dict[str, torch.Tensor] = {}
-        self.journal: dict[str, list[_Write]] = {}
+        self.states = {}
+        self.journal = {}
         self.seen = 0
         self.is_initialized = False
 
@@ -129,7 +135,7 @@ class RecurrentLayer(CacheLayerMixin):
         self.keep(lambda state: state[indices])
 
     # What transformers asks of every layer; a recurrent one has no keys, no limit and nothing to allocate.
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError("a recurrent layer keeps states, not keys and values: use put()")
 
     def lazy_initialization(self, *args, **kwargs) -> None: ...
@@ -158,11 +164,15 @@ class RecurrentCache(Cache):
         config: a model config with `num_hidden_layers`, or what iterating over a cache gives.
     """
 
-    def __init__(self, config):
-        given = None if hasattr(config, "num_hidden_layers") else list(config)  # see __iter__
-        count = config.num_hidden_layers if given is None else len(given)
-        super().__init__(layers=[RecurrentLayer() for _ in range(count)])
-        for layer, states in zip(self.layers, given or (), strict=False):
+    layers: list[RecurrentLayer]  # type: ignore[assignment]  # transformers declares the base class
+
+    def __init__(self, config: PretrainedConfig | Iterable[dict[str, torch.Tensor]]) -> None:
+        if hasattr(config, "num_hidden_layers"):
+            super().__init__(layers=[RecurrentLayer() for _ in range(config.num_hidden_layers)])
+            return
+        given = list(config)  # see __iter__
+        super().__init__(layers=[RecurrentLayer() for _ in given])
+        for layer, states in zip(self.layers, given, strict=True):
             layer.fill(states)
 
     def activate_past_recording(self) -> None:

@@ -69,7 +69,7 @@ class FamilyConfig(PretrainedConfig):
         eos_token_id: int | None = None,
         format_version: int = FORMAT,
         **kwargs,
-    ):
+    ) -> None:
         if format_version > FORMAT:
             raise ValueError(
                 f"format_version={format_version} was written by a newer hf_holo; this release reads up to {FORMAT}: "
@@ -118,7 +118,9 @@ class FamilyConfig(PretrainedConfig):
     def take_over_format(self, changed: str | None) -> None:
         """Go over to the present format; `changed` says what a model saved by an older release computes differently."""
         if self.format_version < FORMAT and changed is not None:
-            logger.warning_once(f"format_version={self.format_version}: saved by an older hf_holo. {changed}")
+            logger.warning_once(  # type: ignore[attr-defined]  # transformers gives loggers this method
+                f"format_version={self.format_version}: saved by an older hf_holo. {changed}"
+            )
         self.format_version = FORMAT
 
     @property

@@ -52,7 +52,7 @@ class HoloConfig(FamilyConfig):
         sine_frequency: float = 1.0,
         rotary_base: float = 10000.0,
         **kwargs,
-    ):
+    ) -> None:
         super().__init__(**self.own_names(kwargs))
         hidden_size = self.hidden_size
         self.num_attention_heads = (

@@ -1,5 +1,7 @@
 """Config of HoloSpectralNet."""
 
+from typing import Any
+
 from .configuration_base import WIDEST, FamilyConfig, default_heads, default_intermediate
 from .validation import check_choice, check_divides, check_positive
 
@@ -58,7 +60,7 @@ class HsnConfig(FamilyConfig):
         norm_type: str = "layer",
         rotary_base: float | None = None,
         **kwargs,
-    ):
+    ) -> None:
         heads = {"num_heads": num_heads, "num_key_heads": num_key_heads}
         kwargs = self.own_names({name: value for name, value in heads.items() if value is not None} | kwargs)
         num_heads, num_key_heads = kwargs.pop("num_heads", None), kwargs.pop("num_key_heads", None)
@@ -139,5 +141,5 @@ def reference_config(dim: int = 256, max_seq_len: int = 512, rank: int = 32, **o
         rank: inner width of the channel mix.
         options: other arguments of [`HsnConfig`].
     """
-    sizes = {"hidden_size": dim, "max_position_embeddings": max_seq_len, "rank": rank}
+    sizes: dict[str, Any] = {"hidden_size": dim, "max_position_embeddings": max_seq_len, "rank": rank}
     return HsnConfig(**sizes, binding="static", gate_placement="sublayer", **options)

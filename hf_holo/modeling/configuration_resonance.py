@@ -66,7 +66,7 @@ class ResonanceConfig(FamilyConfig):
         max_position_embeddings: int = 262_144,
         num_attention_heads: int = 1,
         **kwargs,
-    ):
+    ) -> None:
         super().__init__(**{"max_position_embeddings": max_position_embeddings} | self.own_names(kwargs))
         self.num_attention_heads = num_attention_heads
         hidden_size = self.hidden_size

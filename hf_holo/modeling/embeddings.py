@@ -1,5 +1,7 @@
 """Embeddings of tokens: the standard one, and what all compressed ones have in common."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -27,7 +29,7 @@ class CompressedEmbedding(nn.Module):
         initializer_range: standard deviation of the values of an embedding at the start.
     """
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, initializer_range: float = 0.02):
+    def __init__(self, num_embeddings: int, embedding_dim: int, initializer_range: float = 0.02) -> None:
         super().__init__()
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
@@ -76,9 +78,10 @@ class CompressedEmbedding(nn.Module):
 
 def num_embeddings(embedding: nn.Module) -> int:
     """How many tokens an embedding knows, also within what PEFT has put around it."""
+    inner: Any = embedding
     for wrapped in ("base_layer", "original_module"):
-        embedding = getattr(embedding, wrapped, embedding)
-    return embedding.num_embeddings
+        inner = getattr(inner, wrapped, inner)
+    return inner.num_embeddings
 
 
 def check_ids(name: str, ids: torch.Tensor, size: int, among: str = "the vocabulary of") -> None:

@@ -7,12 +7,13 @@ Source: minimum phase from the folded cepstrum (Oppenheim & Schafer, Discrete-Ti
 """
 
 import math
-from functools import partial
+from functools import partial, reduce
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from .cache import RecurrentLayer
 from .layers import at_least_float32, same_numbers
@@ -136,7 +137,9 @@ def short_causal_conv(
     for j in range(1, taps):
         window = slice(taps - 1 - j, taps - 1 - j + length)
         tap = padded[:, window] * kernel[:, j]
-        out = out + (tap if labels is None else tap * (labels[:, window] == document)[..., None])
+        if document is not None and labels is not None:
+            tap = tap * (labels[:, window] == document)[..., None]
+        out = out + tap
     return out
 
 
@@ -152,7 +155,8 @@ def short_causal_conv_naive(
     rows = []
     for t in range(x.shape[1]):
         taps = ((kernel[:, j], before + t - j) for j in range(before + 1))
-        rows.append(sum(tap * padded[:, at] * (labels[:, at] == document[:, t])[:, None] for tap, at in taps))
+        heard = (tap * padded[:, at] * (labels[:, at] == document[:, t])[:, None] for tap, at in taps)
+        rows.append(reduce(torch.add, heard))
     return torch.stack(rows, 1)
 
 
@@ -160,7 +164,7 @@ class _ShortConv(torch.autograd.Function):
     """[B, K - 1 + T, D] and [D, K] to [B, T, D]. Written out because autograd would keep and sum K copies."""
 
     @staticmethod
-    def forward(ctx, padded, kernel):
+    def forward(ctx: FunctionCtx, padded: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(padded, kernel)
         taps = kernel.shape[-1]
         length = padded.shape[1] - taps + 1
@@ -170,8 +174,9 @@ class _ShortConv(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad):
-        padded, kernel = ctx.saved_tensors
+    def backward(ctx: BackwardCFunction, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        saved: tuple[torch.Tensor, ...] = ctx.saved_tensors
+        padded, kernel = saved
         taps, length = kernel.shape[-1], grad.shape[1]
         d_padded = torch.zeros_like(padded)
         d_kernel = torch.empty_like(kernel)
@@ -201,7 +206,7 @@ class SpectralGate(nn.Module):
 
     RESOLUTION = 4  # frequencies between two that are set: keeps the wrapped-around tail of the kernel small
 
-    def __init__(self, dim: int, taps: int = 16, causal: bool = True, name: str = "gate", delayed: float = 0.0):
+    def __init__(self, dim: int, taps: int = 16, causal: bool = True, name: str = "gate", delayed: float = 0.0) -> None:
         super().__init__()
         self.taps, self.causal, self.name = taps, causal, name
         self.delayed = int(dim * delayed) if causal and taps > 1 else 0

@@ -7,7 +7,8 @@ thin products compute it; nothing larger than [tokens, max(R, O)] is ever made.
 import math
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,6 +98,10 @@ class HarmonicBasis(nn.Module):
             or pivoted without a "data" basis.
     """
 
+    table: torch.Tensor
+    tail: torch.Tensor
+    order: torch.Tensor
+
     def __init__(
         self,
         in_features: int,
@@ -106,7 +111,7 @@ class HarmonicBasis(nn.Module):
         pivoted: bool = False,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
-    ):
+    ) -> None:
         super().__init__()
         check_choice("basis", kind, BASES)
         check_positive(in_features=in_features, harmonics=harmonics)
@@ -144,7 +149,7 @@ class HarmonicBasis(nn.Module):
             self.checksum = zlib.crc32(np.rint(numbers * 2**20).astype(np.int64).tobytes())
             self.table = torch.from_numpy(numbers).to(device, self.table.dtype)
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "HarmonicBasis":
         super()._apply(fn, recurse)  # .to(), .half(), .cuda(), .to_empty(): a cast there and back would round
         self.regenerate()
         return self
@@ -223,6 +228,12 @@ class HoloLinear(nn.Linear):
 
     dense_class: type[nn.Module] = nn.Linear
     loading: bool = False
+    coefficients: nn.Parameter
+    amplitude: nn.Parameter
+    phase: nn.Parameter
+    bias: nn.Parameter | None  # type: ignore[assignment]  # torch declares none that is None
+    merged: torch.Tensor | None
+    own_basis: HarmonicBasis
 
     def __init__(
         self,
@@ -236,11 +247,11 @@ class HoloLinear(nn.Linear):
         pivoted: bool = False,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
-    ):
+    ) -> None:
         nn.Module.__init__(self)  # not nn.Linear's, which would make a weight
         check_positive(out_features=out_features)
         self.in_features, self.out_features, self.harmonics = in_features, out_features, harmonics
-        made = {"device": device, "dtype": dtype}
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
         if isinstance(basis, HarmonicBasis):
             self._lent = (basis,)  # in a tuple, so that it is not a submodule: a second owner would break saving
         else:
@@ -280,7 +291,7 @@ class HoloLinear(nn.Linear):
         return coefficients @ self.basis.matrix().to(coefficients.dtype)
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> torch.Tensor:  # type: ignore[override]  # computed
         """The dense matrix `[O, I]` that the layer stands for. Computed: writing to it raises TypeError; freezing it
         freezes what it is computed from."""
         if self.loading:
@@ -374,7 +385,7 @@ class HoloLinear(nn.Linear):
         )
 
 
-FREEZING = (torch.Tensor.requires_grad.__set__, torch.Tensor.requires_grad_)
+FREEZING = (torch.Tensor.requires_grad.__set__, torch.Tensor.requires_grad_)  # type: ignore[attr-defined]
 WRITING = r"__set__|__setitem__|[a-z]\w*[^_]_"  # x.data = ..., x[i] = ..., x.add_(...), init.zeros_(x)
 
 
@@ -389,7 +400,13 @@ class ComputedWeight(torch.Tensor):
     factors: Sequence[nn.Parameter] = ()
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         if func in FREEZING and isinstance(args[0], cls):
             for factor in args[0].factors:
@@ -407,7 +424,7 @@ class ComputedWeight(torch.Tensor):
         return result.as_subclass(cls) if view else result
 
 
-def _plain(values):
+def _plain(values: Any) -> Any:
     """The same with plain tensors."""
     if isinstance(values, ComputedWeight):
         return values.as_subclass(torch.Tensor)
@@ -426,7 +443,7 @@ class SineActivation(nn.Module):
         ValueError: `frequency` is not positive.
     """
 
-    def __init__(self, frequency: float = 30.0):
+    def __init__(self, frequency: float = 30.0) -> None:
         super().__init__()
         if not frequency > 0:
             raise ValueError(f"frequency={frequency!r} must be positive")

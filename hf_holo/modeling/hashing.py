@@ -2,17 +2,20 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from .checkpoint import physical_memory
 from .embeddings import CompressedEmbedding
 from .layers import at_least_float32
 from .recording import exporting, has_values
+
+Array = TypeVar("Array", torch.Tensor, np.ndarray)
 
 PRIME = 2**31 + 11  # the smallest above every id
 
@@ -41,7 +44,7 @@ class HashEmbedding(CompressedEmbedding):
         hashes: int,
         buckets: int,
         importances: int,
-    ):
+    ) -> None:
         super().__init__(num_embeddings, embedding_dim, initializer_range)
         self.hashes = hashes
         self.buckets = buckets
@@ -121,18 +124,26 @@ class _GatherScores(torch.autograd.Function):
     """[`gather_scores`] of `[N, R]`. torch's own backward of a bag sorts all indices; here they are sorted already."""
 
     @staticmethod
-    def forward(ctx, scores, weight, index, users, starts):
+    def forward(
+        ctx: FunctionCtx,
+        scores: torch.Tensor,
+        weight: torch.Tensor,
+        index: torch.Tensor,
+        users: torch.Tensor,
+        starts: torch.Tensor,
+    ) -> torch.Tensor:
         ctx.save_for_backward(scores, weight, index, users, starts)
         return _bags(scores.T, weight, index).T.contiguous()
 
     @staticmethod
-    def backward(ctx, gradient):
-        scores, weight, index, users, starts = ctx.saved_tensors
+    def backward(ctx: BackwardCFunction, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        saved: tuple[torch.Tensor, ...] = ctx.saved_tensors
+        scores, weight, index, users, starts = saved
         gradient = gradient.T.contiguous()  # [V, N]
         by_user = weight.flatten().index_select(0, users)
         to_scores = F.embedding_bag(users // index.shape[1], gradient, starts, mode="sum", per_sample_weights=by_user)
         to_weight = None
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1]:  # type: ignore[misc]  # torch declares a tuple of one
             with torch.enable_grad():
                 weight = weight.detach().requires_grad_()
                 (to_weight,) = torch.autograd.grad(_bags(scores.detach().T, weight, index), weight, gradient)
@@ -143,7 +154,7 @@ def _bags(rows: torch.Tensor, weight: torch.Tensor, index: torch.Tensor) -> torc
     return F.embedding_bag(index, rows.contiguous(), mode="sum", per_sample_weights=weight)
 
 
-def hash_codes(ids, hashes: int, buckets: int):
+def hash_codes(ids: Array, hashes: int, buckets: int) -> tuple[Array, Array]:
     """Rows and signs of tokens: K polynomials of second degree modulo a prime above 2^31 (Carter & Wegman, 1979).
 
     Three coefficients make any three tokens independent, and the arithmetic fits into int64 for every id.
@@ -156,8 +167,8 @@ def hash_codes(ids, hashes: int, buckets: int):
     Returns:
         Rows from 0 to K · buckets - 1, those of hash function k after those of k - 1, and signs ±1: `[..., K]` each.
     """
-    xp = np if isinstance(ids, np.ndarray) else torch
-    ids = ids.astype(np.int64) if xp is np else ids.long()
+    xp: Any = np if isinstance(ids, np.ndarray) else torch
+    ids = ids.astype(np.int64) if isinstance(ids, np.ndarray) else ids.long()
     rows, signs = [], []
     for k, (a, b, c) in enumerate(_coefficients(hashes)):
         code = ((a * ids + b) % PRIME * ids + c) % PRIME % (2 * buckets)
@@ -176,7 +187,7 @@ def _coefficients(hashes: int) -> list[list[int]]:
 class Codes(NamedTuple):
     """The hash codes of a whole vocabulary: `index` and `sign` `[V, K]`, `users` and `starts` of [`gather_scores`]."""
 
-    index: np.ndarray
+    index: np.ndarray  # type: ignore[assignment]  # in place of the method of tuples
     sign: np.ndarray
     users: np.ndarray
     starts: np.ndarray

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import (
@@ -17,7 +17,7 @@ from transformers.modeling_outputs import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .arguments import check_arguments
-from .backbone import RecurrentBackbone, wants_dict
+from .backbone import Backbone, wants_dict
 from .cache import CACHE_NAME, CACHE_NAMES, RecurrentCache, given_cache
 from .embeddings import CompressedEmbedding, num_embeddings
 from .layers import at_least_float32
@@ -26,15 +26,16 @@ from .pretrained import FamilyPreTrainedModel
 from .self_test import check_decoding
 
 CLASSES = "the classes, num_labels ="  # of what a label of a classification head is one
+# What is ignored below as arg-type: transformers' outputs ask for a FloatTensor, which no Tensor is to a type checker.
 LOGITS_WITH_A_LOSS = 2**28  # values, 1 GiB in float32: the most that a model gives unasked along with a loss
 
 
 class _Head(FamilyPreTrainedModel):
     """A backbone as `self.model`, and the accessors that transformers expects around it."""
 
-    backbone_class: type[RecurrentBackbone]
+    backbone_class: type[Backbone]
 
-    def __init__(self, config):
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
         self.model = self.backbone_class(self.config)
 
@@ -46,21 +47,24 @@ class _Head(FamilyPreTrainedModel):
 
 
 class _LMHead(_Head):
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: dict[str, str] | None = {  # type: ignore[assignment]  # transformers declares None
+        "lm_head.weight": "model.embed_tokens.weight"
+    }
+    lm_head: nn.Module | None
 
-    def __init__(self, config):
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
         if isinstance(self.model.embed_tokens, CompressedEmbedding):  # it is its own head, and nothing is to be tied
-            self.lm_head = self._tied_weights_keys = None
+            self.lm_head, self._tied_weights_keys = None, None
             self.model.train_head(True)
         else:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> nn.Module | None:
         return self.lm_head
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: nn.Module | None) -> None:
         self.lm_head = value
 
     def predict(
@@ -77,10 +81,12 @@ class _LMHead(_Head):
         """
         if labels is not None:
             check_labels(labels, self.config.vocab_size, ignore_index=kwargs.get("ignore_index", IGNORED))
+        loss = None
         in_pieces = labels is not None and self._too_many_logits(labels)
-        loss = self._loss_in_pieces(hidden, labels, **kwargs) if in_pieces else None
-        if in_pieces and kept is None:
-            return loss, None
+        if labels is not None and in_pieces:
+            loss = self._loss_in_pieces(hidden, labels, **kwargs)
+            if kept is None:
+                return loss, None
         score = self.model.embed_tokens.logits if self.lm_head is None else self.lm_head
         logits = score(hidden if kept is None else hidden[:, kept])
         if labels is not None and not in_pieces:
@@ -95,19 +101,19 @@ class _LMHead(_Head):
     def _loss_in_pieces(self, hidden: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
         embedding = self.model.embed_tokens
         if self.lm_head is None:
-            scorer = embedding.token_losses, embedding.scores_per_token
+            losses, scores = embedding.token_losses, embedding.scores_per_token
         else:
-            scorer = dense_token_losses(self.lm_head), num_embeddings(embedding)
-        return language_loss(*scorer, hidden, labels, shift=self.needs_causal, **kwargs)
+            losses, scores = dense_token_losses(self.lm_head), num_embeddings(embedding)
+        return language_loss(losses, scores, hidden, labels, shift=bool(self.needs_causal), **kwargs)
 
 
-class CausalLMHead(_LMHead, GenerationMixin):
+class CausalLMHead(_LMHead, GenerationMixin):  # type: ignore[misc]  # both declare generation_config
     """Backbone with a language-modelling head that generates."""
 
     _auto_class = "AutoModelForCausalLM"
     needs_causal = True
 
-    def __init__(self, config):
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
         # Trainer shifts the labels of label smoothing for the classes named here; this one may be a copy of the code
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(config.model_type, type(self).__name__)
@@ -150,15 +156,18 @@ class CausalLMHead(_LMHead, GenerationMixin):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        kept = logits_to_keep
+        kept: slice | torch.Tensor | None
         if isinstance(logits_to_keep, int):
             kept = slice(-logits_to_keep, None) if logits_to_keep else None
+        else:
+            kept = logits_to_keep
         loss, logits = self.predict(output.last_hidden_state, labels, kept, **of_loss)
-        result = CausalLMOutputWithPast(loss, logits, output.get(CACHE_NAME), output.hidden_states)
+        cache = output.get(CACHE_NAME)
+        result = CausalLMOutputWithPast(loss, logits, cache, output.hidden_states)  # type: ignore[arg-type]
         return result if wants_dict(self.config, return_dict) else result.to_tuple()
 
     @functools.wraps(GenerationMixin.generate)
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # it takes the same
         check_decoding(self)
         if getattr(kwargs.get("generation_config"), "is_assistant", False):  # called again and again with its cache
             return super().generate(*args, **kwargs)
@@ -185,7 +194,7 @@ class CausalLMHead(_LMHead, GenerationMixin):
 class RecurrentForCausalLM(CausalLMHead):
     """The head of a model that generates from a state of constant size."""
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]  # it takes the same
         self,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
@@ -193,7 +202,7 @@ class RecurrentForCausalLM(CausalLMHead):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        cache = given_cache(*(model_kwargs.pop(name, None) for name in CACHE_NAMES))
+        cache: Any = given_cache(*(model_kwargs.pop(name, None) for name in CACHE_NAMES))
         if cache is not None:
             cache._is_user_defined = True  # so that generate() leaves it as the text is
         elif generation_config.use_cache is False:
@@ -238,12 +247,12 @@ class MaskedLMHead(_LMHead):
             return_dict=True,
         )
         loss, logits = self.predict(output.last_hidden_state, labels, **of_loss)
-        result = MaskedLMOutput(loss, logits, output.hidden_states)
+        result = MaskedLMOutput(loss, logits, output.hidden_states)  # type: ignore[arg-type]
         return result if wants_dict(self.config, return_dict) else result.to_tuple()
 
 
 class _ClassificationHead(_Head):
-    def __init__(self, config):
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
         self.dropout = nn.Dropout(config.classifier_dropout)
@@ -300,7 +309,8 @@ class SequenceClassificationHead(_ClassificationHead):
         )
         logits = self.score(self.dropout(self._pool(output.last_hidden_state, attention_mask)))
         loss = None if labels is None else self._loss(logits, labels, **of_loss)
-        result = SequenceClassifierOutputWithPast(loss, logits, output.get(CACHE_NAME), output.hidden_states)
+        cache = output.get(CACHE_NAME)
+        result = SequenceClassifierOutputWithPast(loss, logits, cache, output.hidden_states)  # type: ignore[arg-type]
         return result if wants_dict(self.config, return_dict) else result.to_tuple()
 
     def _loss(

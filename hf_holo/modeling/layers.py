@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PretrainedConfig
 
 
 class LiteChannelMix(nn.Module):
@@ -15,7 +16,7 @@ class LiteChannelMix(nn.Module):
         rank: inner width.
     """
 
-    def __init__(self, dim: int, rank: int):
+    def __init__(self, dim: int, rank: int) -> None:
         super().__init__()
         self.down_proj = nn.Linear(dim, rank, bias=False)
         self.up_proj = nn.Linear(rank, dim, bias=False)
@@ -42,7 +43,7 @@ class GatedChannelMix(nn.Module):
         intermediate: inner width.
     """
 
-    def __init__(self, dim: int, intermediate: int):
+    def __init__(self, dim: int, intermediate: int) -> None:
         super().__init__()
         self.gate_up_proj = nn.Linear(dim, 2 * intermediate, bias=False)
         self.down_proj = nn.Linear(intermediate, dim, bias=False)
@@ -58,7 +59,7 @@ class GatedChannelMix(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
-def make_channel_mix(config) -> nn.Module:
+def make_channel_mix(config: PretrainedConfig) -> LiteChannelMix | GatedChannelMix:
     """The channel mix that `config.channel_mix` names: `[..., D]` to `[..., D]`."""
     if config.channel_mix == "gated":
         return GatedChannelMix(config.hidden_size, config.intermediate_size)
@@ -71,7 +72,7 @@ def init_residual_(depth: int, *projections: nn.Linear) -> None:
         init_normal_(projection.weight, std=0.7 * projection.in_features**-0.5 / math.sqrt(2 * depth))
 
 
-def make_norm(config) -> nn.Module:
+def make_norm(config: PretrainedConfig) -> nn.Module:
     """The normalisation that `config.norm_type` names, without bias: `[..., D]` to `[..., D]`."""
     if config.norm_type == "rms":
         return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
@@ -88,13 +89,13 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.no_grad()
-def init_copy_(parameter: nn.Parameter, values: torch.Tensor) -> None:
+def init_copy_(parameter: torch.Tensor, values: torch.Tensor) -> None:
     """Fill a parameter, unless transformers has marked it as loaded from a checkpoint."""
     if not getattr(parameter, "_is_hf_initialized", False):
         parameter.copy_(values)
 
 
-def init_normal_(parameter: nn.Parameter, std: float) -> None:
+def init_normal_(parameter: torch.Tensor, std: float) -> None:
     """As `nn.init.normal_`, unless transformers has marked the parameter as loaded from a checkpoint: a module that
     starts those of its children, too, is met where any one of them is new."""
     if not getattr(parameter, "_is_hf_initialized", False):

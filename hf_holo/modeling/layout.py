@@ -112,7 +112,7 @@ def arrange(
 def _check_past(attention_mask: torch.Tensor, length: int, cache: RecurrentCache | None) -> None:
     """A state cannot give back what it has taken: generate(), for one, feeds padding to rows that have ended."""
     seen = 0 if cache is None else cache.get_seq_length()
-    held = cache.layers[0].get(PADDING) if seen else None  # unknown where a caller has put the states together
+    held = None if cache is None or not seen else cache.layers[0].get(PADDING)  # None if a caller made the states
     if exporting() or held is None or attention_mask.shape[1] == length:
         return
     padding = seen - attention_mask[:, :seen].bool().sum(1)  # [B]

@@ -59,7 +59,7 @@ class HolographicMemory:
         difference: `memory.write(state, keys, values - memory.read(state, keys))`.
     """
 
-    def __init__(self, dimension: int):
+    def __init__(self, dimension: int) -> None:
         check_positive(dimension=dimension)
         self.dimension = dimension
 
@@ -369,7 +369,7 @@ class PersistentMemory(nn.Module):
         norm_eps: epsilon of the normalisation.
     """
 
-    def __init__(self, dim: int, dimension: int, chunk_length: int, norm_eps: float = 1e-5):
+    def __init__(self, dim: int, dimension: int, chunk_length: int, norm_eps: float = 1e-5) -> None:
         super().__init__()
         self.norm_eps = norm_eps
         self.store = HolographicMemory(dimension)

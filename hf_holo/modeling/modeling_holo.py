@@ -1,6 +1,6 @@
 """HOLO: transformers whose projections are harmonic, with attention, rotary positions and transformers' own cache."""
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -41,6 +41,8 @@ class HoloAttention(nn.Module):
         ValueError: `heads` does not divide `dim`, or `key_heads` does not divide `heads`.
     """
 
+    batch_first: bool
+
     def __init__(
         self,
         dim: int,
@@ -53,7 +55,7 @@ class HoloAttention(nn.Module):
         rotary_base: float | None = 10000.0,
         bias: bool = False,
         layer_idx: int = 0,
-    ):
+    ) -> None:
         super().__init__()
         self.heads, self.key_heads, self.head_dim = heads, key_heads or heads, dim // heads
         check_divides("heads", heads, "dim", dim)
@@ -126,10 +128,10 @@ class HoloMLP(nn.Module):
         activation: str = "silu",
         frequency: float = 30.0,
         bias: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         project = partial(_projection, harmonics=harmonics, basis=basis, seed=seed, bias=bias)
-        self.gate_proj = project(dim, intermediate, name="gate_proj") if activation == "silu" else None
+        self.gate_proj: Any = project(dim, intermediate, name="gate_proj") if activation == "silu" else None
         self.up_proj = project(dim, intermediate, name="up_proj")
         self.down_proj = project(intermediate, dim, name="down_proj")
         self.sine = SineActivation(frequency) if activation == "sine" else None
@@ -175,17 +177,18 @@ class HoloTransformerBlock(nn.Module):
         bias: bool = True,
         norm_eps: float = 1e-5,
         batch_first: bool = True,
-    ):
+    ) -> None:
         super().__init__()
         check_divides("heads", heads, "dim", dim)
         check_choice("basis", basis, tuple(kind for kind in BASES if kind != "data"))
-        options = {"harmonics": harmonics, "basis": basis, "seed": seed, "bias": bias}
+        options: dict[str, Any] = {"harmonics": harmonics, "basis": basis, "seed": seed, "bias": bias}
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps, bias=bias)
         self.self_attn = HoloAttention(dim, heads, causal=False, rotary_base=None, **options)
         self.self_attn.batch_first = batch_first  # nn.TransformerEncoder looks for it there
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps, bias=bias)
         self.mlp = HoloMLP(dim, intermediate or 4 * dim, activation="sine", frequency=frequency, **options)
-        self.mlp.sine.init_linear_(self.mlp.up_proj)
+        if self.mlp.sine is not None:
+            self.mlp.sine.init_linear_(self.mlp.up_proj)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -225,7 +228,7 @@ def _added(
         masks.append(key_padding_mask.view(rows, 1, 1, length))
     zero = x.new_zeros(())
     added = [zero.masked_fill(m, float("-inf")) if m.dtype == torch.bool else m.to(x.dtype) for m in masks]
-    return sum(added) if masks else None
+    return reduce(torch.add, added) if masks else None
 
 
 class HoloBlock(GradientCheckpointingLayer):
@@ -236,10 +239,10 @@ class HoloBlock(GradientCheckpointingLayer):
         layer_idx: index of the block.
     """
 
-    def __init__(self, config: HoloConfig, layer_idx: int = 0):
+    def __init__(self, config: HoloConfig, layer_idx: int = 0) -> None:
         super().__init__()
         dim = config.hidden_size
-        of_layer = {"basis": config.basis, "seed": named_seed(config.basis_seed, f"layers.{layer_idx}")}
+        of_layer: dict[str, Any] = {"basis": config.basis, "seed": named_seed(config.basis_seed, f"layers.{layer_idx}")}
         self.attention_norm = nn.LayerNorm(dim, eps=config.norm_eps, bias=False)
         self.attention = HoloAttention(
             dim,
@@ -300,7 +303,7 @@ class HoloPreTrainedModel(FamilyPreTrainedModel):
         if mode and basis is not None and not basis.pivoted and not basis.table.is_meta:
             row = basis.table[0].float().cpu()  # tells enough
             if torch.allclose(row, random_start(basis, 1)[0].float(), rtol=0.01):  # in bfloat16 too
-                logger.warning_once(
+                logger.warning_once(  # type: ignore[attr-defined]  # transformers gives loggers this method
                     "basis='data' was never fitted: the bases are random ones, which are stored. Call "
                     "hf_holo.fit_bases(model, batches) before training, or take basis='random', which costs no storage."
                 )
@@ -376,7 +379,7 @@ def _projection(
     return HoloLinear(in_features, out_features, harmonics, basis, bias, named_seed(seed % 2**32, name))
 
 
-class HoloForCausalLM(HoloPreTrainedModel, CausalLMHead):
+class HoloForCausalLM(HoloPreTrainedModel, CausalLMHead):  # type: ignore[misc]  # as CausalLMHead
     """HOLO that predicts the next token; generates with transformers' own cache of keys and values."""
 
     backbone_class = HoloModel

@@ -3,10 +3,12 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .backbone import RecurrentBackbone
@@ -37,7 +39,7 @@ def or_sizes(init: Callable) -> Callable:
     """A constructor that takes an [`HsnConfig`] or, as HoloSpectralNet's, the sizes of [`reference_config`]."""
 
     @functools.wraps(init)
-    def with_config(self, *args, **kwargs) -> None:
+    def with_config(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         given = args[0] if args else kwargs.get("config")
         if isinstance(given, HsnConfig):
             init(self, *args, **kwargs)
@@ -67,7 +69,7 @@ class HolographicMixer(nn.Module):
     """
 
     @or_sizes
-    def __init__(self, config: HsnConfig):
+    def __init__(self, config: HsnConfig) -> None:
         super().__init__()
         dim, self.heads = config.hidden_size, config.num_heads
         self.key_heads = config.num_key_heads if config.binding == "dynamic" else self.heads
@@ -124,7 +126,9 @@ class HolographicMixer(nn.Module):
         source = x if self.filter is None else F.silu(self.filter(x, layout, cache))
         return (self._dynamic if self.dynamic else self._static)(x, source, layout, cache)
 
-    def _dynamic(self, x, source, layout: TokenLayout, cache: RecurrentLayer | None) -> torch.Tensor:
+    def _dynamic(
+        self, x: torch.Tensor, source: torch.Tensor, layout: TokenLayout, cache: RecurrentLayer | None
+    ) -> torch.Tensor:
         projected = self._project(x, source)
         with torch.autocast(x.device.type, enabled=False):  # states and phases keep their precision
             if layout.drift is None:
@@ -137,7 +141,9 @@ class HolographicMixer(nn.Module):
         y = y.transpose(1, 2).flatten(2).to(x.dtype) * self.norm_weight  # [B, T, D]
         return self.out_proj(y * F.silu(self.gate_proj(x)))
 
-    def _static(self, x, source, layout: TokenLayout, cache: RecurrentLayer | None) -> torch.Tensor:
+    def _static(
+        self, x: torch.Tensor, source: torch.Tensor, layout: TokenLayout, cache: RecurrentLayer | None
+    ) -> torch.Tensor:
         dtype = at_least_float32(x.dtype)
         k, u, source = (z.to(dtype) for z in (self.bind_key, self.unbind_key, source))
         with torch.autocast(x.device.type, enabled=False):
@@ -158,7 +164,16 @@ class HolographicMixer(nn.Module):
         strength = self.write_proj(source).to(dtype) if self.cancel else None
         return v, theta_q, theta_k, self.decay_proj(x).to(dtype), strength
 
-    def _recall(self, v, theta_q, theta_k, decay, strength, layout: TokenLayout, cache: RecurrentLayer | None):
+    def _recall(
+        self,
+        v: torch.Tensor,
+        theta_q: torch.Tensor,
+        theta_k: torch.Tensor,
+        decay: torch.Tensor,
+        strength: torch.Tensor | None,
+        layout: TokenLayout,
+        cache: RecurrentLayer | None,
+    ) -> torch.Tensor:
         """Bind, bundle and unbind by phases in one direction: `[B, H, T, V]`."""
         groups = self.heads // self.key_heads
         drift = layout.drift if groups == 1 else layout.drift.repeat_interleave(groups, 1)
@@ -168,7 +183,14 @@ class HolographicMixer(nn.Module):
         decay = (decay + self.decay_bias.to(decay.dtype)).transpose(1, 2).contiguous()  # [B, H, T]
         return self._scan(q, k, v.transpose(1, 2), decay, strength, layout, cache)
 
-    def _spread(self, x, first, second, layout: TokenLayout, cache: RecurrentLayer | None):
+    def _spread(
+        self,
+        x: torch.Tensor,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        layout: TokenLayout,
+        cache: RecurrentLayer | None,
+    ) -> torch.Tensor:
         """Bind `[B, T, D]` with one key, bundle, and unbind with the other in one direction: `[B, T, D]`."""
         v = bind(x, first).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, T, V]
         ones = torch.ones_like(v[..., :1])
@@ -176,7 +198,16 @@ class HolographicMixer(nn.Module):
         y = self._scan(ones, ones, v, decay, None, layout, cache)
         return unbind(y.transpose(1, 2).flatten(2), second)
 
-    def _scan(self, q, k, v, decay, strength, layout: TokenLayout, cache: RecurrentLayer | None):
+    def _scan(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        decay: torch.Tensor,
+        strength: torch.Tensor | None,
+        layout: TokenLayout,
+        cache: RecurrentLayer | None,
+    ) -> torch.Tensor:
         """Bundle what is bound and read it, with the decay λ = σ(-`decay`) `[B, H, T]`: `[B, H, T, V]`."""
         log_decay = -F.softplus(decay)  # of other strides, torch.compile takes the wrong ones for its gradient
         write = self._write(decay, strength)
@@ -223,7 +254,7 @@ class AttentionMixer(nn.Module):
         config: an [`HsnConfig`].
     """
 
-    def __init__(self, config: HsnConfig):
+    def __init__(self, config: HsnConfig) -> None:
         super().__init__()
         dim, self.heads, self.key_heads = config.hidden_size, config.num_heads, config.num_key_heads
         self.causal, self.head_dim = config.is_causal, config.head_dim
@@ -231,8 +262,8 @@ class AttentionMixer(nn.Module):
         self.k_proj = nn.Linear(dim, self.key_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(dim, self.key_heads * self.head_dim, bias=False)
         self.out_proj = nn.Linear(dim, dim, bias=False)
-        turned = config.rotary_base is not None
-        self.rotary = RotaryEmbedding(self.head_dim, base=config.rotary_base) if turned else None
+        base = config.rotary_base
+        self.rotary = None if base is None else RotaryEmbedding(self.head_dim, base=base)
 
     def init_residual_(self, depth: int) -> None:
         """Start what writes to the residual stream for a model of `depth` blocks, see [`init_residual_`]."""
@@ -304,8 +335,10 @@ class HoloSpectralBlock(GradientCheckpointingLayer):
         layer_idx: index of the block, which picks its mixer and its states in the cache.
     """
 
+    gate: SpectralGate | None
+
     @or_sizes
-    def __init__(self, config: HsnConfig, layer_idx: int = 0):
+    def __init__(self, config: HsnConfig, layer_idx: int = 0) -> None:
         super().__init__()
         dim = config.hidden_size
         self.layer_idx = layer_idx
@@ -352,7 +385,7 @@ class HsnPreTrainedModel(FamilyPreTrainedModel):
             return [HoloSpectralBlock(config, index).state_spec() for index in range(config.num_hidden_layers)]
 
     @classmethod
-    def capabilities_of(cls, config: HsnConfig) -> frozenset[str]:
+    def capabilities_of(cls, config: PretrainedConfig) -> frozenset[str]:
         attends = "attention" in config.mixer_types  # then keys and values grow with the text
         return cls.capabilities - {"constant_state"} if attends else cls.capabilities
 
@@ -369,7 +402,7 @@ class HsnModel(HsnPreTrainedModel, RecurrentBackbone):
     """HoloSpectralNet without a head: `[B, T]` token ids to hidden states `[B, T, hidden_size]`."""
 
 
-class HsnForCausalLM(HsnPreTrainedModel, RecurrentForCausalLM):
+class HsnForCausalLM(HsnPreTrainedModel, RecurrentForCausalLM):  # type: ignore[misc]  # as CausalLMHead
     """HoloSpectralNet that predicts the next token."""
 
     backbone_class = HsnModel

@@ -1,6 +1,7 @@
 """Resonance: language models that listen to their past through banks of damped resonators instead of attending."""
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ class Listener(nn.Module):
         config: a [`ResonanceConfig`].
     """
 
-    def __init__(self, config: ResonanceConfig):
+    def __init__(self, config: ResonanceConfig) -> None:
         super().__init__()
         make_bank = partial(
             ResonatorBank,
@@ -80,14 +81,14 @@ class ResonanceMixer(nn.Module):
         config: a [`ResonanceConfig`].
     """
 
-    def __init__(self, config: ResonanceConfig):
+    def __init__(self, config: ResonanceConfig) -> None:
         super().__init__()
         dim, ways = config.hidden_size, range(1 if config.is_causal else 2)
         self.norm_eps = config.norm_eps
         self.filter = SpectralGate(dim, config.gate_taps, config.is_causal, "filter", delayed=0.5)
         self.in_proj = nn.Linear(dim, 2 * dim, bias=False)  # values and their gate
-        self.listeners = nn.ModuleList([Listener(config) for _ in ways])
-        self.memories = None
+        self.listeners: Any = nn.ModuleList([Listener(config) for _ in ways])
+        self.memories: Any = None
         if config.memory_dimension is not None:
             sizes = dim, config.memory_dimension, config.memory_chunk_length
             self.memories = nn.ModuleList([PersistentMemory(*sizes, config.norm_eps) for _ in ways])
@@ -134,7 +135,7 @@ class ResonanceBlock(GradientCheckpointingLayer):
         layer_idx: index of the block, which picks its states in the cache.
     """
 
-    def __init__(self, config: ResonanceConfig, layer_idx: int = 0):
+    def __init__(self, config: ResonanceConfig, layer_idx: int = 0) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.mixer_norm = make_norm(config)
@@ -177,7 +178,9 @@ class ResonancePreTrainedModel(FamilyPreTrainedModel):
 class ResonanceModel(ResonancePreTrainedModel, RecurrentBackbone):
     """Resonance without a head: `[B, T]` token ids to hidden states `[B, T, hidden_size]`."""
 
-    def run_blocks(self, x, cache, keep_all, layout):
+    def run_blocks(  # type: ignore[override]  # the layout is all that its blocks are called with
+        self, x: torch.Tensor, cache: RecurrentCache | None, keep_all: bool, layout: TokenLayout
+    ) -> list[torch.Tensor]:
         """A long text goes through all blocks segment by segment, unless gradients or a graph are recorded."""
         run, length = super().run_blocks, self.config.segment_length
         if exporting() or torch.is_grad_enabled() or not self.config.is_causal or layout.length <= length:
@@ -188,7 +191,7 @@ class ResonanceModel(ResonancePreTrainedModel, RecurrentBackbone):
         return [torch.cat(segments, 1) for segments in zip(*parts, strict=True)]
 
 
-class ResonanceForCausalLM(ResonancePreTrainedModel, RecurrentForCausalLM):
+class ResonanceForCausalLM(ResonancePreTrainedModel, RecurrentForCausalLM):  # type: ignore[misc]  # as CausalLMHead
     """Resonance that predicts the next token."""
 
     backbone_class = ResonanceModel

@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from .recording import exporting
 from .validation import check_divides
@@ -56,7 +57,7 @@ class _PhaseFeatures(torch.autograd.Function):
     """Autograd would take every cosine and sine twice; the features are their own derivatives."""
 
     @staticmethod
-    def forward(ctx, theta, drift):
+    def forward(ctx: FunctionCtx, theta: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
         angle = (theta + drift).transpose(1, 2)
         features = angle.new_empty(*angle.shape[:-1], 2 * angle.shape[-1])
         cos, sin = features.chunk(2, -1)
@@ -66,7 +67,7 @@ class _PhaseFeatures(torch.autograd.Function):
         return features
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: BackwardCFunction, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         (features,) = ctx.saved_tensors
         cos, sin = features.chunk(2, -1)
         d_cos, d_sin = grad.chunk(2, -1)
@@ -108,7 +109,7 @@ class PhaseDrift(nn.Module):
         base: ratio of the fastest to the slowest frequency.
     """
 
-    def __init__(self, heads: int, phases: int, base: float = 1000.0):
+    def __init__(self, heads: int, phases: int, base: float = 1000.0) -> None:
         super().__init__()
         self.heads, self.phases, self.base = heads, phases, base
 
@@ -142,7 +143,7 @@ class RotaryEmbedding(PhaseDrift):
         ValueError: `dim` is odd.
     """
 
-    def __init__(self, dim: int, *, base: float = 10000.0):
+    def __init__(self, dim: int, *, base: float = 10000.0) -> None:
         check_divides("2", 2, "dim", dim)
         super().__init__(1, dim // 2, base)
 
@@ -150,7 +151,9 @@ class RotaryEmbedding(PhaseDrift):
         """Angles of the pairs at whole `positions` `[...]`, modulo 2π: `[..., D/2]`, see [`PhaseDrift.angles`]."""
         return super().angles(positions)[..., 0, :]
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(  # type: ignore[override]  # it has the frequencies of a drift, and another use
+        self, x: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Turn `x` `[..., T, D]` by its positions `[T]` or `[..., T]` (default: from 0 on), to the same shape."""
         if positions is None:
             positions = torch.arange(x.shape[-2], device=home_of_float64(x.device))

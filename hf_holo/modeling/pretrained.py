@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from .cache import CACHE_NAMES
 from .checkpoint import check_finite, check_offloaded, naming_the_checkpoint, within_memory
@@ -25,7 +25,7 @@ class FamilyPreTrainedModel(PreTrainedModel):
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = list(CACHE_NAMES)
+    _skip_keys_device_placement = list(CACHE_NAMES)  # type: ignore[assignment]  # transformers declares None
     _is_stateful = False  # the cache can take tokens back, so assisted decoding works
     _supports_sdpa = True
 
@@ -33,7 +33,7 @@ class FamilyPreTrainedModel(PreTrainedModel):
     block_class: type[nn.Module]
     needs_causal: bool | None = None  # the `causal` of its config; None: it works with both
 
-    def __init__(self, config):
+    def __init__(self, config: PretrainedConfig) -> None:
         if self.needs_causal is not None and config.causal is None:
             config = copy.deepcopy(config)
             config.causal = self.needs_causal
@@ -49,7 +49,7 @@ class FamilyPreTrainedModel(PreTrainedModel):
         return issubclass(cls, GenerationMixin)
 
     @classmethod
-    def capabilities_of(cls, config) -> frozenset[str]:
+    def capabilities_of(cls, config: PretrainedConfig) -> frozenset[str]:
         """The capabilities that hold for this config; a family overrides it where an option takes one away."""
         return cls.capabilities
 
@@ -57,7 +57,7 @@ class FamilyPreTrainedModel(PreTrainedModel):
         """Number of parameters, a tied matrix counted once."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
 
-    def resize_token_embeddings(
+    def resize_token_embeddings(  # type: ignore[override]  # transformers gives an nn.Embedding, which not all are
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Module:
         """As in transformers, for compressed vocabularies too; see [`CompressedEmbedding.resize`]."""
@@ -142,5 +142,5 @@ class FamilyPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             nn.init.ones_(module.weight)
-        elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        elif (reset := getattr(module, "reset_parameters", None)) is not None:
+            reset()

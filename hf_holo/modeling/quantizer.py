@@ -41,7 +41,7 @@ class SurgeryPlan(QuantizationConfigMixin):
         seed: int = 0,
         checksum: int | None = None,
         **kwargs,
-    ):
+    ) -> None:
         vars(self).update(kwargs, quant_method="holo", layers=layers, seed=seed, checksum=checksum)
 
 

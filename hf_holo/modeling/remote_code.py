@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import transformers
 from transformers import PreTrainedModel
@@ -63,14 +64,15 @@ def _first_name(file: Path) -> str:
 def complete_code(folder: Path, classes: Iterable[type]) -> None:
     """Write the files of these classes, which transformers has copied into a folder, as [`code_of`] gives them."""
     for file in {file_of(cls) for cls in classes}:
-        if (folder / file.name).is_file():
+        if file is not None and (folder / file.name).is_file():
             (folder / file.name).write_text(code_of(file), encoding="utf-8")
 
 
 def auto_map(model_class: type[PreTrainedModel]) -> dict[str, str]:
     """Which class each Auto class loads, as "file.Class": the config's, and every head in the file of `model_class`."""
-    config_class, module = model_class.config_class, model_class.__module__
-    heads = [
+    config_class: Any = model_class.config_class
+    module = model_class.__module__
+    heads: list[Any] = [
         value
         for value in vars(sys.modules[module]).values()
         if isinstance(value, type)
@@ -99,7 +101,7 @@ def reference(cls: type) -> str:
 
 
 @contextmanager
-def with_code(cls: type) -> Iterator[bool]:
+def with_code(cls: type[PreTrainedModel]) -> Iterator[bool]:
     """Whether a model of the class `cls` that is saved in this block takes its code along.
 
     If that is impossible a warning says why, and the model is saved without.

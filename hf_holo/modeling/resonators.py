@@ -11,6 +11,7 @@ of one filter; overlap-add (Oppenheim & Schafer, Discrete-Time Signal Processing
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -83,7 +84,16 @@ def resonate(
     return y, _final_state(length, lengths, rows, before, powers, document)
 
 
-def resonate_naive(u, damping, omega, magnitude, phase, state=None, lengths=None, document=None):
+def resonate_naive(
+    u: torch.Tensor,
+    damping: torch.Tensor,
+    omega: torch.Tensor,
+    magnitude: torch.Tensor,
+    phase: torch.Tensor,
+    state: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    document: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Twin of [`resonate`]: the recurrence, token by token."""
     if state is None:
         state = u.new_zeros(u.shape[0], u.shape[2], 2 * magnitude.shape[1])
@@ -202,7 +212,13 @@ def _convolve_apart(rows: torch.Tensor, kernel: torch.Tensor, u: torch.Tensor, d
     return y.index_copy(1, mixed, apart.permute(2, 0, 1)).view(rows.shape)
 
 
-def _carry(rows, powers, powers_of, state, document):
+def _carry(
+    rows: torch.Tensor,
+    powers: torch.Tensor,
+    powers_of: Callable[[torch.Tensor], torch.Tensor],
+    state: torch.Tensor | None,
+    document: torch.Tensor | None,
+) -> torch.Tensor:
     """State before every segment, [D, B, N, 2K]."""
     if state is None:
         state = rows.new_zeros(*rows.shape[:2], powers.shape[1])
@@ -219,13 +235,17 @@ def _carry(rows, powers, powers_of, state, document):
     across = _of_channels(powers[..., -1], rows)[:, None]  # [D, 1, 2K]
     before = [state]
     for n in range(written.shape[2] - 1):
-        kept = state if document is None else state * (document[:, n, -1] == carried[:, n])[:, None]
+        kept = state
+        if document is not None and carried is not None:
+            kept = state * (document[:, n, -1] == carried[:, n])[:, None]
         state = multiply(kept, across) + written[:, :, n]
         before.append(state)
     return torch.stack(before, 2)
 
 
-def _carry_by_jumps(sources, size, powers_of, carried):
+def _carry_by_jumps(
+    sources: torch.Tensor, size: int, powers_of: Callable[[torch.Tensor], torch.Tensor], carried: torch.Tensor | None
+) -> torch.Tensor:
     """Twin of the loop in [`_carry`] without a loop over segments of `size` tokens: sums of few, of many, of all.
 
     Level by level, every segment adds up what itself and the ones before it have gathered, `JUMPS` of them in strides
@@ -251,7 +271,14 @@ def _of_channels(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return x.repeat_interleave(rows.shape[0] // x.shape[0], 0)
 
 
-def _final_state(length, lengths, rows, before, powers, document):
+def _final_state(
+    length: int,
+    lengths: torch.Tensor | None,
+    rows: torch.Tensor,
+    before: torch.Tensor | None,
+    powers: torch.Tensor,
+    document: torch.Tensor | None,
+) -> torch.Tensor:
     """The state `[B, D, 2K]` after `lengths` tokens `[B]`, or after all `length` of them if it is None."""
     # 1. where every row ends: the segment, and the token inside it
     size, each = rows.shape[-1], torch.arange(rows.shape[1], device=rows.device)
@@ -315,7 +342,7 @@ class ResonatorBank(nn.Module):
 
     DAMPING = (0.003, 0.5)  # where banks start: a memory of 333 tokens in the first, of 2 in the last
 
-    def __init__(self, dim: int, banks: int, modes: int, lowest: float, highest: float):
+    def __init__(self, dim: int, banks: int, modes: int, lowest: float, highest: float) -> None:
         super().__init__()
         check_positive(dim=dim, banks=banks, modes=modes)
         check_divides("banks", banks, "dim", dim)
@@ -393,7 +420,7 @@ class FadingSum(nn.Module):
 
     DAMPING = 0.001  # where it starts: a memory of 1,000 steps
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
         self.raw_damping = nn.Parameter(torch.empty(1))
@@ -448,7 +475,9 @@ class ChunkContext(nn.Module):
         ValueError: `chunk_length` is not a positive integer.
     """
 
-    def __init__(self, chunk_length: int, bank: nn.Module, name: str = "context"):
+    bank: ResonatorBank | FadingSum
+
+    def __init__(self, chunk_length: int, bank: ResonatorBank | FadingSum, name: str = "context") -> None:
         super().__init__()
         check_positive(chunk_length=chunk_length)
         self.chunk_length, self.bank, self.name = chunk_length, bank, name
@@ -470,7 +499,9 @@ class ChunkContext(nn.Module):
                 cache.put(name, states[index], layout.length, replay)
         return context
 
-    def _scan(self, u, layout: TokenLayout, running: torch.Tensor | None, coarse: torch.Tensor | None):
+    def _scan(
+        self, u: torch.Tensor, layout: TokenLayout, running: torch.Tensor | None, coarse: torch.Tensor | None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """What every token hears [B, T, D]; the sum and the number of the tokens in the last chunk [B, D + 1], zeros
         if it is complete; and the coarse state of the complete ones [B, D, 2K]."""
         # 1. inside chunks: sum and number of the tokens of each, those that an earlier call has left included
@@ -500,7 +531,7 @@ class ChunkContext(nn.Module):
         running = sums.gather(1, last[..., None].expand(-1, -1, sums.shape[2]))[:, 0] * ~complete
         return heard.gather(1, chunk[..., None].expand(-1, -1, u.shape[2])), (running, state)
 
-    def _chunks(self, ones, document: torch.Tensor | None, begun: torch.Tensor | None) -> torch.Tensor:
+    def _chunks(self, ones: torch.Tensor, document: torch.Tensor | None, begun: torch.Tensor | None) -> torch.Tensor:
         """The chunk of every token, counted from the one that continues: [B, T], from real tokens `ones` [B, T] and the
         number of tokens in the chunk that continues [B]. A new document begins a new chunk."""
         position = ones.cumsum(1) - 1  # in the document

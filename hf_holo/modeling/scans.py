@@ -8,9 +8,12 @@ Sources: the chunked form of linear attention with decay (Sun et al., 2023, RetN
 rule in chunks (Yang et al., 2024, DeltaNet).
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from .recording import exporting, fixed_table, single_token
 
@@ -62,7 +65,15 @@ def interference_scan(
     return y[:, :, :length], state
 
 
-def interference_scan_naive(q, k, v, log_decay, log_write, state=None, document=None):
+def interference_scan_naive(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    log_write: torch.Tensor,
+    state: torch.Tensor | None = None,
+    document: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Twin of [`interference_scan`]: the recurrence, token by token."""
 
     def write(t: int, state: torch.Tensor) -> torch.Tensor:
@@ -71,7 +82,15 @@ def interference_scan_naive(q, k, v, log_decay, log_write, state=None, document=
     return _recurrence(q, k, v, log_decay, write, state, document)
 
 
-def _recurrence(q, k, v, log_decay, write, state, document):
+def _recurrence(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    write: Callable[[int, torch.Tensor], torch.Tensor],
+    state: torch.Tensor | None,
+    document: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The loop of the naive twins: forget at a border of documents, decay, add `write(t, state)`, read."""
     if state is None:
         state = k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])
@@ -99,7 +118,9 @@ def _to_chunks(x: torch.Tensor, chunk: int, fill: float | None = 0.0) -> torch.T
     return x.reshape(*x.shape[:2], -1, chunk, x.shape[-1])
 
 
-def _decays(log_decay, log_write, document):
+def _decays(
+    log_decay: torch.Tensor, log_write: torch.Tensor, document: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weights inside a chunk, from its start, to its end and across it: [..., C, C], [..., C], [..., C], [...]."""
     total = log_decay.cumsum(-1)  # [B, H, N, C]
     source = total - log_write
@@ -119,7 +140,7 @@ def _decays(log_decay, log_write, document):
     return between, from_start, to_end, across
 
 
-def _carry(written, across, state):
+def _carry(written: torch.Tensor, across: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """State before every chunk, and after the last: [B, H, N, F, V] and [B, H, F, V]."""
     if exporting():
         return _compose(across[..., None, None], written, state, torch.mul)
@@ -130,7 +151,12 @@ def _carry(written, across, state):
     return before, state
 
 
-def _compose(turn, shift, state, product):
+def _compose(
+    turn: torch.Tensor,
+    shift: torch.Tensor,
+    state: torch.Tensor,
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Twin of the loops over chunks: the state before every chunk [B, H, N, F, V], and after the last [B, H, F, V].
 
     A chunk takes the state M to `product`(turn, M) + shift, and two of those in a row are another one; the first state
@@ -155,12 +181,28 @@ def _spread(weights: torch.Tensor, rows: int) -> torch.Tensor:
     return weights if groups == 1 else weights.repeat(*[1] * (weights.dim() - 2), groups, 1)
 
 
-def _chunked_scan(q, k, v, log_decay, log_write, state, document):
+def _chunked_scan(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    log_write: torch.Tensor,
+    state: torch.Tensor,
+    document: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """q [B, H, N, G·C, F], k [B, H, N, C, F] and v [B, H, N, C, V] to y [B, H, N, G·C, V] and the last state."""
     return _chunked_scan_parts(q, k, v, log_decay, log_write, state, document)[:2]
 
 
-def _chunked_scan_parts(q, k, v, log_decay, log_write, state, document):
+def _chunked_scan_parts(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    log_write: torch.Tensor,
+    state: torch.Tensor,
+    document: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
     between, from_start, to_end, across = _decays(log_decay, log_write, document)
     rows = q.shape[-2]
     between, from_start, to_end = _spread(between, rows), _spread(from_start[..., None], rows), to_end[..., None]
@@ -183,14 +225,26 @@ class _ChunkedScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, log_decay, log_write, state, document):
+    def forward(
+        ctx: FunctionCtx,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        log_decay: torch.Tensor,
+        log_write: torch.Tensor,
+        state: torch.Tensor,
+        document: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         y, final, parts = _chunked_scan_parts(q, k, v, log_decay, log_write, state, document)
         ctx.save_for_backward(q, k, v, final, *parts)
         return y, final
 
     @staticmethod
-    def backward(ctx, dy, d_final):
-        q, k, v, final, scores, between, from_start, to_end, across, before = ctx.saved_tensors
+    def backward(
+        ctx: BackwardCFunction, dy: torch.Tensor, d_final: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        saved: tuple[torch.Tensor, ...] = ctx.saved_tensors
+        q, k, v, final, scores, between, from_start, to_end, across, before = saved
         d_final = torch.zeros_like(final) if d_final is None else d_final
         dy = dy.contiguous()
         # 4. read, backwards: what every chunk wants of the state before it
@@ -210,7 +264,9 @@ class _ChunkedScan(torch.autograd.Function):
         return dq, dk, dv, d_decay, d_write, d_state, None
 
 
-def _carry_backward(d_before, across, d_final):
+def _carry_backward(
+    d_before: torch.Tensor, across: torch.Tensor, d_final: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients with respect to what every chunk wrote and to the first state, from the last chunk to the first."""
     d_written = torch.empty_like(d_before)
     d_state = d_final
@@ -302,14 +358,24 @@ def _joined_blocks(size: int) -> tuple[np.ndarray, ...]:
     return tuple((block[:, None] % 2 == 1) & (block == block[:, None] - 1) for block in blocks)
 
 
-def _carry_cancelling(across, leave, fresh, recalled, state):
+def _carry_cancelling(
+    across: torch.Tensor, leave: torch.Tensor, fresh: torch.Tensor, recalled: torch.Tensor, state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """[`_compose`] for [`cancelling_scan`]: a chunk takes the state M to (λ - K R) M + K W."""
     identity = torch.from_numpy(_identity(int(leave.shape[-2]))).to(state)
     turn = across[..., None, None] * identity - leave @ recalled  # [B, H, N, F, F]
     return _compose(turn, leave @ fresh, state, torch.matmul)
 
 
-def cancelling_scan_naive(q, k, v, log_decay, strength, state=None, document=None):
+def cancelling_scan_naive(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    strength: torch.Tensor,
+    state: torch.Tensor | None = None,
+    document: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Twin of [`cancelling_scan`]: the recurrence, token by token."""
 
     def write(t: int, state: torch.Tensor) -> torch.Tensor:

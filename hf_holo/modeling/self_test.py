@@ -5,9 +5,10 @@ word; a fine-looking text of nonsense is all that a user would see.
 """
 
 import inspect
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from .recording import exporting
 from .versions import REMEDY, in_use
@@ -17,7 +18,7 @@ ALLOWED_ROUNDED = 0.05  # the same in half precision and with quantised weights
 _tested: set[type] = set()
 
 
-def check_decoding(model: GenerationMixin) -> None:
+def check_decoding(model: PreTrainedModel) -> None:
     """Decode two tokens with a cache and without, once for each class of models.
 
     A model in training mode (dropout makes its own differences), or whose inputs another package prepares, is left
@@ -43,15 +44,22 @@ def check_decoding(model: GenerationMixin) -> None:
         raise
 
 
-def _second_logits(model: GenerationMixin, use_cache: bool) -> torch.Tensor:
+def _second_logits(model: PreTrainedModel, use_cache: bool) -> torch.Tensor:
     """The logits `[1, V]` of the second token that follows two others."""
     ids = torch.arange(2, device=model.device)[None] % model.config.vocab_size
-    options = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "num_beams": 1, "pad_token_id": 0}
-    config = GenerationConfig(use_cache=use_cache, output_logits=True, return_dict_in_generate=True, **options)
-    options = {"attention_mask": torch.ones_like(ids), "generation_config": config}
+    greedy: dict[str, Any] = {
+        "max_new_tokens": 2,
+        "min_new_tokens": 2,
+        "do_sample": False,
+        "num_beams": 1,
+        "pad_token_id": 0,
+    }
+    config = GenerationConfig(use_cache=use_cache, output_logits=True, return_dict_in_generate=True, **greedy)
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "generation_config": config}
     if "use_model_defaults" in inspect.signature(GenerationMixin.generate).parameters:
         options["use_model_defaults"] = False  # transformers 4.57 would sample if the model's own config says so
-    return GenerationMixin.generate(model, ids, **options).logits[-1]
+    output: Any = GenerationMixin.generate(model, ids, **options)  # type: ignore[arg-type]  # it is one as well
+    return output.logits[-1]
 
 
 def _difference(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -59,7 +67,7 @@ def _difference(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got - expected).norm() / (expected - expected.mean()).norm()).item()
 
 
-def _allowed(model: GenerationMixin) -> float:
+def _allowed(model: PreTrainedModel) -> float:
     exact = model.dtype in (torch.float32, torch.float64) and getattr(model, "hf_quantizer", None) is None
     return ALLOWED if exact else ALLOWED_ROUNDED
 

@@ -1,9 +1,10 @@
 """Checks on the arguments of configs: each raises ValueError with the name, the value and what is accepted."""
 
 import math
+from typing import Any
 
 
-def check_choice(name: str, value, choices: tuple) -> None:
+def check_choice(name: str, value: Any, choices: tuple) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}")

@@ -13,10 +13,12 @@ number once. A compressed embedding is called with ids, gives scores by `logits`
 
 import functools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .configuration_vocabulary import lay_out_vocabulary
 from .embeddings import CompressedEmbedding, ScaledEmbedding
@@ -51,7 +53,7 @@ class TwoLevelEmbedding(CompressedEmbedding):
         frequent_tokens: int,
         grouped_tokens: int,
         groups: int,
-    ):
+    ) -> None:
         super().__init__(num_embeddings, embedding_dim, initializer_range)
         self.frequent_tokens = frequent_tokens
         self.grouped_tokens = grouped_tokens
@@ -182,7 +184,7 @@ class FrequencyCompressedEmbedding(TwoLevelEmbedding):
         frequent_tokens: int,
         groups: int,
         group_size: int,
-    ):
+    ) -> None:
         sizes = {"frequent_tokens": frequent_tokens, "grouped_tokens": groups * group_size, "groups": groups}
         super().__init__(num_embeddings, embedding_dim, initializer_range, **sizes)
         self.group_size = group_size
@@ -255,14 +257,15 @@ class AdaptiveEmbedding(TwoLevelEmbedding):
         *,
         cutoffs: list[int],
         shrink: int = 4,
-    ):
+    ) -> None:
         frequent, *ends = cutoffs
-        sizes = {"frequent_tokens": frequent, "grouped_tokens": ends[-1] - frequent, "groups": len(ends)}
-        super().__init__(num_embeddings, embedding_dim, initializer_range, **sizes)
+        levels = {"frequent_tokens": frequent, "grouped_tokens": ends[-1] - frequent, "groups": len(ends)}
+        super().__init__(num_embeddings, embedding_dim, initializer_range, **levels)
         self._starts = [end - frequent for end in cutoffs]  # places at which the clusters start, and the end of all
         sizes = [end - start for start, end in zip(cutoffs, ends, strict=False)]
         widths = [max(1, self.embedding_dim // shrink**level) for level in range(1, len(cutoffs))]
-        self.tables = nn.ModuleList([nn.Embedding(*shape) for shape in zip(sizes, widths, strict=True)])
+        # whose members torch's types do not tell
+        self.tables: Any = nn.ModuleList([nn.Embedding(*shape) for shape in zip(sizes, widths, strict=True)])
         self.projections = nn.ParameterList([torch.empty(self.embedding_dim, width) for width in widths])
         self.reset_parameters()
 
@@ -321,7 +324,7 @@ EMBEDDINGS = {
 }
 
 
-def make_embedding(config) -> nn.Module:
+def make_embedding(config: PretrainedConfig) -> nn.Module:
     """The embedding that `config.embedding_strategy` names, with `config.embedding_options`.
 
     A config of a family that does not offer the choice has none of the two: its embedding is the standard one.
@@ -344,9 +347,10 @@ def make_embedding(config) -> nn.Module:
     return EMBEDDINGS[strategy](config.vocab_size, config.hidden_size, config.initializer_range, **options)
 
 
-def vocabulary_parameters(model) -> tuple[int, int]:
+def vocabulary_parameters(model: PreTrainedModel) -> tuple[int, int]:
     """Parameters of a language model's embedding and head together, and those of one dense table for both."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    head = model.get_output_embeddings()
     modules = [module for module in (embedding, head) if module is not None]
     stored = {parameter for module in modules for parameter in module.parameters()}
     return sum(p.numel() for p in stored), embedding.num_embeddings * embedding.embedding_dim

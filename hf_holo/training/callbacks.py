@@ -52,34 +52,30 @@ class CausalityCallback(TrainerCallback):
         self._hook: RemovableHandle | None = None  # on the model whose next batch is probed
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._judges = self.probe(model, move_weights=True)
+        self._judges = self.probe(kwargs["model"], move_weights=True)
 
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if (state.global_step + 1).bit_count() == 1:  # a power of two
-            self._probe_next_batch(model, args)
+            self._probe_next_batch(kwargs["model"], args)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_evaluate:
-            self._probe_next_batch(model, args)
+            self._probe_next_batch(kwargs["model"], args)
 
     def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._judges is None:  # an evaluation without training: from its second batch on
-            self._judges = _subject(model).lacks(NEEDS) is None
-            self._probe_next_batch(model, args)
+            self._judges = _subject(kwargs["model"]).lacks(NEEDS) is None
+            self._probe_next_batch(kwargs["model"], args)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._forget_batch()
-        self.probe(model, move_weights=False)
+        self.probe(kwargs["model"], move_weights=False)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self._forget_batch()
@@ -152,7 +148,7 @@ def _error(model: Subject | nn.Module, leak: Leak) -> HoloError:
     )
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrapped(model: nn.Module) -> Any:
     """The model of transformers, adapters included, out of what Trainer and PEFT have put around it."""
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    bare: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    return bare.get_base_model() if hasattr(bare, "get_base_model") else bare

@@ -99,7 +99,7 @@ class MuonAdamW(Optimizer):
         parameters = split_parameters(model)
         if not parameters["hidden"]:
             raise ValueError("model: has no trainable nn.Linear inside its blocks for Muon; use AdamW instead")
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": parameters["matrices"], "rule": "adamw"},
             {"params": parameters["rest"], "rule": "adamw", "weight_decay": 0.0},
             {"params": parameters["hidden"], "rule": "muon", "lr": muon_lr_ratio * lr},
@@ -119,7 +119,7 @@ class MuonAdamW(Optimizer):
             param_group.setdefault(option, value)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update all parameters once; `closure` re-evaluates the model and returns the loss, as in torch."""
         loss = None
         if closure is not None:
@@ -192,7 +192,7 @@ class WhitenedAdamW(AdamW):
         return (vectors * roots) @ rotation, rotation.T @ (vectors / roots).T
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update all parameters once; `closure` re-evaluates the model and returns the loss, as in torch."""
         loss = None
         if closure is not None:

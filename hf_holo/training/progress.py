@@ -22,6 +22,7 @@ class RunProgress(ProgressCallback):
     others will take.
     """
 
+    step_seconds: list[float]
     training = False  # an evaluation after the training is reported by whoever asks for it
 
     def on_train_begin(
@@ -46,10 +47,15 @@ class RunProgress(ProgressCallback):
             self._say(f"{seconds:.2g} s a step: about {duration(left * seconds)} to go, without the evaluations")
 
     def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
     ) -> None:
         if not args.disable_tqdm:
-            super().on_prediction_step(args, state, control, **kwargs)
+            super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
 
     def on_log(
         self,
@@ -59,7 +65,7 @@ class RunProgress(ProgressCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not state.is_world_process_zero:
+        if logs is None or not state.is_world_process_zero:
             return
         if "eval_loss" in logs and self.training:
             self._say(f"step {state.global_step} of {state.max_steps}: validation loss {logs['eval_loss']:.4f}")

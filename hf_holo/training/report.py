@@ -30,18 +30,23 @@ class RunReport(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            write_metrics(state.log_history, Path(args.output_dir) / "metrics.csv")
+            write_metrics(state.log_history, folder_of(args) / "metrics.csv")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            plot_losses(state.log_history, Path(args.output_dir) / "loss.png")
+            plot_losses(state.log_history, folder_of(args) / "loss.png")
+
+
+def folder_of(args: TrainingArguments) -> Path:
+    """The output folder."""
+    return Path(args.output_dir)  # type: ignore[arg-type]  # Trainer has filled it in
 
 
 def write_metrics(history: list[dict[str, float]], path: Path) -> None:
     """Write Trainer's log history as a table with one row per step at which a loss was logged."""
-    rows: dict[int, dict[str, float]] = {}
+    rows: dict[float, dict[str, float]] = {}
     for entry in history:
         if "loss" in entry or "eval_loss" in entry:
             rows.setdefault(entry["step"], {}).update(entry)

@@ -4,7 +4,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from accelerate import PartialState
@@ -35,10 +35,10 @@ from .arguments import DataArguments, Run, parse
 from .callbacks import PROBED_LENGTHS, CausalityCallback
 from .optim import MuonAdamW, split_parameters
 from .progress import say_what_comes, show_progress
-from .report import RunReport, loss_line, plot_losses, write_metrics
+from .report import RunReport, folder_of, loss_line, plot_losses, write_metrics
 from .trainer import UNFINISHED, HoloTrainer, complete_checkpoints
 
-TASKS = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
+TASKS: dict[str | None, Any] = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
 RUN_FILES = (
     "recipe.yaml",
     "metrics.csv",
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
 
 def train(run: Run) -> HoloTrainer:
     """Train as `run` says, write everything into its output folder, and return the trainer with the final model."""
-    folder = Path(run.training.output_dir)
+    folder = folder_of(run.training)
     checkpoint = find_checkpoint(folder, run.training.resume_from_checkpoint)
     remains = [] if run.training.resume_from_checkpoint else remains_of_a_run(folder)
     if remains and not run.training.overwrite:
@@ -155,10 +155,10 @@ def load_config(run: Run) -> PretrainedConfig:
     preset, source = run.model.preset, run.model.model_name_or_path
     if not preset and not source:
         raise HoloError("preset: name a --preset for a new model, or a checkpoint with --model_name_or_path")
-    if not source:
+    if preset and not source:
         return preset_config(preset)
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(str(source))
     except (OSError, ValueError) as error:
         raise HoloError(f"model_name_or_path: {source!r} is not a model: {first_line(error)}") from None
 
@@ -196,11 +196,10 @@ def load_data(run: Run, checkpoint: Path | None) -> tuple[PreTrainedTokenizerBas
     documents = read_documents(data.train_file, data.dataset_name, data.dataset_config_name, data.text_column)
     parts = (hold_out_documents if apart else split_documents)(documents, data.validation_fraction)
     tokenizer = load_tokenizer(run, checkpoint, parts[0])
-    sizes = tokenizer, data.block_size, data.stride
     if masked:
-        splits = masked_splits(*parts, *sizes, apart, data.mlm_probability)
+        splits = masked_splits(*parts, tokenizer, data.block_size, data.stride, apart, data.mlm_probability)
     else:
-        splits = (document_splits if apart else text_splits)(*parts, *sizes)
+        splits = (document_splits if apart else text_splits)(*parts, tokenizer, data.block_size, data.stride)
     return tokenizer, replace(splits.scored_on(data.eval_windows), documents=len(documents))
 
 
@@ -245,7 +244,7 @@ def load_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
             model = auto_class.from_pretrained(source, **overrides)
         else:
             tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-            config = preset_config(preset, **{"vocab_size": len(tokenizer), **tokens, **overrides})
+            config = preset_config(str(preset), **{"vocab_size": len(tokenizer), **tokens, **overrides})
             with within_memory(True):
                 model = auto_class.from_config(config)
     except UNREADABLE as error:
@@ -310,7 +309,7 @@ def write_results(trainer: HoloTrainer, run: Run, data: Splits, metrics: dict[st
     Args:
         metrics: of the final weights.
     """
-    folder = Path(run.training.output_dir)
+    folder = folder_of(run.training)
     save_final(trainer.model, trainer.processing_class, folder)
     write_metrics(trainer.state.log_history, folder / "metrics.csv")
     plot_losses(trainer.state.log_history, folder / "loss.png")

@@ -12,6 +12,8 @@ import torch
 from torch.optim import Optimizer
 from transformers import (
     EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -94,6 +96,9 @@ class HoloTrainer(Trainer):
         shift: whether a label belongs to the logits of the position before, as for causal models.
     """
 
+    model: PreTrainedModel  # transformers' own may be None, or another module
+    processing_class: PreTrainedTokenizerBase
+
     def __init__(
         self, *args: Any, characters: int | None = None, ema_decay: float = 0.0, shift: bool = True, **kwargs: Any
     ) -> None:
@@ -112,7 +117,7 @@ class HoloTrainer(Trainer):
             HoloError: a file of the checkpoint to resume from is damaged, or belongs to another model.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = next(map(str, reversed(complete_checkpoints(self.args.output_dir))), True)
+            resume_from_checkpoint = next(map(str, reversed(complete_checkpoints(str(self.args.output_dir)))), True)
         if isinstance(resume_from_checkpoint, str):
             state = read_checkpoint(Path(resume_from_checkpoint))
             self._restore_counters(state)
@@ -134,7 +139,8 @@ class HoloTrainer(Trainer):
     def _restore_counters(self, state: TrainerState) -> None:
         """How often early stopping has seen no progress; how often it may, this run says."""
         for callback in self._early_stopping:
-            saved = state.stateful_callbacks.get(type(callback).__name__)
+            kept: Any = state.stateful_callbacks  # a dictionary, whatever transformers declares
+            saved = kept.get(type(callback).__name__)
             if isinstance(saved, dict):  # there is one of its kind
                 vars(callback).update(saved["attributes"])
 
@@ -170,14 +176,14 @@ class HoloTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate the averaged weights if there are any, else the trained ones."""
-        averaged = self.average and self.optimizer
-        with self.average.applied(self.optimizer) if averaged else nullcontext():
+        average, optimizer = self.average, self.optimizer
+        with average.applied(optimizer) if average and optimizer else nullcontext():
             return super().evaluate(*args, **kwargs)
 
     def adopt_average(self) -> None:
         """Make the averages the weights of the model, for good; training cannot continue afterwards."""
         if self.average:
-            self.average.swap(self.optimizer)
+            self.average.swap(self.optimizer)  # type: ignore[arg-type]  # there is one after training
             self.average = None
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -227,7 +233,8 @@ class HoloTrainer(Trainer):
 def without_code(*parts: object) -> Iterator[None]:
     """Save these models, configs and tokenizers without their code in this block, and without the `auto_map` that
     would name it."""
-    classes = {cls: cls._auto_class for cls in map(type, parts) if getattr(cls, "_auto_class", None)}
+    kinds: Iterator[Any] = map(type, parts)
+    classes = {cls: cls._auto_class for cls in kinds if getattr(cls, "_auto_class", None)}
     places = [vars(part) if hasattr(part, "auto_map") else getattr(part, "init_kwargs", {}) for part in parts]
     maps = [(place, place.pop("auto_map")) for place in places if "auto_map" in place]
     try:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from hf_holo import HoloError, HsnForCausalLM
 from hf_holo.eval.conformance import CHECKS, GROUPS, Check, Subject, Violation, run_check, select
 from hf_holo.eval.conformance.subject import perturb
 
@@ -111,3 +112,8 @@ def test_weights_move_by_kind_of_module_and_not_by_name():
         nn.init.zeros_(layer.weight)
         moved[cls] = perturb(layer).weight
     assert torch.equal(moved[nn.Linear], moved[Renamed])
+
+
+def test_a_class_needs_a_config():
+    with pytest.raises(HoloError, match="config=None: HsnForCausalLM is a class"):
+        Subject(HsnForCausalLM)

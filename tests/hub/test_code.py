@@ -179,6 +179,7 @@ def test_a_class_of_a_notebook_is_saved_with_a_warning(saved, tmp_path):
     try:
         with pytest.warns(UserWarning, match="saved without its code: Mine cannot be imported from a file"):
             made.from_pretrained(saved).save_pretrained(tmp_path / "mine")
+        remote_code.complete_code(tmp_path / "mine", (made, made.config_class))  # as push_to_hub does
     finally:
         del sys.modules[module.__name__]
     assert made._auto_class == "AutoModelForCausalLM"

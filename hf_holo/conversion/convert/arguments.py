@@ -92,7 +92,7 @@ class ConvertArguments:
 
     def surgery(self) -> HoloSurgeryConfig:
         """The choice of layers as the surgery understands it."""
-        choice = {
+        choice: dict[str, Any] = {
             "modules": self.modules or None,
             "exclude": self.exclude or None,
             "keep_first": self.keep_first,
@@ -192,8 +192,8 @@ def parse(argv: list[str], description: str) -> Command:
     argv = words_of_today(argv, OLD_NAMES)
     recipe = given_words(parser, argv).get("recipe")
     if recipe:
-        options = RecipeParser(ConvertArguments, allow_abbrev=False)
-        parser.set_defaults(**vars(options.parse_args(_as_words(recipe))))
+        reader = RecipeParser(ConvertArguments, allow_abbrev=False)
+        parser.set_defaults(**vars(reader.parse_args(_as_words(recipe))))
     values = vars(parser.parse_args(argv))
     del values["recipe"]
     command = {name: values.pop(name) for name in ("teacher", "out", "overwrite", "dry_run")}

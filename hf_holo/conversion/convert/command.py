@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -48,10 +48,11 @@ def main(argv: list[str]) -> None:
         HoloError: bad input; the message is one line that says what to do.
     """
     command = parse(argv, __doc__)
-    teacher, out = command.teacher, command.out
+    teacher = command.teacher
     if command.dry_run:
         choose_conversion(Source.find(teacher, command.options.trust_remote_code), command.options).print_coverage()
         return
+    out = cast(Path, command.out)  # parse() lets only a dry run go without
     try:
         outcome = convert(teacher, out, command.options, command.overwrite)
     except KeyboardInterrupt:
@@ -242,4 +243,5 @@ def write(model: PreTrainedModel, job: Job) -> str:
     options = job.options
     prompt = job.texts[0].prompt if options.sample_prompt is None else options.sample_prompt
     set_seed(options.seed)
-    return generate_text(model, job.tokenizer, prompt, options.sample_tokens)
+    tokenizer = cast(PreTrainedTokenizerBase, job.tokenizer)  # there is one where there are texts
+    return generate_text(model, tokenizer, prompt, options.sample_tokens)

@@ -32,7 +32,7 @@ class Conversion(ABC):
     lesson: str
     advice: str
 
-    def __init__(self, source: Source, options: ConvertArguments):
+    def __init__(self, source: Source, options: ConvertArguments) -> None:
         self.source, self.options = source, options
         self.twin = source.without_weights()
 

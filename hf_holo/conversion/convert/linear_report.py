@@ -105,7 +105,7 @@ def plot_layers(path: Path, rows: Sequence[LayerRow], what: str, label: str) -> 
         axes.plot([row.block for row in chosen], values, "o-", markersize=4, label=chosen[0].kind)
     axes.set(xlabel="block", ylabel=label)
     axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # a MaxNLocator's
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)

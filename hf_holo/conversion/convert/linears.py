@@ -42,7 +42,7 @@ class RegeneratedSurgery(Conversion):
     advice = "It has to be trained before it is of use, best on what its teacher says:"
     error_of = "weights"
 
-    def __init__(self, source: Source, options: ConvertArguments):
+    def __init__(self, source: Source, options: ConvertArguments) -> None:
         super().__init__(source, options)
         self.surgery = options.surgery()
         self.dense = {

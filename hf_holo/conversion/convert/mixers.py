@@ -9,6 +9,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, set_seed
 
 from ...files import write_csv
+from ...modeling.modeling_hsn import HsnForCausalLM
 from ..sources import Source, Text
 from ..surgery.transfer import Part, compare, transfer_to_hsn
 from ..work_folder import WorkFolder
@@ -25,7 +26,7 @@ class MixerTransfer(Conversion):
     lesson = "distill-hsn"
     advice = "Its mixers are only a start: it writes noise until it has been distilled from its teacher:"
 
-    def __init__(self, source: Source, options: ConvertArguments):
+    def __init__(self, source: Source, options: ConvertArguments) -> None:
         super().__init__(source, options)
         student = self._transfer(self.twin)
         self.parts: list[Part] = compare(self.twin, student)
@@ -33,7 +34,7 @@ class MixerTransfer(Conversion):
         self.depth = student.config.num_hidden_layers
         self.disk = size_in_bytes(student)
 
-    def _transfer(self, teacher: PreTrainedModel) -> PreTrainedModel:
+    def _transfer(self, teacher: PreTrainedModel) -> HsnForCausalLM:
         return transfer_to_hsn(teacher, self.options.layers or None)
 
     def print_coverage(self) -> None:

@@ -113,7 +113,7 @@ class DistillTrainingArguments(HoloTrainingArguments):
     resume_from_checkpoint: str | None = described(
         "Resume where the run in output_dir was cut off.", nargs="?", const="last"
     )
-    optimizer: Literal["whitened", "muon", "adamw"] = described(
+    optimizer: Literal["whitened", "muon", "adamw"] = described(  # type: ignore[assignment]  # one more choice
         "whitened: the coefficients of fitted holographic layers take steps relative to their size (WhitenedAdamW), "
         "all else those of AdamW; muon: MuonAdamW; adamw: the optimizer that --optim names.",
         "adamw",

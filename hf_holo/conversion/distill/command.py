@@ -16,12 +16,12 @@ from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import ConcatDataset, Subset
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ...data.scoring import held_out_loss
 from ...data.tokenizers import saved_tokenizer
-from ...data.windows import Collator, Splits, evenly
+from ...data.windows import AnyWindows, Collator, Splits, evenly
 from ...errors import HoloError
 from ...files import write_text
 from ...generate import generate_text
@@ -31,6 +31,7 @@ from ...modeling.harmonics import HoloLinear
 from ...training.callbacks import CausalityCallback
 from ...training.optim import MuonAdamW, WhitenedAdamW
 from ...training.progress import show_progress
+from ...training.report import folder_of
 from ...training.train import find_checkpoint, save_final
 from ...training.trainer import HoloTrainer
 from ..sources import load_tokenizer, load_weights, splits_of
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> None:
     run = parse(argv)
     if (processes := PartialState().num_processes) > 1:
         raise HoloError(f"a distillation runs in one process, not in {processes}: start `hf-holo distill` by itself")
-    folder = Path(run.training.output_dir)
+    folder = folder_of(run.training)
     try:
         with clear_disk_errors("output_dir", folder):
             distill(run)
@@ -73,14 +74,14 @@ class Texts:
         prompt: text to start a sample from.
     """
 
-    train: Dataset
-    validation: dict[str, Dataset]
+    train: AnyWindows
+    validation: dict[str, AnyWindows]
     prompt: str
 
 
 def distill(run: Distillation) -> PreTrainedModel | PeftModel:
     """Distil as `run` says, write everything into its output folder, and return the student."""
-    folder = Path(run.training.output_dir)
+    folder = folder_of(run.training)
     finished = _finished_stages(run, folder)
     set_seed(run.training.seed)
     teacher = load_model("teacher", run.models.teacher, run.models.trust_remote_code).eval().requires_grad_(False)
@@ -115,7 +116,7 @@ def distill(run: Distillation) -> PreTrainedModel | PeftModel:
 
 # ---------------------------------------------------------------------------------------------- before the first stage
 def stage_folder(run: Distillation, index: int) -> Path:
-    return Path(run.stages[index].training.output_dir)
+    return folder_of(run.stages[index].training)
 
 
 def _finished_stages(run: Distillation, folder: Path) -> list[Stage]:
@@ -235,7 +236,7 @@ def distillation_texts(texts: TextArguments, tokenizer: PreTrainedTokenizerBase)
     return Texts(mixed_equally([split.train for split in splits.values()]), validation, first.prompt)
 
 
-def mixed_equally(texts: list[Dataset]) -> Dataset:
+def mixed_equally(texts: list[AnyWindows]) -> AnyWindows:
     """The windows of all texts, those of shorter ones repeated: a student learns from each of them as much."""
     longest = max(map(len, texts))
     return ConcatDataset([Subset(text, [i % len(text) for i in range(longest)]) for text in texts])
@@ -302,7 +303,13 @@ class DistillTrainer(HoloTrainer):
         self.stage_loss = stage_loss
         self.model_accepts_loss_kwargs = False  # the loss is a mean: accumulated steps have to be averaged
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         if return_outputs:  # Trainer evaluates
             return super().compute_loss(model, inputs, return_outputs)
         with self.accelerator.autocast():  # for the teacher too, and for parts of the student that are called alone
@@ -326,7 +333,7 @@ def run_stage(
     run: Distillation,
 ) -> dict[str, Any]:
     """Train the student in place, save it in the folder of the stage, and return what the report says about it."""
-    folder = Path(stage.training.output_dir)
+    folder = folder_of(stage.training)
     start = time.perf_counter()
     checkpoint = find_checkpoint(folder, run.training.resume_from_checkpoint)
     trained = choose_trainable(student, teacher, stage, run.models.lora_rank)
@@ -368,7 +375,7 @@ def make_trainer(
     student: nn.Module,
     loss: Loss,
     tokenizer: PreTrainedTokenizerBase,
-    train: Dataset,
+    train: AnyWindows,
     texts: Texts,
 ) -> DistillTrainer:
     """Put student, data and optimizer together."""
@@ -391,7 +398,7 @@ def make_trainer(
     return trainer
 
 
-def make_optimizer(student: nn.Module, args: DistillTrainingArguments, train: Dataset) -> Optimizer | None:
+def make_optimizer(student: nn.Module, args: DistillTrainingArguments, train: AnyWindows) -> Optimizer | None:
     """The optimizer that the stage names; None: Trainer makes it.
 
     Raises:

@@ -1,20 +1,20 @@
 """The teacher's logits on disk: the most likely tokens of every position, in a safetensors file."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ...data.windows import fingerprint
+from ...data.windows import AnyWindows, TokenDataset, fingerprint
 from ...files import replacing
 from .objectives import SoftLabels
 
 
-class CachedLogits(Dataset):
+class CachedLogits(TokenDataset):
     """Training windows with the soft labels that a teacher gave them.
 
     Args:
@@ -22,7 +22,7 @@ class CachedLogits(Dataset):
         path: what [`write_cache`] wrote for them.
     """
 
-    def __init__(self, windows: Dataset, path: Path) -> None:
+    def __init__(self, windows: AnyWindows, path: Path) -> None:
         self.windows = windows
         self.file = safe_open(path, "pt")  # maps the file into memory: only the rows in use are read
         self.names = list(self.file.keys())
@@ -36,7 +36,7 @@ class CachedLogits(Dataset):
 
 @torch.no_grad()
 def write_cache(
-    teacher: PreTrainedModel, windows: Dataset, path: Path, top_k: int, temperature: float, batch_size: int
+    teacher: PreTrainedModel, windows: AnyWindows, path: Path, top_k: int, temperature: float, batch_size: int
 ) -> None:
     """Compute the soft labels of all windows, unless `path` already holds them.
 
@@ -45,7 +45,7 @@ def write_cache(
     """
     top_k = min(top_k, teacher.config.vocab_size)
     metadata = {
-        "teacher": teacher.name_or_path,
+        "teacher": str(teacher.name_or_path),
         "text": fingerprint(windows),
         "temperature": str(temperature),
         "top_k": str(top_k),
@@ -59,7 +59,7 @@ def write_cache(
         rows = [windows[i]["input_ids"] for i in range(start, min(start + batch_size, len(windows)))]
         soft = SoftLabels.of(teacher(input_ids=torch.stack(rows).to(teacher.device)).logits, temperature, top_k)
         log_probs.append(soft.log_probs.cpu())
-        indices.append(soft.indices.int().cpu())
+        indices.append(cast(torch.Tensor, soft.indices).int().cpu())
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         save_file({"log_probs": torch.cat(log_probs), "indices": torch.cat(indices)}, temporary, metadata)

@@ -9,7 +9,7 @@ its own.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -82,14 +82,15 @@ def block_twins(student: PreTrainedModel, teacher: PreTrainedModel) -> list[Twin
     pairs = (_blocks(student), _blocks(teacher))
     if len(pairs[0]) != len(pairs[1]):
         raise HoloError(f"student: it has {len(pairs[0])} blocks, the teacher {len(pairs[1])}; match 'logits' only")
-    widths = [model.get_input_embeddings().weight.shape[1] for model in (student, teacher)]
+    embeddings: list[Any] = [model.get_input_embeddings() for model in (student, teacher)]
+    widths = [embedding.weight.shape[1] for embedding in embeddings]
     if widths[0] != widths[1]:
         raise HoloError(f"student: its hidden states have width {widths[0]}, the teacher's {widths[1]}; match 'logits'")
     return [Twins(*pair) for pair in zip(*pairs, strict=True)]
 
 
 def _blocks(model: PreTrainedModel) -> nn.ModuleList:
-    return model.get_submodule(block_list(model))
+    return cast(nn.ModuleList, model.get_submodule(block_list(model)))
 
 
 # ---------------------------------------------------------------------------------------------- outputs
@@ -154,7 +155,7 @@ def recorded(modules: list[nn.Module], feed: list[torch.Tensor] | None = None) -
             replace = _replacing(feed[place])
             hooks.append(module.register_forward_pre_hook(replace, with_kwargs=True))
 
-        def note(module, args, kwargs, output, place=place):
+        def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any, place: int = place) -> None:
             passages[place] = Passage(_read(args, kwargs), output[0] if isinstance(output, tuple) else output)
 
         hooks.append(module.register_forward_hook(note, with_kwargs=True))
@@ -170,7 +171,7 @@ def _read(args: tuple, kwargs: dict) -> torch.Tensor:
 
 
 def _replacing(value: torch.Tensor) -> Callable:
-    def replace(module, args, kwargs):
+    def replace(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return ((value, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": value})
 
     return replace
@@ -203,7 +204,7 @@ class SoftLabels:
         student = F.log_softmax(logits.float() / temperature, -1)  # [B, T, V]
         kept = student if self.indices is None else student.gather(-1, self.indices)
         divergence = (self.log_probs.exp() * (self.log_probs - kept)).sum(-1)
-        if self.log_probs.shape[-1] < student.shape[-1]:
+        if self.indices is not None and self.log_probs.shape[-1] < student.shape[-1]:
             rest = (1 - self.log_probs.exp().sum(-1)).clamp_min(1e-8)
             others = student.scatter(-1, self.indices, float("-inf")).logsumexp(-1)
             divergence = divergence + rest * (rest.log() - others)

@@ -72,7 +72,7 @@ class HoloSurgeryConfig(QuantizationConfigMixin):
         checksum: int | None = None,
         quant_method: str = "holo",
         **others,
-    ):
+    ) -> None:
         self.quant_method = quant_method
         self.modules, self.exclude = _patterns("modules", modules), _patterns("exclude", exclude)
         self.keep_first, self.keep_last = keep_first, keep_last

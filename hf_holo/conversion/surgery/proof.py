@@ -8,13 +8,14 @@ pass over two tokens and by loading what would be saved, without memory, on the 
 import inspect
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -59,7 +60,7 @@ class Proof:
             twin, failure = _loaded(model)
             if failure is not None:
                 raise HoloError(f"model: converted and saved, this {type(model).__name__} would not load ({failure})")
-            failure = _running_fails(twin, self.inputs) if self.runs_loaded else None
+            failure = _running_fails(twin, self.inputs) if twin is not None and self.runs_loaded else None
         if failure is not None:
             raise HoloError(f"model: converted, this {type(model).__name__} does not run ({failure}); {REMEDY}")
 
@@ -86,7 +87,7 @@ def _inputs(model: PreTrainedModel) -> Inputs:
     vision = getattr(config, "vision_config", config)
     size = getattr(vision, "image_size", None) or 8
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    real = {"dtype": model.dtype, "device": device}
+    real: dict[str, Any] = {"dtype": model.dtype, "device": device}
     frames = 2 * (getattr(config, "max_source_positions", None) or 50)
     return {
         "input_ids": ids,
@@ -182,7 +183,7 @@ class _Structure:
 
     TABLES = ("_parameters", "_buffers", "_modules")
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         configs = {id(part): part for module in model.modules() for part in _configs(getattr(module, "config", None))}
         self.attributes = [(owner, dict(vars(owner))) for owner in [*model.modules(), *configs.values()]]
         self.tables = [(table, dict(table)) for m in model.modules() for table in (vars(m)[n] for n in self.TABLES)]
@@ -206,12 +207,18 @@ def _configs(config: Any) -> list[PretrainedConfig]:
 class _Originals(TorchDispatchMode):
     """Keeps a copy of each tensor of a model from before the first operation that writes to it."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.owners = {_storage(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
         self.copies: dict[int, torch.Tensor] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         arguments = func._schema.arguments
         values = [*args, *(kwargs.get(argument.name) for argument in arguments[len(args) :])]

@@ -1,11 +1,12 @@
 """LoRA adapters: which modules PEFT reaches and which not, and whether they train, travel and merge. In float64."""
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +98,8 @@ def _train(adapted: PeftModel, subject: Subject) -> list[float]:
     losses = []
     for _ in range(STEPS + 1):
         generator = subject.generator(6)
-        loss = sum(F.soft_margin_loss(y, _signs(y, generator)) for y in _tensors(adapted(**_inputs(subject))))
+        outputs = _tensors(adapted(**_inputs(subject)))
+        loss = functools.reduce(torch.add, (F.soft_margin_loss(y, _signs(y, generator)) for y in outputs))
         losses.append(loss.item())
         if len(losses) <= STEPS:
             optimizer.zero_grad()
@@ -141,5 +143,5 @@ def _shortened(names: Iterable[str], limit: int = 6) -> str:
 
 def _within_layer(name: str) -> str:
     """What follows the number of the layer; without one, the last word or, of a bias, the last two."""
-    _, number, within = re.fullmatch(r"(.*\.(\d+)\.)?(.*)", name).groups()
+    _, number, within = cast(re.Match, re.fullmatch(r"(.*\.(\d+)\.)?(.*)", name)).groups()
     return within if number else ".".join(within.split(".")[-2 if within.endswith(".bias") else -1 :])

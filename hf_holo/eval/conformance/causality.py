@@ -347,7 +347,9 @@ def _with_other_suffixes(
     return {"inputs_embeds": _moved_embeddings(subject, ids, later, size)}
 
 
-def _moved_embeddings(subject: Subject, ids: torch.Tensor, later: torch.Tensor, size: float, salt: int = 2):
+def _moved_embeddings(
+    subject: Subject, ids: torch.Tensor, later: torch.Tensor, size: float, salt: int = 2
+) -> torch.Tensor:
     """Embeddings of `ids` in float64, with noise of `size` times their own size at the places `later`."""
     x = subject.embed(ids)  # [B, T, D]
     noise = torch.randn(x.shape, generator=subject.generator(salt), dtype=x.dtype) * x.std()

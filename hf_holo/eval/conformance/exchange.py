@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations, product
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -110,7 +110,8 @@ def prefix_losses(
     The first of these places keeps its label, since the place before it predicts that.
     """
     labels = inputs["labels"].masked_fill(later & later.roll(1, 1), IGNORED)
-    before, after = (read(model, given | {"labels": labels}).loss.item() for given in (inputs, changed))
+    read_both = (read(model, given | {"labels": labels}) for given in (inputs, changed))
+    before, after = (cast(torch.Tensor, outputs.loss).item() for outputs in read_both)
     return before, after
 
 

@@ -17,11 +17,11 @@ from .subject import CACHE_NAMES, Subject, perturb, tokens_in
 
 GREEDY = {"do_sample": False}
 BEAMS = {"do_sample": False, "num_beams": 3}
-BEAM_MODES = {
+BEAM_MODES: dict[str, dict[str, Any]] = {
     "beam search": {**BEAMS, "num_return_sequences": 3},
     "beam sampling": {"do_sample": True, "num_beams": 2, "temperature": 1.5},
 }
-SAMPLING_MODES = {
+SAMPLING_MODES: dict[str, dict[str, Any]] = {
     "sampling": {"do_sample": True, "temperature": 1.5, "top_k": 0},
     "several samples": {"do_sample": True, "num_return_sequences": 3},
 }
@@ -107,7 +107,7 @@ def continuation_from_a_returned_cache(subject: Subject) -> str:
         ids = torch.cat([first.sequences, subject.ids(2, turn, salt=1)], 1)
         # by the tokens that a cache counts, generate() skips what it has seen; some caches count none
         unseen = ids[:, -turn - 1 :] if tokens_in(cache) is None else ids
-        continued = speaker.generate(unseen, **{subject.cache_name: cache})[:, -new:]
+        continued = speaker.generate(unseen, **{str(subject.cache_name): cache})[:, -new:]
         expected = speaker.generate(ids, use_cache=False)[:, -new:]
         _assert_tokens(continued, expected, f"a turn of {turn} new tokens on the returned cache differs")
     return _variety(expected)
@@ -172,10 +172,10 @@ def taking_tokens_back(subject: Subject) -> str:
 class Speaker:
     """A float64 copy of a subject's model with an output matrix of its own, and no options but ours."""
 
-    def __init__(self, subject: Subject):
-        self.model = subject.copy().requires_grad_(False)
+    def __init__(self, subject: Subject) -> None:
+        self.model: Any = subject.copy().requires_grad_(False)
         self._masks = "attention_mask" in subject.arguments
-        head = self.model.get_output_embeddings()
+        head: Any = self.model.get_output_embeddings()
         if head is not None and head.weight is self.model.get_input_embeddings().weight:
             noise = torch.randn(head.weight.shape, generator=subject.generator(5), dtype=head.weight.dtype)
             head.weight = nn.Parameter(noise * head.weight.std(), requires_grad=False)
@@ -254,7 +254,8 @@ def _reordering_fault(subject: Subject) -> str | None:
     # against another cache: that pieces give what the whole text gives is not the question here
     unmoved, expected = (subject.feed([rows, token])[0][:, -1] for rows in (ids, ids[ORDER]))  # [B, V]
     if hasattr(subject.model, "_reorder_cache"):
-        cache = subject.model._reorder_cache(cache, torch.tensor(ORDER))
+        model: Any = subject.model
+        cache = model._reorder_cache(cache, torch.tensor(ORDER))
     elif hasattr(cache, "reorder_cache"):
         cache.reorder_cache(torch.tensor(ORDER))
     else:

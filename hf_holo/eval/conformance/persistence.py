@@ -143,7 +143,7 @@ def auto_classes(model: PreTrainedModel) -> list[type]:
     return found
 
 
-def _load(loader: type, folder: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+def _load(loader: Any, folder: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """from_pretrained() as in a process that has not made the model: other random numbers, no lucky memory."""
     torch.manual_seed(20011)
     with _memory_of_nan():
@@ -157,13 +157,14 @@ def _load(loader: type, folder: str, dtype: torch.dtype = torch.float32, **optio
 def _memory_of_nan() -> Iterator[None]:
     """Fill fresh memory with NaN inside: transformers 5 leaves what it does not load as it finds it."""
     mode = torch.get_deterministic_debug_mode()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic  # what it offers is not declared
+    fill = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill
         torch.set_deterministic_debug_mode(mode)
 
 

@@ -1,6 +1,7 @@
 """The state that a model continues from: its size, its precision, and whether it lasts."""
 
 import copy
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +24,8 @@ GROWTH = 2.0  # of the state, from the first half of that life to the second
 @check("state", "text", "cache", "constant_state")
 def size_of_the_state(subject: Subject) -> str:
     """The cache holds the declared states and nothing else, and no more of them after a longer text."""
-    rows, before = 3, {}
+    rows = 3
+    before: dict[str, torch.Size] = {}
     for length in LENGTHS:
         found = cache_tensors(subject.feed([subject.ids(rows, length)])[1])
         for name, tensor in found.items():
@@ -51,7 +53,8 @@ def _compare_with_declared(subject: Subject, found: Mapping[str, torch.Tensor], 
 
 def _declared(subject: Subject) -> dict[str, tuple[int, ...]]:
     """Shapes without the batch of all states that `state_spec` declares, by their path in the cache."""
-    layers = subject.model_class.state_spec(subject.config)
+    model_class: Any = subject.model_class
+    layers = model_class.state_spec(subject.config)
     return {f"layers.{i}.states.{name}": tuple(shape) for i, spec in enumerate(layers) for name, shape in spec.items()}
 
 
@@ -91,7 +94,7 @@ def precision_of_the_state(subject: Subject) -> str:
             coarse = torch.promote_types(kept, needed) != kept
             if not (coarse or rounded) or (dtype == torch.bfloat16 and _holds_inputs(subject, model, before, name)):
                 continue  # a window of inputs is as coarse as the model, and loses nothing
-            if coarse:
+            if coarse or rounded is None:
                 raise Violation(f"in a {_name(dtype)} model {name} is kept in {_name(kept)}, not in {_name(needed)}")
             raise Violation(f"in a {_name(dtype)} model {name} holds values that were rounded to {_name(rounded)}")
     return f"{len(names)} states" if names else "no state: everything in the cache grows"
@@ -141,7 +144,8 @@ def endurance(subject: Subject) -> str:
     exact, _ = _live(subject, copy.deepcopy(coarse).double(), [SINGLE_STEPS])
     remarks = []
     for dtype, allowed in LASTING.items():
-        outputs, sizes = _live(subject, copy.deepcopy(coarse).to(dtype), [1] * SINGLE_STEPS)
+        again = copy.deepcopy(coarse).to(dtype)  # type: ignore[arg-type]  # transformers wraps it without types
+        outputs, sizes = _live(subject, again, [1] * SINGLE_STEPS)
         errors = [((y - z).norm() / z.norm()).item() for y, z in zip(outputs, exact, strict=True)]
         for number, error in enumerate(errors):
             if not error <= allowed:
@@ -164,12 +168,14 @@ def _live(subject: Subject, model: PreTrainedModel, ending: list[int]) -> tuple[
         The last outputs `[LAST, D]` of every chunk and of the ending in float64, and the size of the state after each.
     """
     ids = subject.ids(1, CHUNKS * CHUNK + SINGLE_STEPS)
-    outputs, sizes, cache = [], [], None
+    outputs: list[torch.Tensor] = []
+    sizes: list[float] = []
+    cache = None
     pieces = [[chunk] for chunk in ids[:, : CHUNKS * CHUNK].split(CHUNK, 1)]
     for piece in [*pieces, ids[:, CHUNKS * CHUNK :].split(ending, 1)]:
         output, cache = subject.feed(piece, cache, model)
         states = [x for x in cache_tensors(cache).values() if x.is_floating_point()]
-        size = sum(x.double().square().sum() for x in states).sqrt().item()
+        size = functools.reduce(torch.add, (x.double().square().sum() for x in states)).sqrt().item()
         seen = len(sizes) * CHUNK + sum(part.shape[1] for part in piece)
         if not torch.isfinite(output).all() or not math.isfinite(size):
             raise Violation(f"a {_name(model.dtype)} model is no longer finite after {seen} tokens")

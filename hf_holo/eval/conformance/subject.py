@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from types import CellType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -38,6 +38,7 @@ FEATURES = {
     "linear layers": "it has no linear layer",
     "naive twins": "no operation that it uses has a naive twin",
 }
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 CAPABILITIES = ("constant_state", "packing", "rollback", "strict_arguments")
 
 
@@ -53,7 +54,7 @@ class Subject:
         move_weights: move the weights away from where they are, see [`perturb`].
 
     Raises:
-        HoloError: the model is an encoder with a decoder, or no `PreTrainedModel`.
+        HoloError: the model is an encoder with a decoder or no `PreTrainedModel`, or a class comes without a config.
     """
 
     def __init__(
@@ -64,12 +65,15 @@ class Subject:
         capabilities: Sequence[str] | None = None,
         seed: int = 0,
         move_weights: bool = True,
-    ):
+    ) -> None:
         self.model_class = source if isinstance(source, type) else type(source)
         if not issubclass(self.model_class, PreTrainedModel):
             raise HoloError(f"model={self.model_class.__name__} must be a PreTrainedModel of transformers")
         self._source = source
-        self._given_config = config if isinstance(source, type) else source.config
+        given = config if isinstance(source, type) else source.config
+        if given is None:
+            raise HoloError(f"config=None: {self.model_class.__name__} is a class, so the config of a model is needed")
+        self._given_config = given
         if self._given_config.is_encoder_decoder:
             raise HoloError(f"model={self.model_class.__name__} is an encoder with a decoder; give one of the two")
         self.name = name or self.model_class.__name__
@@ -209,8 +213,8 @@ class Subject:
         else:
             model = copied(self._source)
             _without_autocast(model)
-        # .float() refuses a model that a quantizer has made
-        model = model.to(torch.get_default_device(), torch.float32).eval()
+        # .float() refuses a model that a quantizer has made; transformers wraps .to() without types
+        model = model.to(torch.get_default_device(), torch.float32).eval()  # type: ignore[arg-type]
         text_config = model.config.get_text_config()
         if self._takes_text and getattr(text_config, "pad_token_id", None) is None:
             text_config.pad_token_id = 0  # heads that pool find the end of a text by it
@@ -223,7 +227,7 @@ class Subject:
 
     def copy(self, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
         """A model of one's own with the same weights, in evaluation mode."""
-        return copied(self._weights).to(dtype)
+        return copied(self._weights).to(dtype)  # type: ignore[arg-type]  # as above
 
     def drawn_again(self, seed: int) -> "Subject":
         """The same model with weights and inputs by another seed."""
@@ -282,7 +286,7 @@ class Subject:
         """The input embeddings of `ids`, in float64: `[B, T, D]`."""
         return self.model.get_input_embeddings()(ids)
 
-    def masked(self, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    def masked(self, mask: torch.Tensor) -> dict[str, Any]:
         """The arguments that go with an attention mask `[B, T]`, as generate() would make them."""
         inputs = {"attention_mask": mask}
         if "position_ids" in self.arguments:
@@ -314,7 +318,7 @@ class Subject:
         pieces: Sequence[torch.Tensor],
         cache: Any = None,
         model: PreTrainedModel | None = None,
-        **per_token: torch.Tensor,
+        **per_token: Any,
     ) -> tuple[torch.Tensor, Any]:
         """Feed pieces of a sequence `[B, T_i]` one after the other through the cache.
 
@@ -327,7 +331,7 @@ class Subject:
         Returns:
             The outputs of all pieces `[B, sum of T_i, ...]`, and the cache after the last.
         """
-        outputs = []
+        outputs: list[torch.Tensor] = []
         for ids, extra in zip(pieces, self._cut(per_token, pieces), strict=True):
             seen = sum(output.shape[1] for output in outputs)
             output, cache = self.advance(ids, cache, seen, model, **extra)
@@ -335,14 +339,14 @@ class Subject:
         return torch.cat(outputs, 1), cache
 
     def advance(
-        self, ids: torch.Tensor, cache: Any, seen: int, model: PreTrainedModel | None = None, **inputs: torch.Tensor
+        self, ids: torch.Tensor, cache: Any, seen: int, model: PreTrainedModel | None = None, **inputs: Any
     ) -> tuple[torch.Tensor, Any]:
         """The output for `ids` `[B, T]` that follow `seen` tokens in the cache, and the cache after them."""
         if "cache_position" in self.arguments and self.cache_name == "cache_params":
             # generate() starts to count after the window of the convolution
             start = max(seen, getattr(self.config, "conv_kernel", 0))
             inputs["cache_position"] = torch.arange(start, start + ids.shape[1])
-        inputs |= {"input_ids": ids, "use_cache": True, self.cache_name: cache}
+        inputs |= {"input_ids": ids, "use_cache": True, cast(str, self.cache_name): cache}
         result = (self.model if model is None else model)(**inputs)
         return main_output(result), result[self.cache_name]
 
@@ -430,7 +434,7 @@ def main_output(output: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-def perturb(model: nn.Module, seed: int = 0) -> nn.Module:
+def perturb(model: AnyModule, seed: int = 0) -> AnyModule:
     """Move every weight of `model` away from its start, in place, by the kind of module that owns it.
 
     Matrices of linear and convolutional layers get noise that keeps the scale of what flows through them, embeddings

@@ -80,7 +80,7 @@ def load_checkpoint(path: str, trust_remote_code: bool = False) -> PreTrainedMod
 
 def _saved_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     """The class that the config names, of a registered family or of transformers."""
-    name = (config.architectures or [None])[0]
+    name = next(iter(config.architectures or []), None)
     if config.model_type in architectures():
         classes = {model.__name__: model for model in architectures()[config.model_type].models.values()}
         return classes.get(name)

@@ -59,7 +59,9 @@ class LanguageModel(evaluate.Metric):
         texts = [encode(tokenizer, [text]) for text in predictions]
         if start is not None:
             texts = [np.concatenate([[start], ids]) for ids in texts]
-        windows = ConcatDataset([scoring_windows(ids, block_size) for ids in texts])
+        windows: ConcatDataset[dict[str, torch.Tensor]] = ConcatDataset(
+            [scoring_windows(ids, block_size) for ids in texts]
+        )
         totals = summed_over(model, windows, batch_size, tokenizer.pad_token_id or 0)
         unscored = 0 if start is not None else sum(len(tokenizer.decode(ids[:1])) for ids in texts)
         return LanguageScores(sum(map(len, predictions)) - unscored).of_sums(totals)
