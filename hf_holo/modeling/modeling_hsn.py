@@ -41,7 +41,7 @@ def or_sizes(init: Callable) -> Callable:
     @functools.wraps(init)
     def with_config(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         given = args[0] if args else kwargs.get("config")
-        if isinstance(given, HsnConfig):
+        if isinstance(given, PretrainedConfig):  # not HsnConfig: a checkpoint's own code may be there twice
             init(self, *args, **kwargs)
         else:
             init(self, reference_config(*args, **kwargs))
