@@ -262,7 +262,7 @@ def test_a_later_stage_can_be_done_again_alone(hsn_folders):
     stages = [{"match": "layers"}, {"match": "logits"}]
     with pytest.raises(HoloError, match="needs the stage 'layers'"):
         main(arguments(hsn_folders, stages, "--start_stage", "logits"))
-    with pytest.raises(HoloError, match="none of the stages layers, logits"):
+    with pytest.raises(HoloError, match="not one of the stages layers, logits"):
         main(arguments(hsn_folders, stages, "--start_stage", "heads"))
     main(arguments(hsn_folders, stages))
     first = (hsn_folders / "out/1-layers/stage.json").read_bytes()
