@@ -123,7 +123,7 @@ def generation(source: Source, program: Program) -> dict[str, float]:
             "num_beams": beams,
             "max_new_tokens": new,
             "min_new_tokens": new,
-            "pad_token_id": model.config.pad_token_id or 0,
+            "pad_token_id": getattr(model.config, "pad_token_id", None) or 0,
         }
         wanted = model.generate(ids, **options)
         with computed_by(model, source.graph, program):
