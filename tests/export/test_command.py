@@ -20,6 +20,7 @@ from hf_holo.cli import main
 from hf_holo.export import command, formats
 from hf_holo.export.formats import FORMATS, Format, Source
 from hf_holo.export.graph import Graph, folded
+from hf_holo.export.report import generation
 
 from .conftest import auto_of, bytes_in, save, tiny_model
 
@@ -327,3 +328,13 @@ def test_a_converted_checkpoint_exports(kind, tmp_path, quick_export):
         if all(map(formats._installed, FORMATS[name].modules)):
             record = command.export(source, name, tmp_path / name)
             assert record["generation"] == {"greedy": 1.0, "beams": 1.0}
+
+
+def test_texts_are_compared_where_the_config_knows_no_padding(hsn_folder, quick_export):
+    """As that of a plug-in may, with transformers 5."""
+    source = Source(str(hsn_folder))
+    model, forward = source.model, source.model.forward
+    del model.config.pad_token_id
+    with torch.no_grad():
+        shares = generation(source, lambda tensors: source.graph.call(forward, tensors))
+    assert shares == {"greedy": 1.0, "beams": 1.0}
