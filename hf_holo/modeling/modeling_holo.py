@@ -324,7 +324,7 @@ class HoloModel(HoloPreTrainedModel, Backbone):
     def check_cache(self, cache: Cache) -> None:
         if cache.is_compileable:
             raise ValueError(
-                f"past_key_values is a {type(cache).__name__}; HOLO continues from a cache that grows, such as "
+                f"past_key_values: a {type(cache).__name__}; HOLO continues from a cache that grows, such as "
                 "DynamicCache, not from a static one: leave cache_implementation out"
             )
 
@@ -341,7 +341,9 @@ class HoloModel(HoloPreTrainedModel, Backbone):
         a mask and without such a cache, a 0 in `position_ids` begins a new document, as in transformers' own models."""
         past = 0 if cache is None else cache.get_seq_length()
         if seq_idx is not None and past:
-            raise ValueError("seq_idx cannot be combined with a cache that holds tokens; feed packed documents at once")
+            raise ValueError(
+                "seq_idx: it cannot be combined with a cache that holds tokens; feed packed documents at once"
+            )
         if position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=home_of_float64(x.device))[None]
         elif seq_idx is None and attention_mask is None and not past and not exporting():

@@ -97,16 +97,16 @@ def apply_surgery(model: PreTrainedModel, config: HoloSurgeryConfig | None = Non
 
 def _check_arguments(model: PreTrainedModel, config: HoloSurgeryConfig) -> None:
     if not isinstance(config, HoloSurgeryConfig):
-        raise HoloError(f"config={config!r} must be a HoloSurgeryConfig")
+        raise HoloError(f"config: {config!r} is not a HoloSurgeryConfig")
     if config.layers == {}:
-        raise HoloError("layers={} names no layer to convert; leave it out, and the surgery fills it in")
+        raise HoloError("layers: {} names no layer to convert; leave it out, and the surgery fills it in")
     if config.basis == "data" and config.layers is None:
-        raise HoloError("basis='data' has to be fitted to activations: use `hf-holo convert --method calibrated`")
+        raise HoloError("basis: 'data' has to be fitted to activations: use `hf-holo convert --method calibrated`")
     adapted = [n for n, module in model.named_modules() if isinstance(getattr(module, "base_layer", None), nn.Module)]
     if adapted:
         raise HoloError(f"model: {adapted[0]!r} carries an adapter; merge the adapters into the model, or unload them")
     if not isinstance(model, PreTrainedModel):
-        raise HoloError(f"model={type(model).__name__} must be a model of transformers; in others, use HoloLinear")
+        raise HoloError(f"model: {type(model).__name__} is not a model of transformers; in others, use HoloLinear")
     if getattr(model.config, "quantization_config", None) is not None:
         raise HoloError("model: it is converted or quantized already; start from a dense model, or `restore_linears`")
 
@@ -274,7 +274,7 @@ class HoloQuantizer(PlanQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         config = self.quantization_config
         if not self.pre_quantized and config.basis == "data" and config.layers is None:
-            raise HoloError("basis='data' has to be fitted to activations: use `hf-holo convert --method calibrated`")
+            raise HoloError("basis: 'data' has to be fitted to activations: use `hf-holo convert --method calibrated`")
 
     def resolve(self, model: PreTrainedModel) -> HoloSurgeryConfig:
         return resolved(model, self.quantization_config)
