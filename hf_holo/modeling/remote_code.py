@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
+from transformers.models.auto import modeling_auto
 
 card_writers: list[Callable[..., bool]] = []  # hf_holo puts its own here; without it, models have transformers' cards
 
@@ -86,10 +86,10 @@ def auto_map(model_class: type[PreTrainedModel]) -> dict[str, str]:
 def auto_classes_of(name: str) -> list[str]:
     """Names of the Auto classes through which transformers loads its own model class `name`, the most telling first."""
     found = []
-    for auto_name in dir(transformers):
+    for auto_name in sorted(vars(modeling_auto)):  # those of transformers itself take half a second to list
         if not auto_name.startswith("AutoModel"):
             continue
-        classes = getattr(transformers, auto_name)._model_mapping._model_mapping.values()
+        classes = getattr(modeling_auto, auto_name)._model_mapping._model_mapping.values()
         if any(name in (entry if isinstance(entry, (tuple, list)) else (entry,)) for entry in classes):
             found.append(auto_name)
     return sorted(found, key=lambda auto_name: auto_name in ("AutoModelForPreTraining", "AutoModelWithLMHead"))
