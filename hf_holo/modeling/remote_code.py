@@ -9,6 +9,7 @@ files that Auto classes load (`configuration_*`, `modeling_*`, ...) import all t
 """
 
 import ast
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -50,14 +51,16 @@ def code_of(file: Path) -> str:
     needed = {Path(path) for path in get_relative_import_files(file)} - {file}
     direct = get_relative_imports(file)
     further = sorted(path for path in needed if path.stem not in direct)
-    lines = [f"from .{path.stem} import {_first_name(path)}  # noqa: F401\n" for path in further]
+    names = [_first_name(path.read_text(encoding="utf-8")) for path in further]
+    lines = [f"from .{path.stem} import {name}  # noqa: F401\n" for path, name in zip(further, names, strict=True)]
     why = "\n# what the files above import: transformers 4.57 copies only what this one names\n" if lines else ""
     return file.read_text(encoding="utf-8") + why + "".join(lines)
 
 
-def _first_name(file: Path) -> str:
-    """A name that a file defines."""
-    nodes = ast.parse(file.read_text(encoding="utf-8")).body
+@functools.lru_cache  # the same files go with every checkpoint
+def _first_name(code: str) -> str:
+    """A name that a file with this text defines."""
+    nodes = ast.parse(code).body
     return next(node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef)))
 
 

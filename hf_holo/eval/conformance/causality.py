@@ -419,12 +419,7 @@ def _exchanges(subject: Subject, model: nn.Module, setting: Setting, leaks: bool
 
 
 def _loss_leak(
-    model: nn.Module,
-    setting: Setting,
-    cut: int,
-    inputs: dict[str, Any],
-    changed: dict[str, Any],
-    later: torch.Tensor,
+    model: nn.Module, setting: Setting, cut: int, inputs: dict[str, Any], changed: dict[str, Any], later: torch.Tensor
 ) -> Leak | None:
     """What the loss of the tokens before a cut shows, where the suffix is exchanged and has no labels."""
     before, after = prefix_losses(model, inputs, changed, later)
