@@ -1,5 +1,5 @@
-"""What the site has in addition to the pages in this folder: README.md and its neighbours as pages, the reference of the
-commands from their `--help`, and that of the names in Python from their docstrings.
+"""What the site has in addition to the pages in this folder: README.md and its neighbours as pages, the reference of
+the commands from their `--help`, and that of the names in Python from their docstrings.
 
 Links between pages work in the repository and on the site: those that lead out of this folder are turned here.
 """
@@ -23,9 +23,12 @@ PLACES = {
     "CHANGELOG.md": "changelog.md",
     "benchmarks/README.md": "running-benchmarks.md",
 }
+LINK = re.compile(r"(?P<label>\[(?:[^\[\]]|\[[^\]]*\])*\])\((?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
 SOURCES = {place: source for source, place in PLACES.items()}
 API = {  # public names by subject: the modules that they are from
-    "models": tuple(f"modeling.{start}" for start in ("modeling_", "backbone", "pretrained", "heads", "configuration_")),
+    "models": tuple(
+        f"modeling.{start}" for start in ("modeling_", "backbone", "pretrained", "heads", "configuration_")
+    ),
     "parts": ("modeling.",),
     "surgery": ("conversion.",),
     "training": ("training.", "peft_defaults"),
@@ -79,7 +82,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return label.strip("[]")  # a file of the repository that is not a page
         return f"{label}({os.path.relpath(path, posixpath.dirname(place) or '.')}{anchor})"
 
-    return re.sub(r"(?P<label>\[(?:[^\[\]]|\[[^\]]*\])*\])\((?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)", turned, markdown)
+    return LINK.sub(turned, markdown)
 
 
 def commands() -> dict[str, str]:

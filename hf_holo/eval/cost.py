@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
     if min(args.lengths) < 1:
-        raise HoloError(f"lengths: {args.lengths} must all be at least 1")
+        raise HoloError(f"lengths: {args.lengths} are not all at least 1")
     record = info(find_config(args.model), args.lengths)
     if args.json:
         print(json.dumps(record, indent=2))
