@@ -1,16 +1,19 @@
-"""Losses of language models that never hold [tokens × vocabulary] values in one piece."""
+"""Losses: of language models, without [tokens × vocabulary] values in one piece, and of heads with one answer a row."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from .embeddings import check_ids
 from .layers import at_least_float32
 from .recording import has_values
 
+CLASSES = "the classes, num_labels ="  # of what a label of a classification head is one
 IGNORED = -100  # the label of a token without a loss, as in transformers
 SCORES_AT_ONCE = 2**24  # values of one piece of the loss: 64 MiB in float32
 TokenLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -21,6 +24,35 @@ def check_labels(
 ) -> None:
     """[`check_ids`] of labels, of which `ignore_index` may be one."""
     check_ids("labels", labels.masked_fill(labels == ignore_index, 0), size, among)
+
+
+def pooled_loss(
+    model: PreTrainedModel,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    **of_loss: Any,
+) -> torch.Tensor:
+    """The loss of a head with one answer for every row, by `config.problem_type`; see [`ForSequenceClassification`] of
+    transformers.
+
+    Args:
+        logits: `[B, num_labels]`.
+        labels: `[B]` classes, or `[B]` / `[B, num_labels]` numbers.
+        num_items_in_batch: what to divide the sum by; default: the number of rows.
+
+    Raises:
+        ValueError: a class that does not exist.
+    """
+    numbers = labels.is_floating_point() or model.config.num_labels == 1
+    if model.config.problem_type in (None, "single_label_classification") and not numbers:
+        check_labels(labels, model.config.num_labels, CLASSES)
+        of_loss["num_items_in_batch"] = num_items_in_batch
+    loss = model.loss_function(labels=labels, pooled_logits=logits, config=model.config, **of_loss)
+    if num_items_in_batch is None or "num_items_in_batch" in of_loss:
+        return loss
+    # transformers takes the mean of squares or of binary losses over this batch, whatever it is one of
+    return loss * (labels.numel() / num_items_in_batch)
 
 
 def true_rows(mask: torch.Tensor) -> torch.Tensor:
