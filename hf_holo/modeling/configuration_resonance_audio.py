@@ -25,16 +25,16 @@ class ResonanceAudioConfig(ResonatorConfig):
         normalization: how log-mel frames are brought to mean 0 and variance 1: over the whole `"recording"`, over the
             past with a learned memory (`"running"`), or not at all (`"none"`). Default: `"running"` if causal, which
             cannot know the whole, else `"recording"`.
-        mask_time_prob, mask_time_length: in training, the share of the steps in which masks begin to hide what is heard,
-            times their length, and the steps that one hides (SpecAugment; Park et al., 2019).
+        mask_time_prob, mask_time_length: in training, the share of the steps that masks hide (less where masks meet),
+            and the steps of a mask (SpecAugment; Park et al., 2019).
         mask_feature_prob, mask_feature_length: the same along the mel bands, for whole recordings.
         latent_size: values that the autoencoder keeps of a step; default: hidden_size / 4.
         num_decoder_layers: blocks of its decoder.
         kwargs: arguments of the blocks, see [`ResonatorConfig`], and what all families share, see [`FamilyConfig`].
 
     Raises:
-        ValueError: as in [`ResonatorConfig`]; a hop is longer than a frame, the mel limits are not in order or above half
-            the sampling rate, or a causal model is to be normalised over the whole recording.
+        ValueError: as in [`ResonatorConfig`]; a hop is longer than a frame, the mel limits are not in order or above
+            half the sampling rate, or a causal model is to be normalised over the whole recording.
     """
 
     model_type = "resonance_audio"

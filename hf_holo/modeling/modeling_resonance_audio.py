@@ -3,8 +3,8 @@
 A waveform becomes log-mel frames inside the model, a few frames become one step, and blocks of Resonance run over the
 steps. Sizes in the shape tags: B batch, S samples, T steps, K frames of a step, M mel bands, D channels.
 
-A causal model hears a recording in pieces of any length, with the same result as at once: its cache keeps the samples of
-the step that is not finished, next to the states of the blocks.
+A causal model hears a recording in pieces of any length, with the same result as at once: its cache keeps the samples
+of the step that is not finished, next to the states of the blocks.
 """
 
 from dataclasses import dataclass

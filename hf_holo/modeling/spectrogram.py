@@ -1,8 +1,8 @@
 """From a waveform to log-mel frames, by real matrix products: differentiable, exportable, in bounded memory.
 
-A frame is a windowed stretch of samples. The power of its discrete Fourier transform, collected in triangular bands that
-are evenly spaced on the mel scale, is what the ear resolves of it. Sizes in the shape tags: B batch, S samples, T frames,
-L samples of a frame, F frequencies, M mel bands.
+A frame is a windowed stretch of samples. The power of its discrete Fourier transform, collected in triangular bands
+that are evenly spaced on the mel scale, is what the ear resolves of it. Sizes in the shape tags: B batch, S samples,
+T frames, L samples of a frame, F frequencies, M mel bands.
 
 Sources: Davis and Mermelstein (1980) for the bands; the mel scale is O'Shaughnessy's (1987), 2595 log10(1 + f / 700).
 """
@@ -28,8 +28,8 @@ def log_mel(
 ) -> torch.Tensor:
     """Logarithm of the power in each mel band of each frame.
 
-    Frames overlap, so the samples are cut into hops; what every hop adds to the spectrum of the frames that contain it is
-    one matrix product.
+    Frames overlap, so the samples are cut into hops; what every hop adds to the spectrum of the frames that contain it
+    is one matrix product.
 
     Args:
         samples: `[B, S]`, S at least `frame_length`.
