@@ -21,7 +21,7 @@ from .backbone import Backbone, wants_dict
 from .cache import CACHE_NAME, CACHE_NAMES, RecurrentCache, given_cache
 from .embeddings import CompressedEmbedding, num_embeddings
 from .layers import at_least_float32
-from .losses import CLASSES, IGNORED, check_labels, dense_token_losses, language_loss, pooled_loss
+from .losses import CLASSES, IGNORED, check_labels, classification_loss, dense_token_losses, language_loss
 from .pretrained import FamilyPreTrainedModel
 from .self_test import check_decoding
 
@@ -307,7 +307,7 @@ class SequenceClassificationHead(_ClassificationHead):
             return_dict=True,
         )
         logits = self.score(self.dropout(self._pool(output.last_hidden_state, attention_mask)))
-        loss = None if labels is None else pooled_loss(self, logits, labels, **of_loss)
+        loss = None if labels is None else classification_loss(self, logits, labels, **of_loss)
         cache = output.get(CACHE_NAME)
         result = SequenceClassifierOutputWithPast(loss, logits, cache, output.hidden_states)  # type: ignore[arg-type]
         return result if wants_dict(self.config, return_dict) else result.to_tuple()

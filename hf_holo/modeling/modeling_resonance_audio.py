@@ -27,7 +27,7 @@ from .cache import CACHE_NAME, RecurrentCache, RecurrentLayer, given_cache
 from .configuration_resonance_audio import ResonanceAudioConfig
 from .layers import at_least_float32, make_norm
 from .layout import TokenLayout
-from .losses import CLASSES, check_labels, pooled_loss
+from .losses import CLASSES, check_labels, classification_loss
 from .modeling_resonance import ResonanceBlock, ResonancePreTrainedModel
 from .recording import exporting, has_values
 from .resonators import FadingSum
@@ -350,7 +350,7 @@ class ResonanceAudioForAudioClassification(_AudioHead):
             return_dict=True,
         )
         logits = self.score(self.dropout(output.pooler_output))
-        loss = None if labels is None else pooled_loss(self, logits, labels, **of_loss)
+        loss = None if labels is None else classification_loss(self, logits, labels, **of_loss)
         cache = output.get(CACHE_NAME)
         result = SequenceClassifierOutputWithPast(loss, logits, cache, output.hidden_states)  # type: ignore[arg-type]
         return result if wants_dict(self.config, return_dict) else result.to_tuple()

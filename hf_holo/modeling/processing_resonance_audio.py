@@ -58,8 +58,8 @@ class ResonanceFeatureExtractor(SequenceFeatureExtractor):
     ) -> BatchFeature:
         """
         Args:
-            raw_speech: a recording or a list of them; a recording is an array, tensor or list of samples. Floating-point
-                samples are taken as they are, integers are brought to [-1, 1) by the size of their type.
+            raw_speech: a recording or a list of them; a recording is an array, tensor or list of samples. Floats are
+                taken as they are; integers of 16 or 32 bits are brought to [-1, 1) by the size of their type.
             sampling_rate: of the recordings; where it is not given, nothing guards against a wrong one.
             padding, max_length, truncation, pad_to_multiple_of, return_attention_mask, return_tensors: as in
                 [`~transformers.SequenceFeatureExtractor.pad`].
@@ -80,9 +80,7 @@ class ResonanceFeatureExtractor(SequenceFeatureExtractor):
             max_length=max_length,
             truncation=truncation,
             pad_to_multiple_of=pad_to_multiple_of,
-            return_attention_mask=self.return_attention_mask
-            if return_attention_mask is None
-            else return_attention_mask,
+            return_attention_mask=return_attention_mask,
             return_tensors=return_tensors,
         )
 
@@ -96,10 +94,10 @@ class ResonanceFeatureExtractor(SequenceFeatureExtractor):
             )
         if not len(samples):
             raise ValueError(f"raw_speech: recording {place} is empty")
-        if np.issubdtype(samples.dtype, np.signedinteger):
+        if samples.dtype in (np.int16, np.int32):
             samples = samples / -float(np.iinfo(samples.dtype).min)
         elif not np.issubdtype(samples.dtype, np.floating):
-            raise ValueError(f"raw_speech: recording {place} holds {samples.dtype}; give numbers with a sign")
+            raise ValueError(f"raw_speech: recording {place} holds {samples.dtype}; give floats, int16 or int32")
         if not np.isfinite(samples).all():
             first = int(np.flatnonzero(~np.isfinite(samples))[0])
             raise ValueError(f"raw_speech: recording {place} is {samples[first]} at sample {first}; all must be finite")
