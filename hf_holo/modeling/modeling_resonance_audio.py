@@ -187,7 +187,7 @@ class ResonanceAudioPreTrainedModel(ResonancePreTrainedModel):
 
     @classmethod
     def state_spec(cls, config: ResonanceAudioConfig) -> list[dict[str, tuple[int, ...]]]:  # type: ignore[override]
-        first, *others = super().state_spec(config)  # type: ignore[arg-type]
+        first, *others = super().state_spec(config)
         return [first | FrontEnd(config).state_spec() | {"heard": (config.hidden_size + 1,)}, *others]
 
 
