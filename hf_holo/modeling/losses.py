@@ -1,6 +1,7 @@
-"""Losses of language models that never hold [tokens × vocabulary] values in one piece."""
+"""Losses: of language models, which never hold [tokens × vocabulary] values in one piece, and of classifiers."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from .embeddings import check_ids
 from .layers import at_least_float32
 from .recording import has_values
 
+CLASSES = "the classes, num_labels ="  # of what a label of a classification head is one
 IGNORED = -100  # the label of a token without a loss, as in transformers
 SCORES_AT_ONCE = 2**24  # values of one piece of the loss: 64 MiB in float32
 TokenLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -87,3 +89,33 @@ def language_loss_naive(
     reduction = "mean" if num_items_in_batch is None else "sum"
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction=reduction)
     return loss / (num_items_in_batch or 1)
+
+
+def classification_loss(
+    model: nn.Module,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    **of_loss: Any,
+) -> torch.Tensor:
+    """The loss of whole texts, pictures or sounds by the loss function of `model`.
+
+    Args:
+        model: has `config`, `num_labels` and transformers' `loss_function`.
+        logits: `[B, num_labels]`.
+        labels: `[B]` classes, or `[B]` / `[B, num_labels]` numbers, by `config.problem_type`.
+        num_items_in_batch: of a batch that is taken in pieces; default: those that are here.
+        of_loss: what else Trainer tells the loss.
+
+    Raises:
+        ValueError: a class that does not exist.
+    """
+    numbers = labels.is_floating_point() or model.num_labels == 1
+    if model.config.problem_type in (None, "single_label_classification") and not numbers:
+        check_labels(labels, model.num_labels, CLASSES)
+        of_loss["num_items_in_batch"] = num_items_in_batch
+    loss = model.loss_function(labels=labels, pooled_logits=logits, config=model.config, **of_loss)
+    if num_items_in_batch is None or "num_items_in_batch" in of_loss:
+        return loss
+    # transformers takes the mean of squares or of binary losses over this batch, whatever it is one of
+    return loss * (labels.numel() / num_items_in_batch)
