@@ -40,13 +40,13 @@ class ResonanceMultimodalConfig(PretrainedConfig):
             is every modality, every pair bound together, and all three; one can be read back by its role.
             `"superposition"`: the phasors are added, without roles.
             `"concatenation"`: they stand side by side.
-        hidden_size: width of the phasors of one modality, two numbers each; also that of the fused vector, but
-            for concatenation, where it is as many times wider as there are modalities. Default: twice the widest encoder.
+        hidden_size: width of the phasors of one modality, two numbers each; also that of the fused vector, which is
+            as many times wider as there are modalities for concatenation. Default: twice the widest encoder.
         projection_dim: width of the space in which the contrastive model compares. Default: the widest encoder.
         modality_dropout: in training, the probability with which a modality of an example is taken away; one always
             stays. The contrastive model, which compares them one by one, does without.
         classifier_dropout: dropout before the layers of a classification head.
-        logit_scale_init_value: logarithm of the factor with which the contrastive model multiplies cosines, at the start.
+        logit_scale_init_value: with whose exponential the contrastive model multiplies cosines, at the start.
         norm_eps: epsilon of the normalisations.
         kwargs: arguments of [`~transformers.PretrainedConfig`].
 

@@ -1,15 +1,11 @@
 """Resonance for several senses at once: an encoder for each, and one vector that holds them all by binding.
 
-The features of a modality become phasors, are bound to the role of that modality, and are superposed with every pair and
-the triple of them bound together: Π(1 + b_m) - 1. A missing modality is the zero vector, the factor 1, and adds exactly
-nothing. Roles and superposition: Plate (1995, 2003). Features of modalities bound with each other: multimodal compact
-bilinear pooling (Fukui et al., 2016). Sizes in the shape tags: B batch, M modalities, D `hidden_size`, P = D / 2 phasors,
-F width of the fused vector.
+How the features are fused is in `fusion.py`. Sizes in the shape tags: B batch, M modalities, D `hidden_size`, F width
+of the fused vector.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
@@ -20,14 +16,13 @@ from transformers.utils import ModelOutput
 
 from .arguments import check_arguments
 from .backbone import wants_dict
-from .binding import bind_phasors
 from .configuration_resonance_multimodal import ResonanceMultimodalConfig
+from .fusion import Fusion, drop_modalities
 from .layers import at_least_float32
-from .losses import IGNORED, pooled_loss
+from .losses import classification_loss, contrastive_loss
 from .modeling_resonance import ResonanceModel
 from .modeling_resonance_audio import ResonanceAudioModel
 from .modeling_resonance_vision import ResonanceVisionModel
-from .phases import rotate_pairs
 from .pretrained import FamilyPreTrainedModel
 from .recording import exporting, has_values
 
@@ -89,93 +84,6 @@ class Fidelity(NamedTuple):
     identified: float  # share of the examples whose own features are the nearest to what is read
 
 
-# ---------------------------------------------------------------------------------------------- fusion
-def superpose_products(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Every part, and every set of them bound together, superposed: Π(1 + b_m) - 1.
-
-    Args:
-        parts: `[B, 2P]` each, complex numbers with the real parts first; zeros add nothing.
-
-    Returns:
-        `[B, 2P]`, for two parts a + b + ab.
-    """
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part + bind_phasors(total, part)
-    return total
-
-
-def superpose_products_naive(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Twin of [`superpose_products`]: the sum over all sets of parts, each bound in complex numbers."""
-    numbers = [torch.complex(*part.chunk(2, -1)) for part in parts]
-    sets = (chosen for size in range(1, len(parts) + 1) for chosen in combinations(numbers, size))
-    total = sum(torch.stack(chosen).prod(0) for chosen in sets)
-    return torch.cat([total.real, total.imag], -1)
-
-
-class Fusion(nn.Module):
-    """One vector from the features of all modalities that are present, in the way that `config.fusion` names.
-
-    Args:
-        config: a [`ResonanceMultimodalConfig`].
-    """
-
-    def __init__(self, config: ResonanceMultimodalConfig) -> None:
-        super().__init__()
-        self.kind, self.modalities, self.norm_eps = config.fusion, config.modalities, config.norm_eps
-        sizes = {name: getattr(config, f"{name}_config").hidden_size for name in self.modalities}
-        self.projections = nn.ModuleDict({name: nn.Linear(size, config.hidden_size) for name, size in sizes.items()})
-        self.roles = None  # phases in radians, of each modality
-        if self.kind == "binding":
-            self.roles = nn.Parameter(torch.empty(len(sizes), config.hidden_size // 2))
-
-    def reset_parameters(self) -> None:
-        if self.roles is not None:
-            nn.init.uniform_(self.roles, -torch.pi, torch.pi)
-
-    def features(self, name: str, pooled: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        """The phasors of a modality: of mean power one, in at least float32, and zeros where it is missing.
-
-        `[B, width]` and `[B]` to `[B, D]`. Their lengths are free: a phasor of no length says nothing about an example.
-        Where all are of length one, the same is learned more slowly.
-        """
-        projected = self.projections[name](pooled)
-        projected = projected.to(at_least_float32(projected.dtype))
-        power = projected.square().mean(-1, keepdim=True) * 2  # a phasor is two numbers
-        return (projected * torch.rsqrt(power + self.norm_eps)).where(present[:, None], 0.0)
-
-    def forward(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Features `[B, D]` of at least one modality, by name, to the fused vector `[B, F]`."""
-        if self.kind == "concatenation":
-            missing = torch.zeros_like(next(iter(features.values())))
-            return torch.cat([features.get(name, missing) for name in self.modalities], -1)
-        if self.roles is None:
-            return torch.stack([*features.values()]).sum(0)
-        return superpose_products([rotate_pairs(x, self.role(name)) for name, x in features.items()])
-
-    def role(self, name: str) -> torch.Tensor:
-        """The phases `[P]` to which a modality is bound."""
-        assert self.roles is not None
-        return self.roles[self.modalities.index(name)]
-
-    def unbind(self, fused: torch.Tensor, name: str) -> torch.Tensor:
-        """`[..., F]` to `[..., D]`, see [`ResonanceMultimodalModel.unbind`]."""
-        if name not in self.modalities:
-            raise ValueError(f"modality={name!r} is unknown; this model has {', '.join(self.modalities)}")
-        if self.kind == "concatenation":
-            return fused.chunk(len(self.modalities), -1)[self.modalities.index(name)]
-        if self.roles is None:
-            raise ValueError("fusion='superposition' binds to no role by which a modality could be read back")
-        return rotate_pairs(fused, -self.role(name))
-
-
-def drop_modalities(present: torch.Tensor, probability: float) -> torch.Tensor:
-    """Take each modality of each example away at random, but never the last: `[B, M]` bool to `[B, M]`."""
-    chance = torch.rand(present.shape, device=present.device).masked_fill(~present, -1.0)
-    luckiest = chance == chance.amax(1, keepdim=True)
-    return present & ((chance >= probability) | luckiest)
-
-
 def along(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """`[B]` as `[B, 1, ...]`, with as many dimensions as `x`."""
     return rows.view(-1, *(1,) * (x.dim() - 1))
@@ -187,31 +95,6 @@ def mean_of_tokens(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Ten
         return hidden.mean(1)
     real = mask.to(at_least_float32(hidden.dtype))  # bfloat16 counts no further than 256
     return ((hidden * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp_min(1)).to(hidden.dtype)
-
-
-def contrastive_loss(logits: torch.Tensor, paired: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of finding the partner among all partners, the mean of both directions.
-
-    Args:
-        logits: `[N, N]`; row i and column i belong together.
-        paired: `[N]` bool; where it is False row or column i is missing, and is nobody's partner.
-
-    Returns:
-        A scalar, 0 if there is no pair.
-    """
-    logits = logits.masked_fill(~(paired[:, None] & paired), torch.finfo(logits.dtype).min)
-    own = torch.arange(len(logits), device=logits.device).where(paired, IGNORED)
-    both = sum(F.cross_entropy(scores, own, ignore_index=IGNORED, reduction="sum") for scores in (logits, logits.T))
-    return both / (2 * paired.sum().clamp_min(1))
-
-
-def contrastive_loss_naive(logits: torch.Tensor, paired: torch.Tensor) -> torch.Tensor:
-    """Twin of [`contrastive_loss`], one pair at a time."""
-    rows = paired.nonzero()[:, 0].tolist()
-    losses = [
-        (logits[i, rows].logsumexp(0) + logits[rows, i].logsumexp(0)) / 2 - logits[i, i] for i in rows
-    ]
-    return torch.stack(losses).mean() if losses else logits.sum() * 0
 
 
 # ---------------------------------------------------------------------------------------------- models
@@ -300,14 +183,16 @@ class _Encoders(ResonanceMultimodalPreTrainedModel):
             rows["modality_mask"] = modality_mask.shape[0]
         values, names = next(iter(inputs.values()))[0], self.config.modalities
         if not exporting() and len(set(rows.values())) > 1:
-            raise ValueError(f"the numbers of examples differ: {', '.join(f'{n} has {size}' for n, size in rows.items())}")
+            raise ValueError(
+                f"the numbers of examples differ: {', '.join(f'{n} has {size}' for n, size in rows.items())}"
+            )
         given = torch.tensor([name in inputs for name in names], device=values.device)
         if modality_mask is None:
             return given.expand(values.shape[0], -1)
         if modality_mask.dim() != 2 or modality_mask.shape[1] != len(names):
             raise ValueError(
-                f"modality_mask of shape {tuple(modality_mask.shape)}: give [batch, {len(names)}], with a column for each "
-                f"of {', '.join(names)}"
+                f"modality_mask of shape {tuple(modality_mask.shape)}: give [batch, {len(names)}], with a column for "
+                f"each of {', '.join(names)}"
             )
         present = modality_mask.bool() & given
         if has_values(present) and not present.any(1).all():
@@ -340,17 +225,17 @@ class ResonanceMultimodalModel(_Encoders):
     ) -> ResonanceMultimodalOutput | tuple:
         """
         Args:
-            input_ids, attention_mask: `[B, T]`; the mask is 0 at padding. Without it pads are found by the text encoder's
-                `pad_token_id`, if it has one.
+            input_ids, attention_mask: `[B, T]`; the mask is 0 at padding. Without it pads are found by the
+                `pad_token_id` of the text encoder, if it has one.
             pixel_values: `[B, C, height, width]`.
             pixel_mask: `[B, height, width]`; 1 where a pixel is real.
             input_values, audio_attention_mask: `[B, samples]`; 1 where a sample is real.
             modality_mask: `[B, M]`, in the order of `config.modalities`; False where an example lacks a modality, and
-                what is given for it is a placeholder that changes nothing. Default: every example has all that is given.
+                what is given for it is a placeholder that changes nothing. Default: every example has what is given.
             kwargs: what transformers passes to every model and this one has no use for; see [`check_arguments`].
 
-        A modality that is not given at all is missing for the whole batch. Where one is missing it adds exactly nothing:
-        the output is that of a call without it, to the last bit.
+        A modality that is not given at all is missing for the whole batch. Where one is missing it adds exactly
+        nothing: the output is that of a call without it, to the last bit.
 
         Raises:
             TypeError: an unknown argument.
@@ -383,8 +268,8 @@ class ResonanceMultimodalModel(_Encoders):
     def unbind(self, fused: torch.Tensor, modality: str) -> torch.Tensor:
         """Read one modality back from the fused vector.
 
-        With `fusion="binding"` it is the vector turned back by the phases of the role: the features of that modality and,
-        as crosstalk, all that was bound to other roles; how much is left of them says [`unbinding_fidelity`].
+        With `fusion="binding"` it is the vector turned back by the phases of the role: the features of that modality
+        and, as crosstalk, all else that was bound; how much is left of the features says [`unbinding_fidelity`].
         From a concatenation it is cut out, exactly.
 
         Args:
@@ -458,7 +343,7 @@ class ResonanceMultimodalForSequenceClassification(ResonanceMultimodalPreTrained
         ).pooler_output
         hidden = F.gelu(self.dense(self.dropout(self.norm(fused.to(self.norm.weight.dtype)))))
         logits = self.score(self.dropout(hidden))
-        loss = None if labels is None else pooled_loss(self, logits, labels, **of_loss)
+        loss = None if labels is None else classification_loss(self, logits, labels, **of_loss)
         result = SequenceClassifierOutput(loss, logits)
         return result if wants_dict(self.config, return_dict) else result.to_tuple()
 
@@ -477,9 +362,7 @@ class ResonanceMultimodalForContrastive(_Encoders):
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self.post_init()
 
-    def get_text_features(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """`[texts, T]` to `[texts, projection_dim]`, of any length. ValueError if the model has no text encoder."""
         return self._project("text", input_ids, attention_mask)
 
@@ -515,8 +398,8 @@ class ResonanceMultimodalForContrastive(_Encoders):
         Args:
             return_loss: whether to compute the loss.
             others: as in [`ResonanceMultimodalModel.forward`]. Without a `modality_mask` the modalities may come in
-                different numbers, as in zero-shot classification; a pair of them has a loss where the numbers are equal,
-                and row i of one belongs to row i of the other.
+                different numbers, as in zero-shot classification; a pair of them has a loss where the numbers are
+                equal, and row i of one belongs to row i of the other.
 
         Raises:
             TypeError, ValueError: as there; but for the numbers of examples, which may differ without a mask.
@@ -574,8 +457,8 @@ def unbinding_fidelity(model: ResonanceMultimodalModel, **inputs: torch.Tensor) 
     """How well each modality is read back from the fused vectors of a batch.
 
     What else is in the vector is crosstalk. If it is as good as random, the cosine is 1/√(2^M - 1) for M modalities:
-    0.58 for two, 0.38 for three. That is far above the cosines with the features of other examples, so that the example is
-    still identified; how surely, depends on how much their features differ.
+    0.58 for two, 0.38 for three. That is far above random cosines, so that an example can still be identified; how
+    surely depends on how much the features of the examples differ.
 
     Args:
         model: a model that fuses by roles, or concatenates.
