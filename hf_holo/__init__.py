@@ -17,6 +17,7 @@ from .hub.saving import write_missing_card
 from .modeling.configuration_holo import HoloConfig
 from .modeling.configuration_hsn import HsnConfig
 from .modeling.configuration_resonance import ResonanceConfig
+from .modeling.configuration_resonance_vision import ResonanceVisionConfig
 from .modeling.remote_code import card_writers
 from .modeling.tokenization_holo import HoloTokenizer
 from .modeling.versions import REMEDY, VERSION, in_use, is_newer_than_tested
@@ -47,6 +48,18 @@ def install() -> None:
     _register_text_family("hsn", HsnConfig)
     _register_text_family("holo", HoloConfig)
     _register_text_family("resonance", ResonanceConfig)
+    vision = f"{__name__}.modeling.modeling_resonance_vision:ResonanceVision"
+    register_architecture(
+        name="resonance_vision",
+        config=ResonanceVisionConfig,
+        models={
+            "AutoModelForImageClassification": f"{vision}ForImageClassification",
+            "AutoModel": f"{vision}Model",
+            "AutoBackbone": f"{vision}Backbone",
+        },
+        presets=PRESETS / "resonance_vision",
+        variants=VARIANTS / "resonance_vision.json",
+    )
 
     peft_defaults.offer_adapters("hsn", outputs=["k_proj", "v_proj"], inputs=["up_proj", "down_proj"])
     peft_defaults.offer_adapters("holo", outputs=["k_proj", "v_proj"], inputs=["down_proj"])
