@@ -17,6 +17,8 @@ from .hub.saving import write_missing_card
 from .modeling.configuration_holo import HoloConfig
 from .modeling.configuration_hsn import HsnConfig
 from .modeling.configuration_resonance import ResonanceConfig
+from .modeling.configuration_resonance_audio import ResonanceAudioConfig
+from .modeling.configuration_resonance_multimodal import ResonanceMultimodalConfig
 from .modeling.configuration_resonance_vision import ResonanceVisionConfig
 from .modeling.remote_code import card_writers
 from .modeling.tokenization_holo import HoloTokenizer
@@ -59,6 +61,18 @@ def install() -> None:
         },
         presets=PRESETS / "resonance_vision",
         variants=VARIANTS / "resonance_vision.json",
+    )
+    multimodal = f"{__name__}.modeling.modeling_resonance_multimodal:ResonanceMultimodal"
+    register_architecture(
+        name="resonance_multimodal",
+        config=ResonanceMultimodalConfig,
+        models={
+            "AutoModelForSequenceClassification": f"{multimodal}ForSequenceClassification",
+            "AutoModel": f"{multimodal}Model",
+            "AutoModelForZeroShotImageClassification": f"{multimodal}ForContrastive",
+        },
+        presets=PRESETS / "resonance_multimodal",
+        variants=VARIANTS / "resonance_multimodal.json",
     )
 
     peft_defaults.offer_adapters("hsn", outputs=["k_proj", "v_proj"], inputs=["up_proj", "down_proj"])
