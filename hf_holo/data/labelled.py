@@ -41,10 +41,12 @@ class Labelled(TorchDataset):
     Attributes:
         feature: how `datasets` calls the type of the column.
         key: the name of what is decoded, in an example.
+        augment: whether a collator that augments does so to these examples.
     """
 
     feature: ClassVar[str]
     key: ClassVar[str]
+    augment = True  # whether a collator may change its examples
 
     def __init__(
         self,
@@ -69,7 +71,7 @@ class Labelled(TorchDataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = int(self.rows[index])
-        return {"row": row, self.key: self.read(row), "labels": int(self._labels[row])}
+        return {"row": row, "augment": self.augment, self.key: self.read(row), "labels": int(self._labels[row])}
 
     def select(self: Own, indices: Sequence[int] | np.ndarray) -> Own:
         """Those of the examples, in this order."""
@@ -355,13 +357,22 @@ class LabelledCollator:
         self.process, self.key, self.augmentations, self.seed = process, key, augmentations, seed
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        decoded = [example[self.key] for example in examples]
         rows = np.array([example["row"] for example in examples])
         random = np.random.default_rng(zlib.crc32(rows.tobytes(), self.seed))
-        for augment in self.augmentations:
-            decoded = [augment(one, random) for one in decoded]
         labels = torch.tensor([example["labels"] for example in examples])
-        return {**self.process(decoded), "labels": labels}
+        return {**self.process(self.decoded(examples, random)), "labels": labels}
+
+    def decoded(self, examples: list[dict[str, Any]], random: np.random.Generator) -> list[Any]:
+        """What the processor is given."""
+        decoded = [example[self.key] for example in examples]
+        for augment in self.augmentations if self.augmenting(examples) else ():
+            decoded = [augment(one, random) for one in decoded]
+        return decoded
+
+    @staticmethod
+    def augmenting(examples: list[dict[str, Any]]) -> bool:
+        """Whether these examples are to be changed; held-out ones say that they are not."""
+        return examples[0].get("augment", True)
 
 
 def named_augmentations(names: Sequence[str], known: Mapping[str, Augmentation]) -> list[Augmentation]:
