@@ -18,6 +18,7 @@ from .modeling.configuration_holo import HoloConfig
 from .modeling.configuration_hsn import HsnConfig
 from .modeling.configuration_resonance import ResonanceConfig
 from .modeling.configuration_resonance_audio import ResonanceAudioConfig
+from .modeling.configuration_resonance_multimodal import ResonanceMultimodalConfig
 from .modeling.configuration_resonance_vision import ResonanceVisionConfig
 from .modeling.remote_code import card_writers
 from .modeling.tokenization_holo import HoloTokenizer
@@ -38,6 +39,11 @@ AUDIO_HEADS = {
     "AutoModel": "Model",
     "AutoModelForAudioFrameClassification": "ForAudioFrameClassification",
     "AutoModelForPreTraining": "Autoencoder",
+}
+MULTIMODAL_HEADS = {
+    "AutoModelForSequenceClassification": "ForSequenceClassification",
+    "AutoModel": "Model",
+    "AutoModelForZeroShotImageClassification": "ForContrastive",
 }
 HEADS = ("Model", "ForCausalLM", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
 
@@ -71,7 +77,7 @@ def _register_sense(name: str, config: type, heads: dict[str, str], **parts: Any
         models={auto: f"{module}:{prefix}{head}" for auto, head in heads.items()},
         presets=PRESETS / name,
         variants=VARIANTS / f"{name}.json",
-        **{part: f"{processing}:{cls}" if isinstance(cls, str) else cls for part, cls in parts.items()},
+        **{part: cls if isinstance(cls, type) else f"{processing}:{cls}" for part, cls in parts.items()},
     )
 
 
@@ -82,10 +88,22 @@ def install() -> None:
     _register_text_family("resonance", ResonanceConfig)
     _register_sense("resonance_vision", ResonanceVisionConfig, IMAGE_HEADS, image_processor="ResonanceImageProcessor")
     _register_sense("resonance_audio", ResonanceAudioConfig, AUDIO_HEADS, feature_extractor="ResonanceFeatureExtractor")
+    _register_sense(
+        "resonance_multimodal",
+        ResonanceMultimodalConfig,
+        MULTIMODAL_HEADS,
+        processor="ResonanceProcessor",
+        tokenizer=HoloTokenizer,
+    )
 
     peft_defaults.offer_adapters("hsn", outputs=["k_proj", "v_proj"], inputs=["up_proj", "down_proj"])
     peft_defaults.offer_adapters("holo", outputs=["k_proj", "v_proj"], inputs=["down_proj"])
     peft_defaults.offer_adapters("resonance", outputs=["in_proj"], inputs=["up_proj", "down_proj"])
+    peft_defaults.offer_adapters("resonance_vision", outputs=["gate_proj"], inputs=["down_proj"])
+    peft_defaults.offer_adapters("resonance_audio", outputs=["in_proj"], inputs=["up_proj", "down_proj"])
+    peft_defaults.offer_adapters(
+        "resonance_multimodal", outputs=["in_proj", "gate_proj"], inputs=["up_proj", "down_proj"]
+    )
     peft_defaults.install()
     moved.install()
 
