@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
+from ...data.processors import input_sizes
 from ...errors import HoloError
 from ...registry import capabilities_of
 
@@ -42,7 +43,7 @@ FEATURES = {
     "naive twins": "no operation that it uses has a naive twin",
 }
 INPUTS = {"text": "input_ids", "vision": "pixel_values", "audio": "input_values"}  # what each modality is called
-SIDE, SECONDS = 32, 0.25  # of a picture, where its config names no size, and of a sound
+DEFAULT_PICTURE, DEFAULT_SOUND = (3, 32, 32), (4000,)  # where the config says nothing
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 CAPABILITIES = ("constant_state", "packing", "rollback", "strict_arguments")
 
@@ -338,17 +339,15 @@ class Subject:
 
     def pixels(self, rows: int, height: int | None = None, width: int | None = None, salt: int = 0) -> torch.Tensor:
         """Random pictures `[rows, C, height, width]` in float64, by default as large as the config says."""
-        config = getattr(self._given_config, "vision_config", None) or self._given_config
-        size = getattr(config, "image_size", SIDE)
-        side = size if isinstance(size, int) else SIDE
-        shape = rows, getattr(config, "num_channels", 3), height or side, width or side
+        channels, *sides = input_sizes(self._given_config).get("pixel_values", DEFAULT_PICTURE)
+        shape = rows, channels, height or sides[0], width or sides[1]
         return torch.randn(shape, generator=self.generator(20 + salt), dtype=torch.float64)
 
     def waves(self, rows: int, samples: int | None = None, salt: int = 0) -> torch.Tensor:
         """Random sounds `[rows, samples]` in float64, a rising tone under noise; by default a quarter of a second."""
         config = getattr(self._given_config, "audio_config", None) or self._given_config
         rate = getattr(config, "sampling_rate", 16_000)
-        samples = int(SECONDS * rate) if samples is None else samples
+        samples = samples or input_sizes(self._given_config).get("input_values", DEFAULT_SOUND)[0]
         generator = self.generator(40 + salt)
         start = 200 + 300 * torch.rand(rows, 1, generator=generator, dtype=torch.float64)  # hertz
         time = torch.arange(samples, dtype=torch.float64) / rate
