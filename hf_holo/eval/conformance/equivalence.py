@@ -445,8 +445,8 @@ def assert_same_gradients(
 
 
 def _inputs(subject: Subject, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    """Inputs for one pass over `LENGTH` tokens, or whatever the modality is."""
-    inputs = subject.inputs(2, _length(subject)) if "text" in subject.features else subject.inputs()
+    """Inputs for one pass over `LENGTH` tokens or steps, or whatever the modality is."""
+    inputs = subject.inputs(2, _length(subject))
     return {k: x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for k, x in inputs.items()}
 
 

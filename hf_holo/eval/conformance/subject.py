@@ -3,7 +3,7 @@
 import copy
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar, cast
@@ -324,18 +324,30 @@ class Subject:
         declared = getattr(self._given_config, "modalities", None)
         return declared or [name for name, argument in INPUTS.items() if argument in self.arguments]
 
-    def inputs(self, rows: int = 2, length: int = 16) -> dict[str, Any]:
+    def inputs(self, rows: int = 2, length: int = 16, salt: int = 0) -> dict[str, Any]:
         """Inputs for one forward pass, with all modalities: token ids, pictures, sounds. For models that take other
-        things or say it themselves, their own `dummy_inputs`."""
+        things or say it themselves, their own `dummy_inputs`.
+
+        Args:
+            rows: examples.
+            length: of a text in tokens, of a sound in steps of the model, where it has such.
+            salt: another gives others.
+        """
         own = self.model_class.dummy_inputs is not PreTrainedModel.dummy_inputs
         if not self.modalities or (own and not self._takes_text):
             return self.model.dummy_inputs
-        made = {
-            "text": lambda: self.ids(rows, length),
-            "vision": lambda: self.pixels(rows),
-            "audio": lambda: self.waves(rows),
+        made: dict[str, Callable[[], torch.Tensor]] = {
+            "text": lambda: self.ids(rows, length, salt),
+            "vision": lambda: self.pixels(rows, salt=salt),
+            "audio": lambda: self.waves(rows, length * self.samples_per_step, salt),
         }
         return {INPUTS[name]: made[name]() for name in self.modalities}
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of a step of the model; 0 if its config does not say it."""
+        config = getattr(self._given_config, "audio_config", None) or self._given_config
+        return getattr(config, "samples_per_step", 0)
 
     def pixels(self, rows: int, height: int | None = None, width: int | None = None, salt: int = 0) -> torch.Tensor:
         """Random pictures `[rows, C, height, width]` in float64, by default as large as the config says."""
@@ -343,7 +355,7 @@ class Subject:
         shape = rows, channels, height or sides[0], width or sides[1]
         return torch.randn(shape, generator=self.generator(20 + salt), dtype=torch.float64)
 
-    def waves(self, rows: int, samples: int | None = None, salt: int = 0) -> torch.Tensor:
+    def waves(self, rows: int, samples: int = 0, salt: int = 0) -> torch.Tensor:
         """Random sounds `[rows, samples]` in float64, a rising tone under noise; by default a quarter of a second."""
         config = getattr(self._given_config, "audio_config", None) or self._given_config
         rate = getattr(config, "sampling_rate", 16_000)
