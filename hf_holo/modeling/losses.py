@@ -1,4 +1,4 @@
-"""Losses: of language models, which never hold [tokens × vocabulary] values in one piece, and of classifiers."""
+"""Losses: of language models, without [tokens × vocabulary] values in one piece, of classifiers, and of pairs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -119,3 +119,26 @@ def classification_loss(
         return loss
     # transformers takes the mean of squares or of binary losses over this batch, whatever it is one of
     return loss * (labels.numel() / num_items_in_batch)
+
+
+def contrastive_loss(logits: torch.Tensor, paired: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of finding the partner among all partners, the mean of both directions.
+
+    Args:
+        logits: `[N, N]`; row i and column i belong together.
+        paired: `[N]` bool; where it is False row or column i is missing, and is nobody's partner.
+
+    Returns:
+        A scalar, 0 if there is no pair.
+    """
+    logits = logits.masked_fill(~(paired[:, None] & paired), torch.finfo(logits.dtype).min)
+    own = torch.arange(len(logits), device=logits.device).where(paired, IGNORED)
+    both = sum(F.cross_entropy(scores, own, ignore_index=IGNORED, reduction="sum") for scores in (logits, logits.T))
+    return both / (2 * paired.sum().clamp_min(1))
+
+
+def contrastive_loss_naive(logits: torch.Tensor, paired: torch.Tensor) -> torch.Tensor:
+    """Twin of [`contrastive_loss`], one pair at a time."""
+    rows = paired.nonzero()[:, 0].tolist()
+    losses = [(logits[i, rows].logsumexp(0) + logits[rows, i].logsumexp(0)) / 2 - logits[i, i] for i in rows]
+    return torch.stack(losses).mean() if losses else logits.sum() * 0
