@@ -73,6 +73,8 @@ def install() -> None:
         },
         presets=PRESETS / "resonance_multimodal",
         variants=VARIANTS / "resonance_multimodal.json",
+        tokenizer=HoloTokenizer,
+        processor=f"{__name__}.modeling.processing_resonance_multimodal:ResonanceProcessor",
     )
 
     peft_defaults.offer_adapters("hsn", outputs=["k_proj", "v_proj"], inputs=["up_proj", "down_proj"])
