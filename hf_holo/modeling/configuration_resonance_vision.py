@@ -31,8 +31,8 @@ class ResonanceVisionConfig(BackboneConfigMixin, PretrainedConfig):
         classifier_dropout: dropout before the classifier.
         initializer_range: standard deviation of the classifier at the start; projections start at 0.7/√fan_in.
         norm_eps: epsilon of the normalisations.
-        out_features, out_indices: which feature maps the backbone gives, by name (`"stem"`, `"stage1"`, ...) or by index;
-            default: the last stage.
+        out_features, out_indices: which feature maps the backbone gives, by name (`"stem"`, `"stage1"`, ...) or by
+            index; default: the last stage.
         format_version: format of the saved config, checked on loading.
         kwargs: arguments of [`~transformers.PretrainedConfig`], such as `num_labels` or `id2label`.
 
@@ -87,15 +87,15 @@ class ResonanceVisionConfig(BackboneConfigMixin, PretrainedConfig):
         super().__init__(**kwargs)
 
     def check(self, num_labels: int) -> None:
-        check_positive(
-            LARGEST, num_channels=self.num_channels, image_size=self.image_size, patch_size=self.patch_size
-        )
+        check_positive(LARGEST, num_channels=self.num_channels, image_size=self.image_size, patch_size=self.patch_size)
         check_positive(WIDEST, num_labels=num_labels)
         stages = len(self.depths)
         for name, at_most in (("hidden_sizes", WIDEST), ("depths", DEEPEST), ("filter_reaches", DEEPEST)):
             values = getattr(self, name)
             if not values or len(values) != stages:
-                raise ValueError(f"{name}={values} must have one number for each of the stages, as depths={self.depths}")
+                raise ValueError(
+                    f"{name}={values} must have one number for each of the stages, as depths={self.depths}"
+                )
             for stage, value in enumerate(values):
                 check_positive(at_most, **{f"{name}[{stage}]": value})
         check_positive(LARGEST, mlp_ratio=self.mlp_ratio)

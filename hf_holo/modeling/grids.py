@@ -156,8 +156,8 @@ def grid_filter_by_products(x: torch.Tensor, kernel: torch.Tensor) -> torch.Tens
 def _turned(
     real: torch.Tensor, imaginary: torch.Tensor | None, out: torch.Tensor, into: torch.Tensor, length: int, sign: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Σ_b e^{sign 2πi out[a] into[b] / length} x[..., b, D]: real and imaginary part `[..., A, D]` from those `[..., B, D]`,
-    the second of which may be None for zeros."""
+    """Σ_b e^{sign 2πi out[a] into[b] / length} x[..., b, D]: real and imaginary part `[..., A, D]` from those
+    `[..., B, D]`, the second of which may be None for zeros."""
     angle = (out[:, None] * into % length).to(real.dtype) * (sign * 2 * math.pi / length)
     cosine, sine = angle.cos(), angle.sin()
     if imaginary is None:

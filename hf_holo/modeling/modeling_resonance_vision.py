@@ -38,9 +38,7 @@ class GridMerging(nn.Module):
         self.proj = nn.Linear(channels * side * side, dim)
         self.norm = nn.LayerNorm(dim, eps=norm_eps)
 
-    def forward(
-        self, x: torch.Tensor, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`[B, H, W, C]` and a mask `[B, H, W]` of what is real there, None for all, to `[B, H', W', D]` and the mask
         of squares with anything real in them; H' = H / side, rounded up."""
         if mask is not None:
@@ -210,8 +208,8 @@ class ResonanceVisionModel(ResonanceVisionPreTrainedModel):
             kwargs: what transformers passes to every model and this one has no use for; see [`check_arguments`].
 
         Returns:
-            `last_hidden_state` `[B, patches, D]`, row by row, zeros at patches of padding, and `pooler_output` `[B, D]`,
-            the mean over the real patches.
+            `last_hidden_state` `[B, patches, D]`, row by row, zeros at patches of padding, and `pooler_output`
+            `[B, D]`, the mean over the real patches.
 
         Raises:
             TypeError: an unknown argument.
@@ -259,8 +257,8 @@ class ResonanceVisionForImageClassification(ResonanceVisionPreTrainedModel):
         **kwargs: Any,
     ) -> ImageClassifierOutput | tuple:
         """Logits `[B, num_labels]`; `labels` `[B]` classes, or `[B]` / `[B, num_labels]` numbers, by
-        `config.problem_type`. Others and errors as in [`ResonanceVisionModel.forward`]; ValueError for a class that does
-        not exist."""
+        `config.problem_type`. Others and errors as in [`ResonanceVisionModel.forward`]; ValueError for a class that
+        does not exist."""
         of_loss = check_arguments(self, kwargs)
         output = self.model(pixel_values, pixel_mask, output_hidden_states=output_hidden_states, return_dict=True)
         logits = self.classifier(self.dropout(output.pooler_output))
@@ -296,8 +294,8 @@ class ResonanceVisionBackbone(BackboneMixin, ResonanceVisionPreTrainedModel):  #
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BackboneOutput | tuple:
-        """`feature_maps`: those of `config.out_features`, `[B, D, H', W']` each, normalised, zeros at patches of padding.
-        Arguments and errors as in [`ResonanceVisionModel.forward`]."""
+        """`feature_maps`: those of `config.out_features`, `[B, D, H', W']` each, normalised, zeros at patches of
+        padding. Arguments and errors as in [`ResonanceVisionModel.forward`]."""
         check_arguments(self, kwargs)
         grids, masks = self.encoder(pixel_values, pixel_mask)
         maps = []
