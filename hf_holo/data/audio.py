@@ -27,6 +27,8 @@ class Sounds(Labelled):
     """
 
     feature, key = "Audio", "audio"
+    # of folders of sounds, `datasets` wants a decoder of its own
+    folder_suffixes = frozenset(f".{name.lower()}" for name in (*soundfile.available_formats(), "aif", "oga", "opus"))
     sampling_rate: int | None = None
 
     def at(self, sampling_rate: int) -> "Sounds":

@@ -19,7 +19,7 @@ from ..errors import HoloError, first_line, unknown
 from .documents import TABLE_FORMATS
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict  # takes seconds
+    from datasets import Dataset  # takes seconds
 
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "test")  # the first that a data set has is scored
 LABEL_COLUMNS = ("label", "labels", "class", "target")
@@ -46,6 +46,7 @@ class Labelled(TorchDataset):
 
     feature: ClassVar[str]
     key: ClassVar[str]
+    folder_suffixes: ClassVar[frozenset[str]] = frozenset()  # of files that `datasets` does not read from folders
     augment = True  # whether a collator may change its examples
 
     def __init__(
@@ -192,7 +193,7 @@ def load_labelled(
         HoloError: nothing is there, it cannot be read, or a column or a label is missing.
     """
     source = _name(train_file, dataset_name)
-    tables = dict(_read(train_file, dataset_name, dataset_config_name, source))
+    tables = dict(_read(kind, train_file, dataset_name, dataset_config_name, source))
     name, held_out = _named_splits(tables, source)
     parts = [tables[name]] + ([tables[held_out]] if held_out else [])
     labels, class_names = _labels(parts, label_column, source)
@@ -249,8 +250,12 @@ def _name(train_file: str | Sequence[str] | None, dataset_name: str | None) -> s
 
 
 def _read(
-    train_file: str | Sequence[str] | None, dataset_name: str | None, config: str | None, source: str
-) -> "DatasetDict":
+    kind: type[Labelled],
+    train_file: str | Sequence[str] | None,
+    dataset_name: str | None,
+    config: str | None,
+    source: str,
+) -> Mapping[Any, "Dataset"]:
     from datasets import load_dataset
 
     try:
@@ -261,7 +266,7 @@ def _read(
             if not Path(file).exists():
                 raise HoloError(f"{source}: there is no file or folder {str(file)!r}")
         if len(files) == 1 and Path(files[0]).is_dir():
-            return load_dataset(str(files[0]))
+            return _folder_by_class(kind, Path(files[0])) or load_dataset(str(files[0]))
         formats = {TABLE_FORMATS.get(Path(file).suffix) for file in files}
         if len(formats) != 1 or None in formats:
             raise HoloError(f"{source}: give one folder, or files of one of the kinds {', '.join(TABLE_FORMATS)}")
@@ -270,6 +275,24 @@ def _read(
         raise
     except Exception as error:  # datasets raises many kinds, for what is missing, damaged or not to be understood
         raise HoloError(f"{source} cannot be read: {first_line(error.__cause__ or error)}") from error
+
+
+def _folder_by_class(kind: type[Labelled], folder: Path) -> dict[str, "Dataset"]:
+    """Files in one folder for each class, with or without folders for the splits above: by split. Nothing if there are
+    none of this kind, or if `datasets` reads them itself."""
+    import datasets
+
+    rows: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in kind.folder_suffixes:
+            above = path.relative_to(folder).parts[:-2]
+            rows.setdefault(above[0] if above else "train", []).append(path)
+    tables = {}
+    for name, paths in rows.items():
+        files = [{"bytes": None, "path": str(path)} for path in paths]
+        table = datasets.Dataset.from_dict({kind.key: files, "label": [path.parent.name for path in paths]})
+        tables[name] = table.cast_column(kind.key, getattr(datasets, kind.feature)(decode=False))
+    return tables
 
 
 def _named_splits(tables: Mapping[str, "Dataset"], source: str) -> tuple[str, str | None]:

@@ -15,6 +15,7 @@ PREPROCESSORS = {  # by name of the Auto class: what it is called
     "AutoFeatureExtractor": "feature extractor",
     "AutoProcessor": "processor",
 }
+SECONDS = 0.25  # of a sound
 
 
 def new_processor(auto_class: str, config: PretrainedConfig) -> Any:
@@ -54,3 +55,18 @@ def saved_processor(auto_class: str, name: str | Path, argument: str) -> Any:
         raise HoloError(
             f"{argument}: {str(name)!r} has no {PREPROCESSORS[auto_class]}, or a damaged one: {first_line(error)}"
         ) from error
+
+
+def input_sizes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Sizes, without the batch, of the picture and the sound that a config is meant for: `pixel_values` `(C, H, W)`, if
+    it names an `image_size`, and `input_values` `(samples,)`, a quarter of a second, if it names a `sampling_rate`."""
+    seen = getattr(config, "vision_config", None) or config
+    heard = getattr(config, "audio_config", None) or config
+    size, rate = getattr(seen, "image_size", None), getattr(heard, "sampling_rate", None)
+    sizes: dict[str, tuple[int, ...]] = {}
+    if size is not None:
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        sizes["pixel_values"] = (getattr(seen, "num_channels", 3), *sides)
+    if rate is not None:
+        sizes["input_values"] = (int(SECONDS * rate),)
+    return sizes

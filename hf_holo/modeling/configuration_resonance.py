@@ -44,7 +44,9 @@ class ResonanceConfig(ResonatorConfig):
         self.num_attention_heads = num_attention_heads
         self.segment_length = segment_length
         self.embedding_strategy, self.embedding_options = lay_out_vocabulary(
-            self.vocab_size, embedding_strategy, embedding_options
+            self.vocab_size,  # type: ignore[arg-type]  # None where a model reads no text, which this one does
+            embedding_strategy,
+            embedding_options,
         )
         self.check()
         lopsided = not self.is_causal and self.gate_taps % 2 == 0

@@ -38,7 +38,7 @@ class ResonanceAudioConfig(ResonatorConfig):
     """
 
     model_type = "resonance_audio"
-    attribute_map: dict[str, str] = {"dim": "hidden_size", "depth": "num_hidden_layers"}
+    attribute_map = {"dim": "hidden_size", "depth": "num_hidden_layers"}
 
     def __init__(
         self,

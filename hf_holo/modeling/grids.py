@@ -185,10 +185,12 @@ class GridFilter(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        lags = torch.arange(-self.reach, self.reach + 1, device=self.phase.device)
+        exact = at_least_float32(self.phase.dtype)  # there is no FFT in bfloat16
+        lags = torch.arange(-self.reach, self.reach + 1, device=self.phase.device, dtype=exact)
         window = torch.exp(-0.5 * (lags / (0.5 + 0.25 * self.reach)) ** 2)
         side = len(lags)
-        kernel = torch.randn(len(self.phase), side, side, device=self.phase.device) * window[:, None] * window
+        noise = torch.randn(len(self.phase), side, side, device=self.phase.device, dtype=exact)
+        kernel = noise * window[:, None] * window
         kernel = kernel / kernel.square().sum((1, 2), keepdim=True).sqrt()
         response = torch.fft.rfft2(kernel.roll((-self.reach, -self.reach), (1, 2)))
         init_copy_(self.magnitude, response.abs())

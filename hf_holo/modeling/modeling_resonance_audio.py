@@ -179,6 +179,7 @@ def _stretches(shape: tuple[int, ...], share: float, length: int, device: torch.
 # ---------------------------------------------------------------------------------------------------------- models
 class ResonanceAudioPreTrainedModel(ResonancePreTrainedModel):
     config_class = ResonanceAudioConfig  # type: ignore[assignment]  # both are configs of ResonanceBlock
+    config: ResonanceAudioConfig
     main_input_name = "input_values"
     input_modalities = "audio"
     _is_stateful = True  # nothing can be taken back from its cache
@@ -186,7 +187,7 @@ class ResonanceAudioPreTrainedModel(ResonancePreTrainedModel):
 
     @classmethod
     def state_spec(cls, config: ResonanceAudioConfig) -> list[dict[str, tuple[int, ...]]]:  # type: ignore[override]
-        first, *others = super().state_spec(config)  # type: ignore[arg-type]
+        first, *others = super().state_spec(config)
         return [first | FrontEnd(config).state_spec() | {"heard": (config.hidden_size + 1,)}, *others]
 
 
@@ -236,25 +237,26 @@ class ResonanceAudioModel(ResonanceAudioPreTrainedModel, RecurrentStack):
         """
         check_arguments(self, kwargs)
         samples = self._samples(input_values, attention_mask)
-        cache = self._cache(given_cache(past_key_values, cache), use_cache)
-        first = None if cache is None else cache.layers[0]
+        # check_cache refuses all others
+        state: RecurrentCache | None = self._cache(given_cache(past_key_values, cache), use_cache)  # type: ignore[assignment]
+        first = None if state is None else state.layers[0]
         with torch.autocast(samples.device.type, enabled=False):
             features, layout = self.front_end(samples, attention_mask, first)
-        if cache is None and not exporting() and not layout.length:
+        if state is None and not exporting() and not layout.length:
             raise ValueError(
                 f"input_values: {samples.shape[1]} samples are less than one step of this model, which takes "
                 f"{self.config.samples_per_step}; give longer recordings"
             )
-        if cache is not None:
-            cache.advance(layout.length)
+        if state is not None:
+            state.advance(layout.length)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        hidden_states = self.encode(features, layout, cache, output_hidden_states)
+        hidden_states = self.encode(features, layout, state, output_hidden_states)
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=hidden_states[-1],  # type: ignore[arg-type]  # it asks for a FloatTensor
             pooler_output=self._pool(hidden_states[-1], layout, first),  # type: ignore[arg-type]
             hidden_states=tuple(hidden_states) if output_hidden_states else None,  # type: ignore[arg-type]
-            **{CACHE_NAME: cache},
+            **{CACHE_NAME: state},  # type: ignore[arg-type]
         )
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
 

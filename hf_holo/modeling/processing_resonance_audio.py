@@ -89,7 +89,7 @@ class ResonanceFeatureExtractor(SequenceFeatureExtractor):
         samples = np.asarray(recording)
         if samples.ndim != 1:
             raise ValueError(
-                f"raw_speech: recording {place} has the shape {samples.shape}; give one channel, [samples], for example "
+                f"raw_speech: recording {place} has the shape {samples.shape}; give one channel, [samples], such as "
                 "the mean of both, and several recordings as a list"
             )
         if not len(samples):
