@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from common.fitting import OPTIMIZERS, make_optimizer
 from common.report import (
     RESULTS,
     best_runs,
@@ -45,7 +46,6 @@ from hf_holo.modeling.modeling_resonance_multimodal import (
     ResonanceMultimodalForSequenceClassification,
     unbinding_fidelity,
 )
-from hf_holo.training.optim import split_parameters
 
 NAME = "multimodal"
 PRESET = "resonance-multimodal-tiny"
@@ -132,13 +132,8 @@ def build(fusion: str, vocab_size: int, modality_dropout: float, seed: int) -> P
 
 
 def train(model: PreTrainedModel, examples: Examples, rows: torch.Tensor, senses: Sequence[str], how: dict) -> None:
-    """AdamW on random batches, the same for every model of a seed; the learning rate rises, and falls along a cosine."""
-    parameters = split_parameters(model)
-    groups = [
-        {"params": parameters["hidden"] + parameters["matrices"], "weight_decay": how["weight_decay"]},
-        {"params": parameters["rest"], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=how["learning_rate"], betas=(0.9, 0.95))
+    """On random batches, the same for every model of a seed; the learning rate rises, and falls along a cosine."""
+    optimizer = make_optimizer(how["optimizer"], model, how["learning_rate"], how["weight_decay"])
     steps = how["steps"]
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / (0.1 * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
@@ -180,7 +175,10 @@ def scores(model: PreTrainedModel, test: Examples, task: str, senses: Sequence[s
     if task == "sum":
         return {"test": accuracy(model, test, every, senses)}
     new = held_out_pairs()[test.pairs[:, 0], test.pairs[:, 1]]
-    return {"test": accuracy(model, test, every[new], senses), "known pairs": accuracy(model, test, every[~new], senses)}
+    return {
+        "test": accuracy(model, test, every[new], senses),
+        "known pairs": accuracy(model, test, every[~new], senses),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -190,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", choices=tuple(TASKS), default="digit")
     parser.add_argument("--fusions", nargs="+", choices=FUSIONS, default=FUSIONS)
     parser.add_argument("--learning_rates", nargs="+", type=float, default=(0.001, 0.002, 0.004))
+    parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw")
     parser.add_argument("--weight_decays", nargs="+", type=float, default=(0.1,))
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--alone", action="store_true", help="digit: train models on each subset of the senses as well")
@@ -203,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     name = f"{NAME}_{args.task}"
-    kept = ("steps", "rows", "modality_dropout", "train_size", "test_size", "sampling_rate")
+    kept = ("optimizer", "steps", "rows", "modality_dropout", "train_size", "test_size", "sampling_rate")
     settings = {key: getattr(args, key) for key in kept}
     runs, seconds = earlier_rows(name, {"settings": settings}, args.results, "runs")
     question = "digit" if args.task == "digit" else "sum"
