@@ -29,10 +29,7 @@ import torch.nn.functional as F
 from common.fitting import OPTIMIZERS, make_optimizer
 from common.report import (
     RESULTS,
-    best_runs,
     earlier_rows,
-    markdown_table,
-    measured_on,
     print_footer,
     write_report,
 )
