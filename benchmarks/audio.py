@@ -329,10 +329,12 @@ def sentence(result: dict) -> str:
         for name, scores in strangers.items()
         if len(scores) == len(SPEAKERS)
     )
+    count = max(len(run["accuracies"]) for run in chosen.values())
+    seeds = "one seed" if count == 1 else f"mean of {count} seeds"
     also = f"; of speakers never heard, mean of all {len(SPEAKERS)}: {unheard}" if unheard else ""
     return (
         f"spoken digits recognised after {settings['epochs']} epochs with {OPTIMIZERS[settings['optimizer']]}, models "
-        f"of {chosen['resonance']['parameters']:,} parameters ± {NEAR:.0%}, each at its best learning rate: "
+        f"of {chosen['resonance']['parameters']:,} parameters ± {NEAR:.0%}, each at its best learning rate, {seeds}: "
         f"{told}{also}. A minute of 16 kHz sound takes a model of {speeds['parameters']:,} parameters "
         f"{speeds['minute']:.2f} s; as it comes, 20 ms take {1e3 * speeds['step after 1 s']:.1f} ms after a second and "
         f"{1e3 * speeds['step after 60 s']:.1f} ms after a minute"

@@ -429,7 +429,7 @@ class ResonanceAudioAutoencoder(ResonanceAudioPreTrainedModel):
         self.to_latent = nn.Linear(config.hidden_size, config.latent_size)
         self.from_latent = nn.Linear(config.latent_size, config.hidden_size)
         self.decoder = nn.ModuleList([ResonanceBlock(config, index) for index in range(config.num_decoder_layers)])
-        self.norm = make_norm(config)
+        self.decoder_norm = make_norm(config)
         self.to_frames = nn.Linear(config.hidden_size, config.frames_per_step * config.num_mel_bins)
         self.post_init()
 
@@ -478,7 +478,7 @@ class ResonanceAudioAutoencoder(ResonanceAudioPreTrainedModel):
         x = self.from_latent(latents)
         for block in self.decoder:
             x = block(x, layout)
-        return self.to_frames(self.norm(x))
+        return self.to_frames(self.decoder_norm(x))
 
     def _steps(
         self, waveforms: torch.Tensor | None, frames: torch.Tensor | None, mask: torch.Tensor | None

@@ -5,8 +5,15 @@ import copy
 import pytest
 import torch
 from small_sounds import CAUSAL, EXACT, VARIANTS, make, padded, tones
-from transformers import PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForAudioFrameClassification,
+    AutoModelForPreTraining,
+    PreTrainedModel,
+    pipeline,
+)
 
+from hf_holo import preset_model
 from hf_holo.modeling.cache import CACHE_NAME, RecurrentCache
 from hf_holo.modeling.configuration_resonance_audio import ResonanceAudioConfig
 from hf_holo.modeling.modeling_resonance_audio import (
@@ -16,6 +23,7 @@ from hf_holo.modeling.modeling_resonance_audio import (
     ResonanceAudioModel,
     hide_parts,
 )
+from hf_holo.modeling.processing_resonance_audio import ResonanceFeatureExtractor
 from hf_holo.modeling.spectrogram import log_mel
 
 HEADS = (ResonanceAudioForAudioClassification, ResonanceAudioForAudioFrameClassification, ResonanceAudioAutoencoder)
@@ -341,3 +349,44 @@ def test_a_cache_that_is_copied_continues_twice():
     kept = copy.deepcopy(cache)
     first, second = (model(sound[:, 1000:], cache=c).pooler_output for c in (cache, kept))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------- presets, pipelines
+@pytest.mark.parametrize(
+    ("preset", "rate", "millions"),
+    [
+        ("resonance-audio-tiny", 8000, 0.22),
+        ("resonance-audio-small", 16_000, 4.8),
+        ("resonance-audio-base", 16_000, 38),
+    ],
+)
+def test_presets_have_the_size_that_is_told(preset, rate, millions):
+    with torch.device("meta"):
+        model = preset_model(preset, num_labels=10)
+    assert isinstance(model, ResonanceAudioForAudioClassification) and model.config.sampling_rate == rate
+    assert abs(model.count_parameters() / 1e6 / millions - 1) < 0.05
+
+
+def test_a_pipeline_takes_arrays_and_names_the_class(tmp_path):
+    labels = {0: "zero", 1: "one", 2: "two"}
+    make(ResonanceAudioForAudioClassification, id2label=labels).float().save_pretrained(tmp_path)
+    ResonanceFeatureExtractor(8000).save_pretrained(tmp_path)
+    classify = pipeline("audio-classification", model=str(tmp_path), device="cpu")
+    sound = tones(1, 4000)[0].float().numpy()
+    (found,) = classify([sound], top_k=1)
+    logits = classify.model(torch.from_numpy(sound)[None]).logits
+    assert found[0]["label"] == labels[int(logits.argmax())]
+    assert abs(found[0]["score"] - logits.softmax(-1).max().item()) < 1e-4
+    with pytest.raises(ValueError, match="recording 0 is nan"):
+        classify(sound * float("nan"))
+
+
+def test_a_fresh_checkout_of_the_code_loads_through_the_auto_classes(tmp_path):
+    for model_class, auto_class in [
+        (ResonanceAudioModel, AutoModel),
+        (ResonanceAudioForAudioFrameClassification, AutoModelForAudioFrameClassification),
+        (ResonanceAudioAutoencoder, AutoModelForPreTraining),
+    ]:
+        folder = tmp_path / model_class.__name__
+        make(model_class).float().save_pretrained(folder)
+        assert type(auto_class.from_pretrained(folder)) is model_class
