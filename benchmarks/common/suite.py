@@ -28,6 +28,7 @@ INPUTS = {
     "SMOLLM2": Input("folder of SmolLM2-135M-Instruct, or of another small Llama, with its tokenizer"),
     "REVIEWS_TRAIN": Input("`train.parquet`, movie reviews with the columns `text` and `label`"),
     "REVIEWS_TEST": Input("`test.parquet`, likewise"),
+    "FSDD": Input("folder with the Free Spoken Digit Dataset as `train.parquet` and `test.parquet`"),
     "SHAKESPEARE_RUN": Input("the model that `shakespeare` trains", "runs/shakespeare-char-hsn"),
     "STUDENTS": Input("the models that `surgery` converts", "runs/students"),
 }
@@ -82,6 +83,7 @@ GROUPS: dict[str, dict[str, Benchmark]] = {
         "python_code": Benchmark("python_code"),
         "infilling": Benchmark("infilling"),
         "movie_reviews": Benchmark("movie_reviews", "REVIEWS_TRAIN REVIEWS_TEST --cpu"),
+        "audio": Benchmark("audio", "FSDD"),
     },
     "recall": {
         "pair_recall": Benchmark("pair_recall"),
