@@ -112,13 +112,15 @@ def test_a_causal_model_hears_no_future():
     changed[:, 1600:] += 0.3
     before, after = (model(x).last_hidden_state[0] for x in (sound, changed))
     torch.testing.assert_close(before[:10], after[:10], **EXACT)
-    assert (before[10:] - after[10:]).abs().min(1).values.min() >= 0 and not torch.allclose(before[10], after[10])
+    assert (before[10:] - after[10:]).abs().amax(1).min() > 1e-4
 
 
 def test_the_gradient_reaches_back_and_never_forward():
     model, sound = make(variant="causal"), tones(1, 3200).requires_grad_()
     (gradient,) = torch.autograd.grad(model(sound).last_hidden_state[0, 9].sum(), sound)
-    assert gradient[0, :1600].abs().min() >= 0 and gradient[0, :1600].any() and not gradient[0, 1600:].any()
+    past, future = gradient[0].split(1600)
+    assert past[:160].abs().max() > 1e-6 * past.abs().max()
+    assert future.abs().max() < 1e-12 * past.abs().max()  # what rounding in an FFT leaves
 
 
 # ------------------------------------------------------------------------------------ silence, volume, lengths
@@ -211,7 +213,7 @@ def test_labels_of_steps_are_classes_and_some_may_be_left_out():
     output = model(sound, labels=labels)
     assert output.logits.shape == (2, 10, 3)
     expected = torch.nn.functional.cross_entropy(output.logits[:, 3], labels[:, 3])
-    torch.testing.assert_close(output.loss, expected)
+    torch.testing.assert_close(output.loss.double(), expected)  # transformers takes it in float32
     with pytest.raises(ValueError, match=r"labels.*num_labels"):
         model(sound, labels=labels.masked_fill(labels == 2, 3))
 
@@ -269,7 +271,7 @@ def test_saved_and_loaded(model_class: type[PreTrainedModel], variant, tmp_path)
     model, sound = make(model_class, variant).float(), tones(1, 1600).float()
     model.save_pretrained(tmp_path)
     again = model_class.from_pretrained(tmp_path)
-    assert again.config.to_dict() == model.config.to_dict() | {"architectures": [model_class.__name__]}
+    assert again.config.to_diff_dict() == model.config.to_diff_dict() | {"architectures": [model_class.__name__]}
     torch.testing.assert_close(again.eval()(sound)[0], model(sound)[0], rtol=0, atol=0)
 
 

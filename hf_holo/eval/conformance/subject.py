@@ -498,9 +498,13 @@ def _without_autocast(model: PreTrainedModel) -> None:
 
 
 def main_output(output: Any) -> torch.Tensor:
-    """The logits of a model's output, or else its first tensor that is more than a number, such as a loss."""
+    """The logits of a model's output, the embeddings side by side of one that compares them, or else its first tensor
+    that is more than a number, such as a loss."""
     if "logits" in output:
         return output.logits
+    embeddings = [x for name, x in output.items() if name.endswith("_embeds")] if isinstance(output, dict) else []
+    if embeddings:
+        return torch.cat(embeddings, -1)
     return next(x for x in tree_leaves(tuple(output[i] for i in range(len(output)))) if is_output(x))
 
 
