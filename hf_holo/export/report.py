@@ -250,7 +250,8 @@ def model_card(record: Mapping[str, Any], source: SavedModel, name: str, form: F
     """The model card of an export: what it is, how it is used, and the measured figures."""
     worst = max(record["parity"], key=lambda row: row["max"])
     lengths = sorted({row["length"] for row in record["parity"]})
-    shapes = (f"lengths {_list(lengths)}, " if source.graph.reads_text else "") + f"batches {_list(BATCHES)}"
+    sizes = "lengths" if source.graph.reads_text else "sizes larger by"
+    shapes = (f"{sizes} {_list(lengths)}, " if len(lengths) > 1 else "") + f"batches {_list(BATCHES)}"
     calls = {"text": f"{_window(source)} tokens", "token": "one token", "input": "one input"}
     lines = [
         "---",

@@ -22,7 +22,7 @@ class FamilyConfig(PretrainedConfig):
     The names of HoloSpectralNet are understood too: `dim`, `depth`, `max_seq_len` and `tie_weights`.
 
     Args:
-        vocab_size: number of tokens.
+        vocab_size: number of tokens; None: the model reads no text.
         hidden_size: width D of the residual stream.
         num_hidden_layers: number of blocks.
         causal: whether a token sees only the past. None: what the head needs (masked LM: False, all others: True).
@@ -53,7 +53,7 @@ class FamilyConfig(PretrainedConfig):
 
     def __init__(
         self,
-        vocab_size: int = 32000,
+        vocab_size: int | None = 32000,
         hidden_size: int = 256,
         num_hidden_layers: int = 6,
         causal: bool | None = None,
@@ -75,7 +75,8 @@ class FamilyConfig(PretrainedConfig):
                 f"format_version: {format_version} was written by a newer hf_holo; this release reads up to {FORMAT}: "
                 "upgrade with `pip install -U hf-holo`"
             )
-        check_positive(vocab_size=vocab_size)
+        if vocab_size is not None:
+            check_positive(vocab_size=vocab_size)
         check_positive(WIDEST, hidden_size=hidden_size, num_labels=kwargs.get("num_labels") or 2)
         check_positive(DEEPEST, num_hidden_layers=num_hidden_layers)
         check_choice("causal", causal, (None, True, False))

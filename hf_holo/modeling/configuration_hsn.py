@@ -139,7 +139,9 @@ def reference_config(dim: int = 256, max_seq_len: int = 512, rank: int = 32, **o
         dim: width D.
         max_seq_len: length that the model is meant for; information only, there is no limit.
         rank: inner width of the channel mix.
-        options: other arguments of [`HsnConfig`].
+        options: other arguments of [`HsnConfig`]. `norm_type` is "rms" unless given: LayerNorm does not hear a change
+            that all channels of a token share.
     """
     sizes: dict[str, Any] = {"hidden_size": dim, "max_position_embeddings": max_seq_len, "rank": rank}
-    return HsnConfig(**sizes, binding="static", gate_placement="sublayer", **options)
+    form = {"binding": "static", "gate_placement": "sublayer", "norm_type": "rms"}
+    return HsnConfig(**{**form, **sizes, **options})

@@ -145,8 +145,9 @@ class HoloMLP(nn.Module):
 class HoloTransformerBlock(nn.Module):
     """In place of `nn.TransformerEncoderLayer`, with holographic projections, also inside `nn.TransformerEncoder`.
 
-    As in HOLO-PyTorch the norms come first and the activation is a sine. Positions are the caller's business, as
-    with torch's layer. The copies that `nn.TransformerEncoder` makes have their own parameters and equal bases.
+    As in HOLO-PyTorch the norms come first and the activation is a sine. The norms are RMSNorm: a LayerNorm there would
+    not hear a change that all channels of a token share. Positions are the caller's business, as with torch's layer.
+    The copies that `nn.TransformerEncoder` makes have their own parameters and equal bases.
 
     Args:
         dim: channels D.
@@ -156,7 +157,7 @@ class HoloTransformerBlock(nn.Module):
         dropout: on the output of each sublayer.
         basis, seed: of the projections, see [`HoloLinear`].
         frequency: of the sine.
-        bias: biases in the projections and norms.
+        bias: biases in the projections.
         norm_eps: epsilon of the norms.
         batch_first: inputs are `[B, T, D]`, as in HOLO-PyTorch; False: `[T, B, D]`, the default of torch's layer.
 
@@ -182,10 +183,10 @@ class HoloTransformerBlock(nn.Module):
         check_divides("heads", heads, "dim", dim)
         check_choice("basis", basis, tuple(kind for kind in BASES if kind != "data"))
         options: dict[str, Any] = {"harmonics": harmonics, "basis": basis, "seed": seed, "bias": bias}
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps, bias=bias)
+        self.norm1 = nn.RMSNorm(dim, eps=norm_eps)  # LayerNorm is deaf to what all channels share
         self.self_attn = HoloAttention(dim, heads, causal=False, rotary_base=None, **options)
         self.self_attn.batch_first = batch_first  # nn.TransformerEncoder looks for it there
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps, bias=bias)
+        self.norm2 = nn.RMSNorm(dim, eps=norm_eps)
         self.mlp = HoloMLP(dim, intermediate or 4 * dim, activation="sine", frequency=frequency, **options)
         if self.mlp.sine is not None:
             self.mlp.sine.init_linear_(self.mlp.up_proj)

@@ -30,7 +30,7 @@ X = torch.randn(2, 24, 64, generator=torch.Generator().manual_seed(0))  # [batch
 def heard(layer: nn.Module) -> torch.Tensor:
     """[B, T]: where a change at token 5 of row 0 is heard."""
     changed = X.clone()
-    changed[0, 5] = X[0, 6]  # not a constant more, which a norm would remove
+    changed[0, 5] += 1  # a constant, which LayerNorm would remove
     return (layer.eval()(X) - layer(changed)).abs().amax(-1) > 1e-6
 
 
