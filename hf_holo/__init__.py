@@ -61,13 +61,13 @@ def _register_text_family(name: str, config: type) -> None:
     )
 
 
-def _register_sense(name: str, config: type, heads: dict[str, str], **parts: Any) -> None:
+def _register_sense(name: str, config: type, heads: dict[str, str], **parts: str) -> None:
     """Register a family of pictures, sounds or several senses.
 
     Args:
         heads: names of Auto classes to what its models are called behind the name of the family; the first is what
             presets are made into.
-        parts: further arguments of [`register_architecture`]; classes by their names in the processing file.
+        parts: arguments of [`register_architecture`] for what prepares inputs, by their names in the processing file.
     """
     module, processing = (f"{__name__}.modeling.{kind}_{name}" for kind in ("modeling", "processing"))
     prefix = config.__name__.removesuffix("Config")
@@ -77,7 +77,7 @@ def _register_sense(name: str, config: type, heads: dict[str, str], **parts: Any
         models={auto: f"{module}:{prefix}{head}" for auto, head in heads.items()},
         presets=PRESETS / name,
         variants=VARIANTS / f"{name}.json",
-        **{part: cls if isinstance(cls, type) else f"{processing}:{cls}" for part, cls in parts.items()},
+        **{part: f"{processing}:{cls}" for part, cls in parts.items()},
     )
 
 
@@ -93,7 +93,6 @@ def install() -> None:
         ResonanceMultimodalConfig,
         MULTIMODAL_HEADS,
         processor="ResonanceProcessor",
-        tokenizer=HoloTokenizer,
     )
 
     peft_defaults.offer_adapters("hsn", outputs=["k_proj", "v_proj"], inputs=["up_proj", "down_proj"])

@@ -98,7 +98,7 @@ def test_a_run_writes_all_it_promises(tiny_run, data, tmp_path, recipe, capsys):
     assert answers == [row["prediction"] for row in predictions]
 
 
-@pytest.mark.feature("training", "resuming to the bit")
+@pytest.mark.feature("training", "resuming to the bit", family=["resonance_vision", "resonance_audio"])
 @pytest.mark.parametrize("recipe", TINY)
 def test_resuming_is_exact(tiny_run, tmp_path, recipe):
     """With augmentation, in the middle of the second epoch."""
