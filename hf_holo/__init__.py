@@ -61,7 +61,7 @@ def _register_text_family(name: str, config: type) -> None:
     )
 
 
-def _register_sense(name: str, config: type, heads: dict[str, str], **parts: str) -> None:
+def _register_sense(name: str, config: type, heads: dict[str, str], **parts: Any) -> None:
     """Register a family of pictures, sounds or several senses.
 
     Args:
@@ -71,13 +71,14 @@ def _register_sense(name: str, config: type, heads: dict[str, str], **parts: str
     """
     module, processing = (f"{__name__}.modeling.{kind}_{name}" for kind in ("modeling", "processing"))
     prefix = config.__name__.removesuffix("Config")
+    own: dict[str, Any] = {part: f"{processing}:{name_of_class}" for part, name_of_class in parts.items()}
     register_architecture(
         name=name,
         config=config,
         models={auto: f"{module}:{prefix}{head}" for auto, head in heads.items()},
         presets=PRESETS / name,
         variants=VARIANTS / f"{name}.json",
-        **{part: f"{processing}:{cls}" for part, cls in parts.items()},
+        **own,
     )
 
 
