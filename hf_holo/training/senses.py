@@ -215,13 +215,12 @@ class MultimodalTask(ClassTask):
             parts["feature_extractor"] = new_processor("AutoFeatureExtractor", config.audio_config)
         return get_architecture(config.model_type).processor(**parts)
 
-    def model_values(self) -> dict[str, Any]:
-        values = super().model_values()
-        tokenizer = getattr(self.processor, "tokenizer", None)
+    def config_values(self) -> dict[str, Any]:
+        """With the vocabulary of the tokenizer in the config of the text encoder."""
+        values, tokenizer = super().config_values(), getattr(self.processor, "tokenizer", None)
         if tokenizer is not None:
-            text = self.configured().text_config.to_dict()
             ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-            values["text_config"] = {**text, **ids}
+            values["text_config"] = {**self.configured().text_config.to_dict(), **ids}
         return values
 
     def collator(self) -> LabelledCollator:

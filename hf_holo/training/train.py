@@ -192,7 +192,7 @@ def load_model(run: Run, task: Task) -> PreTrainedModel:
         if source:
             model = task.auto_class.from_pretrained(source, **task.loading_options(), **overrides)
         else:
-            config = preset_config(str(preset), **{**task.model_values(), **overrides})
+            config = preset_config(str(preset), **task.config_values())
             with within_memory(True):
                 model = task.auto_class.from_config(config)
     except UNREADABLE as error:
