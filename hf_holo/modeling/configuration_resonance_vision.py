@@ -48,10 +48,10 @@ class ResonanceVisionConfig(BackboneConfigMixin, PretrainedConfig):
         num_channels: int = 3,
         image_size: int = 32,
         patch_size: int = 2,
-        hidden_sizes: Sequence[int] = (48, 96, 192),
+        hidden_sizes: Sequence[int] = (32, 64, 128),
         depths: Sequence[int] = (1, 2, 3),
         filter_reaches: int | Sequence[int] = 7,
-        mlp_ratio: int = 2,
+        mlp_ratio: int = 3,
         interference: bool = True,
         hidden_dropout_prob: float = 0.0,
         classifier_dropout: float = 0.0,
@@ -72,8 +72,8 @@ class ResonanceVisionConfig(BackboneConfigMixin, PretrainedConfig):
         self.patch_size = patch_size
         self.hidden_sizes = list(hidden_sizes)
         self.depths = list(depths)
-        one_for_all = isinstance(filter_reaches, int)
-        self.filter_reaches = [filter_reaches] * len(self.depths) if one_for_all else list(filter_reaches)
+        reaches = [filter_reaches] * len(self.depths) if isinstance(filter_reaches, int) else list(filter_reaches)
+        self.filter_reaches = reaches
         self.mlp_ratio = mlp_ratio
         self.interference = interference
         self.hidden_dropout_prob = hidden_dropout_prob

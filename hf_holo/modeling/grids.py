@@ -133,10 +133,8 @@ def grid_filter_by_products(x: torch.Tensor, kernel: torch.Tensor) -> torch.Tens
     O(HW (H + W)) and without a branch on a size: what is recorded in graphs."""
     height, width, reach = x.shape[1], x.shape[2], kernel.shape[-1] // 2
     rows, columns = height + 2 * reach, width + 2 * reach  # N and M: no shorter than the kernel
-    place = {"device": x.device}
-    lags = torch.arange(-reach, reach + 1, **place)
-    n, v = torch.arange(rows, **place), torch.arange(columns // 2 + 1, **place)
-    i, j = torch.arange(height, **place), torch.arange(width, **place)
+    i, j, n, v = (torch.arange(end, device=x.device) for end in (height, width, rows, columns // 2 + 1))
+    lags = torch.arange(-reach, reach + 1, device=x.device)
 
     # 1. columns to M // 2 + 1 =: V frequencies, then rows to N, of the grid and of the kernel
     real, imaginary = (part.transpose(1, 2) for part in _turned(x, None, v, j, columns, -1))  # [B, V, H, D]

@@ -19,8 +19,6 @@ from .losses import classification_loss
 from .pretrained import FamilyPreTrainedModel
 from .recording import exporting
 
-# What is ignored below as arg-type: transformers' outputs ask for a FloatTensor, which no Tensor is to a type checker.
-
 
 class GridMerging(nn.Module):
     """Joins squares of `side` × `side` cells into one by a linear map; cells that are missing or masked are zero.
@@ -227,7 +225,7 @@ class ResonanceVisionModel(ResonanceVisionPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         maps = tuple(grid.permute(0, 3, 1, 2) for grid in grids) if output_hidden_states else None
-        output = BaseModelOutputWithPooling(hidden, pooled, maps)  # type: ignore[arg-type]
+        output = BaseModelOutputWithPooling(hidden, pooled, maps)
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
 
 
@@ -263,7 +261,7 @@ class ResonanceVisionForImageClassification(ResonanceVisionPreTrainedModel):
         output = self.model(pixel_values, pixel_mask, output_hidden_states=output_hidden_states, return_dict=True)
         logits = self.classifier(self.dropout(output.pooler_output))
         loss = None if labels is None else classification_loss(self, logits, labels, **of_loss)
-        result = ImageClassifierOutput(loss, logits, output.hidden_states)  # type: ignore[arg-type]
+        result = ImageClassifierOutput(loss, logits, output.hidden_states)
         return result if wants_dict(self.config, return_dict) else result.to_tuple()
 
 
@@ -275,12 +273,14 @@ class ResonanceVisionBackbone(BackboneMixin, ResonanceVisionPreTrainedModel):  #
 
     def __init__(self, config: ResonanceVisionConfig) -> None:
         super().__init__(config)
-        if hasattr(self, "_init_backbone"):  # transformers 4.57; 5 has done it by now
-            self._init_backbone(config)
-        self.num_features = [config.hidden_sizes[0], *config.hidden_sizes]
+        begin: Any = getattr(self, "_init_backbone", None)  # of transformers 4.57; 5 has done it by now
+        if begin is not None:
+            begin(config)
+        self.num_features: list[int] = [config.hidden_sizes[0], *config.hidden_sizes]
         self.encoder = ResonanceVisionEncoder(config)
-        sizes = dict(zip(self.stage_names, self.num_features, strict=True))
-        self.norms = nn.ModuleDict({name: nn.LayerNorm(sizes[name], eps=config.norm_eps) for name in self.out_features})
+        chosen: Any = self.out_features
+        sizes = dict(zip(config.stage_names, self.num_features, strict=True))
+        self.norms = nn.ModuleDict({name: nn.LayerNorm(sizes[name], eps=config.norm_eps) for name in chosen})
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -298,13 +298,14 @@ class ResonanceVisionBackbone(BackboneMixin, ResonanceVisionPreTrainedModel):  #
         padding. Arguments and errors as in [`ResonanceVisionModel.forward`]."""
         check_arguments(self, kwargs)
         grids, masks = self.encoder(pixel_values, pixel_mask)
+        chosen: Any = self.out_features
         maps = []
-        for name, grid, mask in zip(self.stage_names, grids, masks, strict=True):
-            if name in self.out_features:
+        for name, grid, mask in zip(self.config.stage_names, grids, masks, strict=True):
+            if name in chosen:
                 grid = self.norms[name](grid)
                 maps.append((grid if mask is None else grid * mask[..., None]).permute(0, 3, 1, 2))
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         kept = tuple(grid.permute(0, 3, 1, 2) for grid in grids) if output_hidden_states else None
-        output = BackboneOutput(tuple(maps), kept)  # type: ignore[arg-type]
+        output = BackboneOutput(tuple(maps), kept)
         return output if wants_dict(self.config, return_dict) else output.to_tuple()

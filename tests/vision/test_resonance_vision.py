@@ -202,7 +202,9 @@ def test_presets_have_the_sizes_that_the_docs_name():
 
 
 SIZES = {
-    "resonance-vision-tiny": (32, 10, 1_000_000),
+    "resonance-vision-base": (224, 1000, 33_090_472),
+    "resonance-vision-small": (224, 1000, 6_179_320),
+    "resonance-vision-tiny": (32, 10, 704_330),
 }
 
 
