@@ -27,12 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common.fitting import OPTIMIZERS, make_optimizer
-from common.report import (
-    RESULTS,
-    earlier_rows,
-    print_footer,
-    write_report,
-)
+from common.report import RESULTS, best_runs, earlier_rows, markdown_table, measured_on, print_footer, write_report
 from transformers import PreTrainedModel
 
 from hf_holo import preset_config
@@ -238,3 +233,96 @@ def main(argv: Sequence[str] | None = None) -> None:
                     figures = {"settings": settings, "runs": runs}
                     write_report(name, figures, seed=args.seeds[0], seconds=seconds, folder=args.results)
     print_footer(args.results / f"{name}.json", seconds)
+
+
+# What it means ------------------------------------------------------------------------------------------------------
+
+
+def task_of(result: dict) -> str:
+    return result["benchmark"].removeprefix(f"{NAME}_")
+
+
+def overall(run: dict) -> float:
+    """By what the best of a fusion's runs is chosen: the mean over what it is scored on."""
+    right = run["right"]
+    return right["test"] if "test" in right else sum(right.values()) / len(right)
+
+
+def best(figures: dict) -> list[dict]:
+    """Of every fusion, of every subset that a model was trained on and of every seed the best run."""
+    return best_runs(figures["runs"], ("fusion", "senses", "seed"), overall)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Their mean, and how far they are apart if there are several."""
+    mean = sum(values) / len(values)
+    return f"{mean:.1%}" if len(values) < 2 else f"{mean:.1%} ({min(values):.1%} to {max(values):.1%})"
+
+
+def by_model(figures: dict) -> dict[tuple[str, str], list[dict]]:
+    """The best runs of all seeds, by fusion and senses."""
+    models: dict[tuple[str, str], list[dict]] = {}
+    for run in best(figures):
+        models.setdefault((run["fusion"], run["senses"]), []).append(run)
+    return models
+
+
+def sentence(result: dict) -> str:
+    models, settings = by_model(result["figures"]), result["figures"]["settings"]
+    everything = "+".join(TASKS[task_of(result)])
+    shares = []
+    for (fusion, senses), runs in models.items():
+        if senses == everything:
+            key = "test" if "test" in runs[0]["right"] else everything
+            shares.append(f"{fusion} {spread([run['right'][key] for run in runs])}")
+    asked = {
+        "digit": "digits from an obscured picture, a noisy sound and a vague sentence",
+        "sum": "last digit of the sum of a written and a spoken digit",
+        "new_pairs": "the same of pairs of digits that never came in training",
+    }[task_of(result)]
+    return f"{asked}, {settings['steps']:,} steps, right: {', '.join(shares)}; {seeds_of(result)}"
+
+
+def seeds_of(result: dict) -> str:
+    count = len({run["seed"] for run in result["figures"]["runs"]})
+    return "one seed" if count == 1 else f"{count} seeds"
+
+
+def table(result: dict) -> str:
+    """What each fusion gets right, at its best learning rate and weight decay."""
+    figures = result["figures"]
+    models, settings = by_model(figures), figures["settings"]
+    columns = list(next(iter(models.values()))[0]["right"])
+    trained = {senses: runs for (fusion, senses), runs in models.items() if senses != "+".join(TASKS[task_of(result)])}
+    rows = []
+    for (fusion, senses), runs in models.items():
+        if senses in trained:
+            continue
+        cells = (spread([run["right"][column] for run in runs]) for column in columns)
+        rows.append((fusion, f"{runs[0]['parameters']:,}", *cells))
+    if trained:
+        cells = (
+            spread([run["right"][column] for run in trained[column]]) if column in trained else "" for column in columns
+        )
+        rows.append(("binding, trained on these senses alone", "", *cells))
+    grid = [sorted({run[key] for run in figures["runs"]}) for key in ("learning_rate", "weight_decay")]
+    fidelity = [run["fidelity"] for run in best(figures) if "fidelity" in run and run["senses"] not in trained]
+    lines = [
+        markdown_table(("", ">parameters", *(f">{column.replace('+', ' + ')}" for column in columns)), rows),
+        "",
+        f"Shares of {settings['test_size']:,} examples; {settings['steps']:,} steps of {settings['rows']}, each model "
+        f"at the best of the learning rates {grid[0]} and weight decays {grid[1]} ({settings['optimizer']}), "
+        f"{seeds_of(result)}. {result['seconds']:,.0f} seconds for all on: {measured_on(result)}.",
+    ]
+    if fidelity:
+        senses = fidelity[0]
+        parts = (
+            f"{sense} {senses[sense]['cosine']:.2f}, and {senses[sense]['identified']:.1%} identified"
+            for sense in senses
+        )
+        lines += ["", f"Read back from the vector of the binding, cosine with what was bound: {'; '.join(parts)}."]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
