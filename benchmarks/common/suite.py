@@ -28,6 +28,7 @@ INPUTS = {
     "SMOLLM2": Input("folder of SmolLM2-135M-Instruct, or of another small Llama, with its tokenizer"),
     "REVIEWS_TRAIN": Input("`train.parquet`, movie reviews with the columns `text` and `label`"),
     "REVIEWS_TEST": Input("`test.parquet`, likewise"),
+    "CIFAR10": Input("folder of small photographs, `train.parquet` and `test.parquet` with `image` and `label`"),
     "MNIST": Input("folder of handwritten digits, `train.parquet` and `test.parquet` with `image` and `label`"),
     "FSDD": Input("folder of spoken digits, likewise with `audio` and `label` (Free Spoken Digit Dataset)"),
     "SHAKESPEARE_RUN": Input("the model that `shakespeare` trains", "runs/shakespeare-char-hsn"),
@@ -84,6 +85,8 @@ GROUPS: dict[str, dict[str, Benchmark]] = {
         "python_code": Benchmark("python_code"),
         "infilling": Benchmark("infilling"),
         "movie_reviews": Benchmark("movie_reviews", "REVIEWS_TRAIN REVIEWS_TEST --cpu"),
+        "vision_cifar10": Benchmark("vision", "CIFAR10"),
+        "vision_mnist": Benchmark("vision", "MNIST --data mnist"),
         "audio": Benchmark("audio", "FSDD"),
     },
     "senses": {
