@@ -64,7 +64,7 @@ class ResonanceVisionConfig(BackboneConfigMixin, PretrainedConfig):
     ) -> None:
         if format_version > FORMAT:
             raise ValueError(
-                f"format_version={format_version} was written by a newer hf_holo; this release reads up to {FORMAT}: "
+                f"format_version: {format_version} was written by a newer hf_holo; this release reads up to {FORMAT}: "
                 "upgrade with `pip install -U hf-holo`"
             )
         self.num_channels = num_channels
@@ -84,7 +84,7 @@ class ResonanceVisionConfig(BackboneConfigMixin, PretrainedConfig):
         self.check(kwargs.get("num_labels") or 2)
         self.stage_names = ["stem"] + [f"stage{stage}" for stage in range(1, len(self.depths) + 1)]
         choose_maps(self, out_features, out_indices)
-        super().__init__(**kwargs)
+        super().__init__(**{"tie_word_embeddings": False} | kwargs)
 
     def check(self, num_labels: int) -> None:
         check_positive(LARGEST, num_channels=self.num_channels, image_size=self.image_size, patch_size=self.patch_size)
@@ -93,9 +93,7 @@ class ResonanceVisionConfig(BackboneConfigMixin, PretrainedConfig):
         for name, at_most in (("hidden_sizes", WIDEST), ("depths", DEEPEST), ("filter_reaches", DEEPEST)):
             values = getattr(self, name)
             if not values or len(values) != stages:
-                raise ValueError(
-                    f"{name}={values} must have one number for each of the stages, as depths={self.depths}"
-                )
+                raise ValueError(f"{name}: {values}; one number for each stage is needed, as in depths={self.depths}")
             for stage, value in enumerate(values):
                 check_positive(at_most, **{f"{name}[{stage}]": value})
         check_positive(LARGEST, mlp_ratio=self.mlp_ratio)

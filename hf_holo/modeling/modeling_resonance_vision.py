@@ -157,22 +157,19 @@ class ResonanceVisionEncoder(nn.Module):
         if pixel_values is None:
             raise ValueError("pixel_values: None; give pictures [batch, channels, height, width]")
         shape = tuple(pixel_values.shape)
-        if pixel_values.dim() != 4 or shape[1] != self.num_channels:
-            raise ValueError(
-                f"pixel_values of shape {shape}: give [batch, {self.num_channels} channels, height, width]"
-            )
+        if pixel_values.dim() != 4 or (not exporting() and shape[1] != self.num_channels):
+            raise ValueError(f"pixel_values: shape {shape}; give [batch, {self.num_channels} channels, height, width]")
         if not pixel_values.is_floating_point():
-            raise ValueError(f"pixel_values of {pixel_values.dtype}: give floats, as the image processor makes them")
+            raise ValueError(f"pixel_values: {pixel_values.dtype}; give floats, as the image processor makes them")
         if exporting():
             return
         if not shape[0]:
-            raise ValueError(f"pixel_values of shape {shape}: the batch is empty; give at least one picture")
+            raise ValueError(f"pixel_values: shape {shape}, the batch is empty; give at least one picture")
         if min(shape[2:]) < self.patch_size:
-            raise ValueError(f"pixel_values of shape {shape}: smaller than one patch of {self.patch_size} pixels")
-        if pixel_mask is not None and tuple(pixel_mask.shape) != (shape[0], *shape[2:]):
-            raise ValueError(
-                f"pixel_mask of shape {tuple(pixel_mask.shape)}: give {(shape[0], *shape[2:])}, 1 at real pixels"
-            )
+            raise ValueError(f"pixel_values: shape {shape}, smaller than one patch of {self.patch_size} pixels")
+        wanted = (shape[0], *shape[2:])
+        if pixel_mask is not None and tuple(pixel_mask.shape) != wanted:
+            raise ValueError(f"pixel_mask: shape {tuple(pixel_mask.shape)}; give {wanted}, 1 at real pixels")
 
 
 class ResonanceVisionModel(ResonanceVisionPreTrainedModel):
