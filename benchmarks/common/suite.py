@@ -144,6 +144,8 @@ TABLES = {  # of the pages in docs, by page and mark, likewise
     ("code", "recipes"): ("python_code",),
     ("code", "measured"): ("infilling",),
     ("memory", "measured"): ("memory_recall",),
+    ("vision", "cifar10"): ("vision_cifar10",),
+    ("vision", "mnist"): ("vision_mnist",),
     ("multimodal", "digit"): ("multimodal_digit",),
     ("multimodal", "sum"): ("multimodal_sum",),
     ("multimodal", "new pairs"): ("multimodal_new_pairs",),
