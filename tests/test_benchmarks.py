@@ -272,6 +272,49 @@ def test_python_code(run, tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def photographs(tmp_path):
+    """A folder of tables as those of CIFAR-10, with noise of one colour for each class in place of photographs."""
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageColumn
+    from PIL import Image
+
+    folder, random = tmp_path / "photographs", np.random.default_rng(0)
+    folder.mkdir()
+    for split, rows in (("train", 40), ("test", 12)):
+        labels = [row % 10 for row in range(rows)]
+        pixels = [(random.random((32, 32, 3)) * [25 * n, 128, 250 - 25 * n]).astype(np.uint8) for n in labels]
+        features = Features({"image": ImageColumn(), "label": ClassLabel(10)})
+        table = {"image": [Image.fromarray(p) for p in pixels], "label": labels}
+        Dataset.from_dict(table, features).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def test_vision(run, photographs, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    argv = (photographs, "--epochs", 1, "--rows", 8, "--sides", 16, 32, "--seeds", 0)
+    report, _ = run("vision", *argv, "--models", "resonance", "--learning_rates", 0.002, report="vision_cifar10")
+    report, _ = run("vision", *argv, "--learning_rates", 0.002, report="vision_cifar10")
+    runs = report["figures"]["runs"]
+    assert [r["model"] for r in runs] == ["resonance", "plain", "vit", "mixer"]  # the first was kept
+    sizes = [r["parameters"] for r in runs]
+    assert all(abs(size / sizes[0] - 1) < 0.05 for size in sizes)
+    assert all(0 <= r["accuracy"] <= 1 for r in runs) and set(report["figures"]["speed"]) == {"16", "32"}
+    vision = importlib.import_module("vision")
+    assert "MLP-Mixer" in vision.table(report) and "ViT" in vision.sentence(report)
+
+
+def test_augmented_pictures_are_shifted_and_mirrored(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    vision = importlib.import_module("vision")
+    ramp = torch.arange(1.0, 257).view(1, 1, 16, 16)
+    for channels, turns in ((1, {1.0}), (3, {1.0, -1.0})):
+        got = vision.augmented(ramp.expand(64, channels, 16, 16), torch.Generator().manual_seed(0))
+        middle = got[:, 0, 8]
+        assert set((middle[:, 9] - middle[:, 8]).tolist()) == turns
+        assert len(set(middle[:, 8].tolist())) > 10 and got.shape == (64, channels, 16, 16)
+
+
+@pytest.fixture
 def spoken(tmp_path):
     """A folder of tables as those of the Free Spoken Digit Dataset, with short tones in place of digits."""
     from datasets import Audio, ClassLabel, Dataset, Features, Value
