@@ -56,10 +56,10 @@ def test_the_script_is_the_quick_module():
         (["trian"], f"unknown command 'trian': did you mean 'train'? known are {', '.join(sorted(cli.VERBS))}"),
         (["info", "hsn-tyni"], "unknown preset 'hsn-tyni': did you mean 'hsn-tiny'? known are"),
         (["info", "no/such/folder"], "'no/such/folder' has no config.json"),
-        (["info", "hsn-tiny", "--lengths", "0"], "lengths: [0] must all be at least 1"),
+        (["info", "hsn-tiny", "--lengths", "0"], "lengths: [0] are not all at least 1"),
         (["info"], "the following arguments are required: PRESET|PATH"),
         (["list", "--jsno"], "unrecognized arguments: --jsno"),
-        (["list", "--vocab_size", "0"], "preset 'hsn-base': vocab_size=0 must be a positive integer"),
+        (["list", "--vocab_size", "0"], "preset: 'hsn-base': vocab_size: 0 is not a positive integer"),
     ],
 )
 def test_errors_are_one_line_and_status_2(capsys, argv, message):
@@ -114,7 +114,7 @@ def test_info_of_a_checkpoint(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"model_type": "hsn", "format_version": 99}', "format_version=99 was written by a newer hf_holo"),
+        ('{"model_type": "hsn", "format_version": 99}', "format_version: 99 was written by a newer hf_holo"),
         ('{"model_type": "llama"}', "unknown architecture 'llama'"),
         ('{"model_type": "no-such-type"}', "no-such-type"),
         ("{", "not a valid JSON"),

@@ -86,7 +86,7 @@ class Digits(Dataset):
         sentences: about digits.
         size: number of examples.
         question: "digit": all senses are about one digit, the label. "sum": the digits of picture and sound are drawn
-            independently, the label is the last digit of their sum, and there is no sentence.
+            independently, the label is the last digit of their sum, there is no sentence, and nothing is obscured.
         seed: of what meets what, and of the noise.
         senses: those that are given; default: all.
     """
@@ -108,6 +108,7 @@ class Digits(Dataset):
         random = np.random.default_rng([seed, size])
         seen, heard = (random.permutation(np.arange(size) % 10) for _ in range(2))
         heard = heard if question == "sum" else seen
+        self.seen, self.heard = seen, heard  # the digits of pictures and sounds, [size]
         self.labels = (seen + heard) % 10 if question == "sum" else seen
         self._picture = _drawn(_digits_of(pictures), seen, random)
         self._sound = _drawn(_digits_of(sounds), heard, random)
@@ -128,9 +129,11 @@ class Digits(Dataset):
     def _sense(self, sense: str, row: int) -> Any:
         random = np.random.default_rng([self.seed, row, SENSES.index(sense)])
         if sense == "vision":
-            return obscured(self.pictures[self._picture[row]]["image"], random)
+            image = self.pictures[self._picture[row]]["image"]
+            return image if self.question == "sum" else obscured(image, random)
         if sense == "audio":
-            return with_noise(self.sounds[self._sound[row]]["audio"], DECIBELS, random)
+            sound = self.sounds[self._sound[row]]["audio"]
+            return sound if self.question == "sum" else with_noise(sound, DECIBELS, random)
         return self.sentences[self._sentence[row]].text if self.question == "digit" else None
 
     def with_senses(self, *senses: str) -> "Digits":

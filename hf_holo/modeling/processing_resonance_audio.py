@@ -25,6 +25,7 @@ class ResonanceFeatureExtractor(SequenceFeatureExtractor):
     """
 
     model_input_names = ["input_values", "attention_mask"]
+    _auto_class = "AutoFeatureExtractor"  # its code goes with a checkpoint
 
     def __init__(
         self,

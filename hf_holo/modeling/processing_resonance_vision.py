@@ -37,6 +37,7 @@ class ResonanceImageProcessor(BaseImageProcessor):
     """
 
     model_input_names = ["pixel_values", "pixel_mask"]
+    _auto_class = "AutoImageProcessor"  # its code goes with a checkpoint
 
     def __init__(
         self,

@@ -72,7 +72,7 @@ class DataArguments:
         default_factory=list,
         metadata={
             "help": "Changes to pictures (crop, flip, rotate, erase, colour) or sounds (shift, noise, gain, speed, "
-            "silence) in training."
+            "silence) in training, or none."
         },
     )
     hold_out: list[str] = field(
@@ -103,6 +103,8 @@ class DataArguments:
         for name in ("train_file", "augment", "hold_out"):
             if isinstance(getattr(self, name), str):  # as in a recipe
                 setattr(self, name, [getattr(self, name)])
+        if self.augment == ["none"]:
+            self.augment = []
 
 
 @dataclass

@@ -11,7 +11,6 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     PretrainedConfig,
-    PreTrainedModel,
 )
 
 from ..data.audio import AUGMENTATIONS as OF_SOUNDS
@@ -45,6 +44,11 @@ class ClassTask(Task):
         self.run.training.remove_unused_columns = False  # the collator needs them
         splits = self.splits(checkpoint)
         self.train, self.validation, self.class_names = splits.train, splits.validation, splits.class_names
+        wanted = self.run.model_overrides.get("num_labels", len(self.class_names))
+        if wanted != len(self.class_names):
+            raise HoloError(
+                f"model: num_labels={wanted}, but the data has {len(self.class_names)} classes; leave num_labels out"
+            )
         self.validation.augment = False
 
     def splits(self, checkpoint: Path | None) -> Any:
@@ -88,20 +92,14 @@ class ClassTask(Task):
 
     def model_values(self) -> dict[str, Any]:
         labels = dict(enumerate(self.class_names))
-        return {"id2label": labels, "label2id": {name: number for number, name in labels.items()}}
+        numbers = {name: number for number, name in labels.items()}
+        return {"num_labels": len(labels), "id2label": labels, "label2id": numbers}
 
     def loading_options(self) -> dict[str, Any]:
         """A head for other classes is a new one."""
         if {int(number): name for number, name in self.config.id2label.items()} == dict(enumerate(self.class_names)):
             return {}
-        return {**self.model_values(), "num_labels": len(self.class_names), "ignore_mismatched_sizes": True}
-
-    def check_model(self, model: PreTrainedModel) -> None:
-        if model.config.num_labels != len(self.class_names):
-            raise HoloError(
-                f"model: num_labels={model.config.num_labels}, but the data has {len(self.class_names)} classes; leave "
-                "num_labels out"
-            )
+        return {**ClassTask.model_values(self), "ignore_mismatched_sizes": True}
 
     def scores(self) -> ClassScores:
         return ClassScores()

@@ -177,7 +177,7 @@ def test_the_command_line_beats_the_recipe():
         ("--prediction_loss_only", "prediction_loss_only"),
         ("--model hidden_sise=3", "no value 'hidden_sise'"),
         ("--model hidden_size", "'hidden_size' is not of the form KEY=VALUE"),
-        ("--model num_heads=5", "num_heads=5 does not divide"),
+        ("--model num_heads=5", "num_heads: 5 does not divide"),
         ("--model vocab_size=5", "vocab_size: the tokenizer has .* the model only 5"),
         ("--model_name_or_path no/such/folder", "model_name_or_path: 'no/such/folder' is not a model"),
         ("--resume_from_checkpoint nowhere/checkpoint-3", "is not a complete checkpoint"),

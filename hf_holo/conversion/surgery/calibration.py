@@ -395,7 +395,7 @@ def check_ratio(sites: Sequence[Site], ratio: float) -> None:
     """Raises HoloError if one harmonic everywhere is already more than `ratio` of the values."""
     least = sum(site.stored(1) for site in sites) / sum(site.numbers for site in sites)
     if least > ratio:
-        raise HoloError(f"ratio={ratio} cannot be reached: one harmonic in each layer already keeps {least:.3g}")
+        raise HoloError(f"ratio: {ratio} cannot be reached: one harmonic in each layer already keeps {least:.3g}")
 
 
 def _choices(site: Site, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

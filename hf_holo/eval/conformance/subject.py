@@ -74,14 +74,14 @@ class Subject:
     ) -> None:
         self.model_class = source if isinstance(source, type) else type(source)
         if not issubclass(self.model_class, PreTrainedModel):
-            raise HoloError(f"model={self.model_class.__name__} must be a PreTrainedModel of transformers")
+            raise HoloError(f"model: {self.model_class.__name__} is not a PreTrainedModel of transformers")
         self._source = source
         given = config if isinstance(source, type) else source.config
         if given is None:
-            raise HoloError(f"config=None: {self.model_class.__name__} is a class, so the config of a model is needed")
+            raise HoloError(f"config: None; {self.model_class.__name__} is a class, so the config of a model is needed")
         self._given_config = given
         if self._given_config.is_encoder_decoder:
-            raise HoloError(f"model={self.model_class.__name__} is an encoder with a decoder; give one of the two")
+            raise HoloError(f"model: {self.model_class.__name__} is an encoder with a decoder; give one of the two")
         self.name = name or self.model_class.__name__
         self.seed = seed
         self._capabilities = capabilities
@@ -179,7 +179,7 @@ class Subject:
         """Raise HoloError if a feature is lacking."""
         reason = self.lacks(needs)
         if reason is not None:
-            raise HoloError(f"model={self.name} cannot be checked: {reason}")
+            raise HoloError(f"model: {self.name} cannot be checked: {reason}")
 
     def lacks(self, needs: Sequence[str]) -> str | None:
         """Why a check with these needs does not apply, or None if it does."""
@@ -498,9 +498,13 @@ def _without_autocast(model: PreTrainedModel) -> None:
 
 
 def main_output(output: Any) -> torch.Tensor:
-    """The logits of a model's output, or else its first tensor that is more than a number, such as a loss."""
+    """The logits of a model's output, the embeddings side by side of one that compares them, or else its first tensor
+    that is more than a number, such as a loss."""
     if "logits" in output:
         return output.logits
+    embeddings = [x for name, x in output.items() if name.endswith("_embeds")] if isinstance(output, dict) else []
+    if embeddings:
+        return torch.cat(embeddings, -1)
     return next(x for x in tree_leaves(tuple(output[i] for i in range(len(output)))) if is_output(x))
 
 
