@@ -10,6 +10,7 @@ from hf_holo.modeling.modeling_resonance_audio import (
 )
 
 onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("hf_holo.export.onnx_config")  # teaches torch's older exporter an operator that it lacks
 SIZES = [(1, 160), (1, 8000), (3, 1733), (2, 24_001)]  # recordings, samples
 
 
@@ -34,7 +35,6 @@ def inputs(rows, samples):
     [
         (False, "plain", ResonanceAudioForAudioClassification),
         (False, "causal", ResonanceAudioForAudioFrameClassification),
-        pytest.param(True, "plain", ResonanceAudioForAudioClassification, marks=pytest.mark.slow),
         pytest.param(True, "masked", ResonanceAudioForAudioFrameClassification, marks=pytest.mark.slow),
     ],
 )
