@@ -282,8 +282,8 @@ class ResonanceAudioModel(ResonanceAudioPreTrainedModel, RecurrentStack):
         if input_values is None or input_values.dim() != 2 or not input_values.is_floating_point():
             given = None if input_values is None else f"{input_values.dtype} of shape {tuple(input_values.shape)}"
             raise ValueError(
-                f"input_values: {given}; give [batch, samples] of one channel, as floating-point numbers between -1 and "
-                "1, as ResonanceFeatureExtractor makes them"
+                f"input_values: {given}; give [batch, samples] of one channel, as floating-point numbers between -1 "
+                "and 1, as ResonanceFeatureExtractor makes them"
             )
         if not exporting() and 0 in input_values.shape:
             raise ValueError(f"input_values: nothing, of shape {tuple(input_values.shape)}; give at least one sample")
