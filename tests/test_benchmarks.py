@@ -317,7 +317,7 @@ def test_augmented_pictures_are_shifted_and_mirrored(monkeypatch):
 @pytest.fixture
 def spoken(tmp_path):
     """A folder of tables as those of the Free Spoken Digit Dataset, with short tones in place of digits."""
-    from datasets import Audio, ClassLabel, Dataset, Features, Value
+    from datasets import Audio, ClassLabel, Dataset
 
     soundfile, folder = pytest.importorskip("soundfile"), tmp_path / "spoken"
     folder.mkdir()
@@ -328,11 +328,10 @@ def spoken(tmp_path):
                 content = io.BytesIO()
                 tone = torch.sin(torch.arange(1200 + 400 * label) * (0.1 + 0.2 * label)).numpy()
                 soundfile.write(content, tone, 8000, format="WAV")
-                row = {"audio": {"bytes": content.getvalue(), "path": None}, "label": label, "speaker": speaker}
+                row = {"audio": {"bytes": content.getvalue(), "path": "digit.wav"}, "label": label, "speaker": speaker}
                 rows.append(row)
-        audio = Audio(sampling_rate=8000, decode=False)
-        features = Features({"audio": audio, "label": ClassLabel(10), "speaker": Value("string")})
-        Dataset.from_list(rows, features).to_parquet(folder / f"{split}.parquet")
+        table = Dataset.from_list(rows).cast_column("audio", Audio(sampling_rate=8000, decode=False))
+        table.cast_column("label", ClassLabel(10)).to_parquet(folder / f"{split}.parquet")
     return folder
 
 
