@@ -54,7 +54,7 @@ def test_zeros_add_exactly_nothing(place):
 
 @pytest.mark.parametrize("fusion", ["binding", "superposition", "concatenation"])
 def test_features_have_power_one_whatever_their_scale(make, fusion):
-    fusion = Fusion(make(fusion=fusion).config)
+    fusion = Fusion(make(fusion=fusion).config).eval()
     pooled, present = torch.randn(6, 16), torch.tensor([1, 1, 1, 0, 1, 1]).bool()
     torch.nn.init.normal_(fusion.projections["vision"].weight)
     torch.nn.init.zeros_(fusion.projections["vision"].bias)
