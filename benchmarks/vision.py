@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,8 @@ from hf_holo import ResonanceVisionForImageClassification, preset_config, preset
 from hf_holo.data.images import SHIFT, load_images
 
 MODELS = {"resonance": "Resonance", "plain": "without interference", "vit": "ViT", "mixer": "MLP-Mixer"}
-PRESETS = {"cifar10": "resonance-vision-tiny", "mnist": "resonance-vision-mnist"}
+PRESET = "resonance-vision-tiny"
+DATA: dict[str, dict[str, Any]] = {"cifar10": {}, "mnist": {"num_channels": 1, "image_size": 28}}  # and its options
 SIDES = (32, 64, 128, 256, 512)
 NEAR = 0.05  # share by which the numbers of parameters may differ
 
@@ -123,28 +124,28 @@ def mixer(sizes: Sizes, inner: int) -> MlpMixer:
     return MlpMixer(sizes.channels, sizes.side, sizes.patch_size, sizes.width, sizes.depth, inner, sizes.classes)
 
 
-def resonance(preset: str, **options: object) -> ResonanceVisionForImageClassification:
-    return preset_model(preset, **options)
+def resonance(data: str, **options: Any) -> ResonanceVisionForImageClassification:
+    return preset_model(PRESET, **DATA[data], **options)
 
 
-def plain(preset: str) -> ResonanceVisionForImageClassification:
+def plain(data: str) -> ResonanceVisionForImageClassification:
     """Two matrices in place of three, each 3/2 as wide."""
-    return preset_model(preset, interference=False, mlp_ratio=preset_config(preset).mlp_ratio * 3 // 2)
+    return resonance(data, interference=False, mlp_ratio=preset_config(PRESET).mlp_ratio * 3 // 2)
 
 
-def build(name: str, preset: str, sizes: Sizes, seed: int) -> nn.Module:
+def build(name: str, data: str, sizes: Sizes, seed: int) -> nn.Module:
     """A new model; the inner width of ViT and Mixer brings them closest to the size of Resonance.
 
     Raises:
         ValueError: none comes within 5 %.
     """
     torch.manual_seed(seed)
-    ours = resonance(preset)
+    ours = resonance(data)
     if name == "resonance":
         return ours
     torch.manual_seed(seed)
     if name == "plain":
-        model: nn.Module = plain(preset)
+        model: nn.Module = plain(data)
     else:
         make: Callable[[Sizes, int], nn.Module] = {"vit": vit, "mixer": mixer}[name]
         least, per_unit = parameters(make(sizes, 1)), sizes.depth * (2 * sizes.width + 1)
@@ -234,9 +235,9 @@ def accuracy(model: nn.Module, pictures: Pictures, rows: int = 200) -> float:
 
 # --------------------------------------------------------------------------------------------------------- time
 @torch.no_grad()
-def speed(preset: str, sides: Sequence[int]) -> dict[str, float]:
+def speed(data: str, sides: Sequence[int]) -> dict[str, float]:
     """Nanoseconds per pixel for one picture of each side, in turns."""
-    model = resonance(preset).eval()
+    model = resonance(data).eval()
     pictures = {side: torch.randn(1, model.config.num_channels, side, side) for side in sides}
     tasks = {str(side): (lambda p=p: model(pixel_values=p)) for side, p in pictures.items()}
     return {side: 1e9 * t / int(side) ** 2 for side, t in interleaved_medians(tasks, repeats=7).items()}
@@ -246,7 +247,7 @@ def speed(preset: str, sides: Sequence[int]) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="with train.parquet and test.parquet")
-    parser.add_argument("--data", choices=tuple(PRESETS), default="cifar10", help="what is in it")
+    parser.add_argument("--data", choices=tuple(DATA), default="cifar10", help="what is in it")
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
     parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="muon")
     parser.add_argument("--learning_rates", nargs="+", type=float, default=(0.002, 0.004, 0.008))
@@ -261,9 +262,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args(argv)
 
-    name, preset = f"vision_{args.data}", PRESETS[args.data]
+    name = f"vision_{args.data}"
     names = ("data", "optimizer", "epochs", "rows", "patch_size", "width", "depth", "limit")
-    settings = {"preset": preset} | {option: getattr(args, option) for option in names}
+    settings = {option: getattr(args, option) for option in names}
     runs, seconds = earlier_rows(name, {"settings": settings}, args.results, "runs")
     figures = {"settings": settings, "runs": runs}
     figures["speed"] = read_report(name, args.results)["figures"].get("speed") if runs else None
@@ -277,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if any(wanted.items() <= run.items() for run in runs):
                     continue
                 print(f"{model_name}, learning rate {rate}, seed {seed}", flush=True)
-                model = build(model_name, preset, sizes, seed)
+                model = build(model_name, args.data, sizes, seed)
                 start = time.perf_counter()
                 train(model, train_pictures, rate, seed, settings)
                 taken = time.perf_counter() - start
@@ -286,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 seconds += taken
                 write_report(name, figures, seed=args.seeds[0], seconds=seconds, folder=args.results)
     if figures["speed"] is None:
-        figures["speed"] = speed(preset, args.sides)
+        figures["speed"] = speed(args.data, args.sides)
     path = write_report(name, figures, seed=args.seeds[0], seconds=seconds, folder=args.results)
     print_table(runs)
     print({side: f"{ns:.0f} ns per pixel" for side, ns in figures["speed"].items()})

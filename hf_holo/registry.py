@@ -91,17 +91,17 @@ class Architecture:
         return self.preprocessors.get("AutoTokenizer")
 
     @property
-    def image_processor(self) -> type | None:
+    def image_processor(self) -> Any:
         """The image processor class of its own, if it has one."""
         return self.preprocessors.get("AutoImageProcessor")
 
     @property
-    def feature_extractor(self) -> type | None:
+    def feature_extractor(self) -> Any:
         """The feature extractor class of its own, if it has one."""
         return self.preprocessors.get("AutoFeatureExtractor")
 
     @property
-    def processor(self) -> type | None:
+    def processor(self) -> Any:
         """The processor class of its own, if it has one."""
         return self.preprocessors.get("AutoProcessor")
 
@@ -242,7 +242,7 @@ def preset_config(preset: str, **overrides: Any) -> PretrainedConfig:
     try:
         return architecture.config(**{**kwargs, **overrides})
     except ValueError as error:
-        raise HoloError(f"preset {preset!r}: {error}") from error
+        raise HoloError(f"preset: {preset!r}: {error}") from error
 
 
 def preset_model(preset: str, **overrides: Any) -> PreTrainedModel:
@@ -284,7 +284,7 @@ def load_plugins() -> None:
 
 def _check_class(argument: str, value: Any, base: type) -> type[Any]:
     if not (isinstance(value, type) and issubclass(value, base)):
-        raise HoloError(f"{argument}={value!r} must be a subclass of {base.__name__}")
+        raise HoloError(f"{argument}: {value!r} is not a subclass of {base.__name__}")
     return value
 
 
@@ -297,7 +297,7 @@ def _check_part(argument: str, value: type | str | None, base: str) -> type | st
 
 def _check_models(models: Mapping[str, type[PreTrainedModel] | str], config: type[PretrainedConfig]) -> None:
     if not models:
-        raise HoloError(f"models: {models!r} must name at least one model class")
+        raise HoloError(f"models: {models!r} does not name a model class; at least one is needed")
     for auto_name, model in models.items():
         if not hasattr(getattr(transformers, auto_name, None), "_model_mapping"):
             raise HoloError(f"models: {auto_name!r} is not an Auto class for models; one is 'AutoModelForCausalLM'")
@@ -328,10 +328,10 @@ def _read_variants(source: Mapping[str, dict[str, Any]] | Path | None) -> dict[s
 
 def _check_mappings(argument: str, source: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(source, Mapping):
-        raise HoloError(f"{argument}={source!r} must be a mapping of names to config arguments")
+        raise HoloError(f"{argument}: {source!r} is not a mapping of names to config arguments")
     for name, kwargs in source.items():
         if not isinstance(kwargs, Mapping):
-            raise HoloError(f"{argument}: {name!r} is {kwargs!r}, but must be a mapping of config arguments")
+            raise HoloError(f"{argument}: {name!r} is {kwargs!r}, not a mapping of config arguments")
     return dict(source)
 
 
@@ -344,13 +344,13 @@ def _read_json(path: Path) -> Any:
 
 def _check_clashes(new: Architecture) -> None:
     if new.name in _ARCHITECTURES:
-        raise HoloError(f"architecture {new.name!r} is already registered with other parts; choose another name")
+        raise HoloError(f"name: {new.name!r} is already registered with other parts; choose another name")
     if new.name in CONFIG_MAPPING and CONFIG_MAPPING[new.name] is not new.config:
         taken = CONFIG_MAPPING[new.name].__name__
-        raise HoloError(f"architecture {new.name!r} is taken by {taken} in transformers; choose another name")
+        raise HoloError(f"name: {new.name!r} is taken by {taken} in transformers; choose another name")
     for preset, (owner, _) in presets().items():
         if preset in new.presets:
-            raise HoloError(f"preset {preset!r} of {new.name!r} is taken by architecture {owner.name!r}; rename it")
+            raise HoloError(f"presets: {preset!r} of {new.name!r} is taken by architecture {owner.name!r}; rename it")
 
 
 def _register_with_transformers(architecture: Architecture) -> None:

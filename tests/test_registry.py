@@ -154,7 +154,7 @@ def test_variants_come_from_a_json_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("variants", "message"),
-    [([SIZES], "must be a mapping of names"), ({"base": 3}, "variants: 'base' is 3, but must be a mapping")],
+    [([SIZES], "is not a mapping of names"), ({"base": 3}, "variants: 'base' is 3, not a mapping")],
 )
 def test_bad_variants_are_refused(variants, message):
     with pytest.raises(HoloError, match=message):
@@ -205,24 +205,24 @@ class LlamaAsLlama(LlamaForCausalLM):
 
 BAD = {
     "name": ({"name": "other"}, "name: 'other' differs from ToyConfig.model_type='toy-registry'"),
-    "config": ({"config": dict}, "config=<class 'dict'> must be a subclass of"),
-    "no models": ({"models": {}}, "models: {} must name at least one"),
+    "config": ({"config": dict}, "config: <class 'dict'> is not a subclass of"),
+    "no models": ({"models": {}}, "models: {} does not name a model class"),
     "auto class": ({"models": {"AutoModelForMagic": ToyModel}}, "'AutoModelForMagic' is not an Auto class"),
-    "model type": ({"models": {"AutoModel": dict}}, "models\\['AutoModel'\\]=<class 'dict'> must be a subclass"),
+    "model type": ({"models": {"AutoModel": dict}}, "models\\['AutoModel'\\]: <class 'dict'> is not a subclass"),
     "model config": ({"models": {"AutoModel": BertModel}}, "BertModel.config_class must be ToyConfig"),
-    "tokenizer": ({"tokenizer": dict}, "tokenizer=<class 'dict'> must be a subclass of PreTrainedTokenizerBase"),
-    "processor": ({"processor": dict}, "processor=<class 'dict'> must be a subclass of ProcessorMixin"),
-    "image processor": ({"image_processor": dict}, "image_processor=<class 'dict'> must be a subclass of ImageProc"),
-    "feature extractor": ({"feature_extractor": dict}, "feature_extractor=<class 'dict'> must be a subclass of"),
-    "preset": ({"presets": {"toy-small": 3}}, "'toy-small' is 3, but must be a mapping"),
-    "preset taken": ({"presets": {"hsn-tiny": SIZES}}, "preset 'hsn-tiny' of 'toy-registry' is taken by .*'hsn'"),
+    "tokenizer": ({"tokenizer": dict}, "tokenizer: <class 'dict'> is not a subclass of PreTrainedTokenizerBase"),
+    "processor": ({"processor": dict}, "processor: <class 'dict'> is not a subclass of ProcessorMixin"),
+    "image processor": ({"image_processor": dict}, "image_processor: <class 'dict'> is not a subclass of ImageProc"),
+    "feature extractor": ({"feature_extractor": dict}, "feature_extractor: <class 'dict'> is not a subclass of"),
+    "preset": ({"presets": {"toy-small": 3}}, "'toy-small' is 3, not a mapping"),
+    "preset taken": ({"presets": {"hsn-tiny": SIZES}}, "presets: 'hsn-tiny' of 'toy-registry' is taken by .*'hsn'"),
     "taken here": (
         {"name": "hsn", "config": NamedAsHsn, "models": {"AutoModelForCausalLM": LlamaAsHsn}},
-        "architecture 'hsn' is already registered",
+        "name: 'hsn' is already registered",
     ),
     "taken in transformers": (
         {"name": "llama", "config": NamedAsLlama, "models": {"AutoModelForCausalLM": LlamaAsLlama}},
-        "architecture 'llama' is taken by LlamaConfig in transformers",
+        "name: 'llama' is taken by LlamaConfig in transformers",
     ),
 }
 
@@ -235,7 +235,7 @@ def test_bad_registrations_are_refused(changes, message):
     assert before == (architectures(), type(AutoConfig.for_model("llama")), type(AutoConfig.for_model("hsn")))
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "not valid JSON"), ("[1]", "must be a mapping")])
+@pytest.mark.parametrize(("content", "message"), [("{", "not valid JSON"), ("[1]", "not a mapping")])
 def test_bad_preset_files_are_named(tmp_path, content, message):
     (tmp_path / "toy-bad.json").write_text(content)
     with pytest.raises(HoloError, match=f"toy-bad.*{message}"):

@@ -84,6 +84,7 @@ GROUPS: dict[str, dict[str, Benchmark]] = {
         "python_code": Benchmark("python_code"),
         "infilling": Benchmark("infilling"),
         "movie_reviews": Benchmark("movie_reviews", "REVIEWS_TRAIN REVIEWS_TEST --cpu"),
+        "audio": Benchmark("audio", "FSDD"),
     },
     "senses": {
         "multimodal_digit": Benchmark("multimodal", "MNIST FSDD --task digit --alone"),

@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
     if args.lengths and min(args.lengths) < 1:
-        raise HoloError(f"lengths: {args.lengths} must all be at least 1")
+        raise HoloError(f"lengths: {args.lengths} are not all at least 1")
     config = find_config(args.model)
     reads = getattr(config, "vocab_size", None) is not None
     record = info(config, args.lengths or USUAL_LENGTHS) if reads else sensing_info(config, args.lengths)

@@ -78,7 +78,7 @@ class RecurrentStack(BlockStack):
     def check_cache(self, cache: Cache) -> None:
         if not isinstance(cache, RecurrentCache):
             raise ValueError(
-                f"past_key_values is a {type(cache).__name__}; a recurrent model continues from the RecurrentCache "
+                f"past_key_values: a {type(cache).__name__}; a recurrent model continues from the RecurrentCache "
                 "that it returned, or from RecurrentCache(config)"
             )
 
@@ -207,7 +207,7 @@ class RecurrentBackbone(RecurrentStack, Backbone):
 
 def _check_tokens(name: str, given: torch.Tensor) -> None:
     if not exporting() and 0 in given.shape:
-        raise ValueError(f"{name} of shape {tuple(given.shape)} has no tokens; give at least one row of one")
+        raise ValueError(f"{name}: shape {tuple(given.shape)} has no tokens; give at least one row of one")
 
 
 def wants_dict(config: PretrainedConfig, return_dict: bool | None) -> bool:

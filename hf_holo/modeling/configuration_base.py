@@ -72,7 +72,7 @@ class FamilyConfig(PretrainedConfig):
     ) -> None:
         if format_version > FORMAT:
             raise ValueError(
-                f"format_version={format_version} was written by a newer hf_holo; this release reads up to {FORMAT}: "
+                f"format_version: {format_version} was written by a newer hf_holo; this release reads up to {FORMAT}: "
                 "upgrade with `pip install -U hf-holo`"
             )
         if vocab_size is not None:
@@ -110,7 +110,7 @@ class FamilyConfig(PretrainedConfig):
         for name, value in arguments.items():
             known = self.attribute_map.get(name, name)
             if own.setdefault(known, value) != value:
-                raise ValueError(f"{name}={value!r} is another name of {known}={own[known]!r}: give one of them")
+                raise ValueError(f"{name}: {value!r} is another name of {known}={own[known]!r}: give one of them")
         return own
 
     def check(self) -> None:
@@ -120,7 +120,7 @@ class FamilyConfig(PretrainedConfig):
         """Go over to the present format; `changed` says what a model saved by an older release computes differently."""
         if self.format_version < FORMAT and changed is not None:
             logger.warning_once(  # type: ignore[attr-defined]  # transformers gives loggers this method
-                f"format_version={self.format_version}: saved by an older hf_holo. {changed}"
+                f"format_version: {self.format_version}, saved by an older hf_holo. {changed}"
             )
         self.format_version = FORMAT
 

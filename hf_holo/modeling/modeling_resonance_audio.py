@@ -74,7 +74,8 @@ class FrontEnd(nn.Module):
     """Waveforms to normalised log-mel steps, whole or piece by piece.
 
     Frame f of a causal model ends where hop f of the recording does; that of a bidirectional one is centred on its hop.
-    A step is there as soon as all its samples are; what is left of a recording at its end is not heard.
+    A step is there as soon as all its samples are; what is left of a recording at its end is not heard. Without a
+    cache, a recording of less than one step is filled up with silence.
 
     Args:
         config: a [`ResonanceAudioConfig`].
@@ -99,14 +100,11 @@ class FrontEnd(nn.Module):
         if mask is not None and (exporting() or not bool(mask.all())):
             samples, lengths = samples * mask.to(samples.dtype), mask.long().sum(1)  # [B]
         if cache is None:
-            steps = samples.shape[1] // config.samples_per_step
-            lengths = None if lengths is None else lengths // config.samples_per_step
-            left = config.history if config.causal else config.history // 2
-            stream = F.pad(samples, (left, config.history - left))
+            stream, steps, lengths = self._whole(samples, lengths)
         else:
             stream, steps, lengths = self._continue(samples, lengths, cache)
-        if not exporting() and not steps:
-            return stream.new_zeros(len(samples), 0, config.frames_per_step * config.num_mel_bins), TokenLayout(0)
+            if not exporting() and not steps:
+                return stream.new_zeros(len(samples), 0, config.frames_per_step * config.num_mel_bins), TokenLayout(0)
         frames = log_mel(
             stream,
             config.frame_length,
@@ -127,6 +125,18 @@ class FrontEnd(nn.Module):
         if lengths is not None:
             layout.lengths, layout.valid = lengths, torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         return self.normalization(x, layout, cache), layout
+
+    def _whole(
+        self, samples: torch.Tensor, lengths: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Any, torch.Tensor | None]:
+        """Samples of whole recordings and their numbers [B] to what [`_continue`] returns."""
+        step, history = self.config.samples_per_step, self.config.history
+        if not exporting() and samples.shape[1] < step:
+            samples = F.pad(samples, (0, step - samples.shape[1]))
+        if lengths is not None:
+            lengths = (lengths // step).clamp_min(1) * (lengths > 0)
+        left = history if self.config.causal else history // 2
+        return F.pad(samples, (left, history - left)), samples.shape[1] // step, lengths
 
     def _continue(
         self, samples: torch.Tensor, lengths: torch.Tensor | None, cache: RecurrentLayer
@@ -232,8 +242,8 @@ class ResonanceAudioModel(ResonanceAudioPreTrainedModel, RecurrentStack):
 
         Raises:
             TypeError: an unknown argument.
-            ValueError: samples or mask of another shape or kind, padding before samples, less than one step of samples
-                and nothing to continue from, or a cache of another kind or with gradient checkpointing.
+            ValueError: samples or mask of another shape or kind, no samples, padding before samples, or a cache of
+                another kind or with gradient checkpointing.
         """
         check_arguments(self, kwargs)
         samples = self._samples(input_values, attention_mask)
@@ -242,11 +252,6 @@ class ResonanceAudioModel(ResonanceAudioPreTrainedModel, RecurrentStack):
         first = None if state is None else state.layers[0]
         with torch.autocast(samples.device.type, enabled=False):
             features, layout = self.front_end(samples, attention_mask, first)
-        if state is None and not exporting() and not layout.length:
-            raise ValueError(
-                f"input_values: {samples.shape[1]} samples are less than one step of this model, which takes "
-                f"{self.config.samples_per_step}; give longer recordings"
-            )
         if state is not None:
             state.advance(layout.length)
         if output_hidden_states is None:
@@ -280,6 +285,8 @@ class ResonanceAudioModel(ResonanceAudioPreTrainedModel, RecurrentStack):
                 f"input_values {given}: give [batch, samples] of one channel, as floating-point numbers between -1 and "
                 "1; ResonanceFeatureExtractor makes them"
             )
+        if not exporting() and 0 in input_values.shape:
+            raise ValueError(f"input_values of shape {tuple(input_values.shape)} are empty; give at least one sample")
         if attention_mask is not None and not exporting():
             if attention_mask.shape != input_values.shape:
                 raise ValueError(
@@ -429,7 +436,7 @@ class ResonanceAudioAutoencoder(ResonanceAudioPreTrainedModel):
         self.to_latent = nn.Linear(config.hidden_size, config.latent_size)
         self.from_latent = nn.Linear(config.latent_size, config.hidden_size)
         self.decoder = nn.ModuleList([ResonanceBlock(config, index) for index in range(config.num_decoder_layers)])
-        self.norm = make_norm(config)
+        self.decoder_norm = make_norm(config)
         self.to_frames = nn.Linear(config.hidden_size, config.frames_per_step * config.num_mel_bins)
         self.post_init()
 
@@ -478,7 +485,7 @@ class ResonanceAudioAutoencoder(ResonanceAudioPreTrainedModel):
         x = self.from_latent(latents)
         for block in self.decoder:
             x = block(x, layout)
-        return self.to_frames(self.norm(x))
+        return self.to_frames(self.decoder_norm(x))
 
     def _steps(
         self, waveforms: torch.Tensor | None, frames: torch.Tensor | None, mask: torch.Tensor | None

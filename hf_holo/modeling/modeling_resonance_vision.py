@@ -190,7 +190,7 @@ class ResonanceVisionModel(ResonanceVisionPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.encoder.stem
+        return self.encoder.stem.proj  # whose output is a tensor, as transformers 5 expects
 
     def forward(
         self,
@@ -284,7 +284,7 @@ class ResonanceVisionBackbone(BackboneMixin, ResonanceVisionPreTrainedModel):  #
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.encoder.stem
+        return self.encoder.stem.proj  # whose output is a tensor, as transformers 5 expects
 
     def forward(  # type: ignore[override]  # the mixin's takes the arguments of all backbones
         self,

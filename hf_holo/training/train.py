@@ -168,7 +168,7 @@ def make_task(run: Run) -> Task:
     if run.model.task is None:
         causal = run.model_overrides.get("causal", getattr(config, "causal", None))
         wanted = "masked" if causal is False else "causal"
-        run.model.task = wanted if wanted in known or not known else known[0]
+        run.model.task = wanted if wanted in known or not known else known[0]  # type: ignore[assignment]  # of TASKS
     if run.model.task not in known:
         raise HoloError(
             f"task: {config.model_type!r} has no model for the task {run.model.task!r}, only for "

@@ -37,7 +37,7 @@ def test_onnx_gives_the_same_logits_at_every_size(dynamo, variant, head, tmp_pat
     if dynamo and head is ResonanceAudioForAudioFrameClassification:
         pytest.skip("one head is enough for the slower exporter")
     model = make(head, variant).float()
-    names, path = ("input_values", "attention_mask"), tmp_path / "model.onnx"
+    names, path = ["input_values", "attention_mask"], tmp_path / "model.onnx"
     example = tuple(x.float() if x.is_floating_point() else x for x in inputs(2, 4000))
     options = {"input_names": names, "output_names": ["logits"], "opset_version": 18}
     if dynamo:

@@ -5,8 +5,15 @@ import copy
 import pytest
 import torch
 from small_sounds import CAUSAL, EXACT, VARIANTS, make, padded, tones
-from transformers import PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForAudioFrameClassification,
+    AutoModelForPreTraining,
+    PreTrainedModel,
+    pipeline,
+)
 
+from hf_holo import preset_model
 from hf_holo.modeling.cache import CACHE_NAME, RecurrentCache
 from hf_holo.modeling.configuration_resonance_audio import ResonanceAudioConfig
 from hf_holo.modeling.modeling_resonance_audio import (
@@ -16,6 +23,7 @@ from hf_holo.modeling.modeling_resonance_audio import (
     ResonanceAudioModel,
     hide_parts,
 )
+from hf_holo.modeling.processing_resonance_audio import ResonanceFeatureExtractor
 from hf_holo.modeling.spectrogram import log_mel
 
 HEADS = (ResonanceAudioForAudioClassification, ResonanceAudioForAudioFrameClassification, ResonanceAudioAutoencoder)
@@ -141,6 +149,15 @@ def test_volume_changes_next_to_nothing(variant):
     model, sound = make(variant=variant), tones(2, 4000)
     loud, soft = model(sound).pooler_output, model(sound / 4).pooler_output
     assert (loud - soft).norm() < 0.02 * loud.norm()
+
+
+@torch.no_grad()
+def test_less_than_a_step_is_filled_up_with_silence():
+    model = make(ResonanceAudioForAudioClassification)
+    short, long = tones(1, 50)[0], tones(1, 900)[0]
+    filled = model(torch.nn.functional.pad(short, (0, 110))[None]).logits[0]
+    torch.testing.assert_close(model(short[None]).logits[0], filled, **EXACT)
+    torch.testing.assert_close(model(*padded([long, short])).logits[1], filled, **EXACT)
 
 
 @torch.no_grad()
@@ -308,7 +325,7 @@ def test_configs_are_checked(arguments, message):
         ({}, ValueError, "input_values None"),
         ({"input_values": torch.zeros(2, 2, 900)}, ValueError, r"input_values of shape \(2, 2, 900\)"),
         ({"input_values": torch.zeros(1, 900, dtype=torch.int16)}, ValueError, "int16"),
-        ({"input_values": torch.zeros(1, 159)}, ValueError, "159 samples.*takes 160"),
+        ({"input_values": torch.zeros(1, 0)}, ValueError, r"\(1, 0\) are empty"),
         ({"input_values": torch.zeros(1, 900), "attention_mask": torch.ones(1, 899)}, ValueError, "attention_mask of"),
         (
             {"input_values": torch.zeros(1, 900), "attention_mask": torch.arange(900)[None] > 7},
@@ -341,3 +358,44 @@ def test_a_cache_that_is_copied_continues_twice():
     kept = copy.deepcopy(cache)
     first, second = (model(sound[:, 1000:], cache=c).pooler_output for c in (cache, kept))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------- presets, pipelines
+@pytest.mark.parametrize(
+    ("preset", "rate", "millions"),
+    [
+        ("resonance-audio-tiny", 8000, 0.22),
+        ("resonance-audio-small", 16_000, 4.8),
+        ("resonance-audio-base", 16_000, 38),
+    ],
+)
+def test_presets_have_the_size_that_is_told(preset, rate, millions):
+    with torch.device("meta"):
+        model = preset_model(preset, num_labels=10)
+    assert isinstance(model, ResonanceAudioForAudioClassification) and model.config.sampling_rate == rate
+    assert abs(model.count_parameters() / 1e6 / millions - 1) < 0.05
+
+
+def test_a_pipeline_takes_arrays_and_names_the_class(tmp_path):
+    labels = {0: "zero", 1: "one", 2: "two"}
+    make(ResonanceAudioForAudioClassification, id2label=labels).float().save_pretrained(tmp_path)
+    ResonanceFeatureExtractor(8000).save_pretrained(tmp_path)
+    classify = pipeline("audio-classification", model=str(tmp_path), device="cpu")
+    sound = tones(1, 4000)[0].float().numpy()
+    (found,) = classify([sound], top_k=1)
+    logits = classify.model(torch.from_numpy(sound)[None]).logits
+    assert found[0]["label"] == labels[int(logits.argmax())]
+    assert abs(found[0]["score"] - logits.softmax(-1).max().item()) < 1e-4
+    with pytest.raises(ValueError, match="recording 0 is nan"):
+        classify(sound * float("nan"))
+
+
+def test_a_fresh_checkout_of_the_code_loads_through_the_auto_classes(tmp_path):
+    for model_class, auto_class in [
+        (ResonanceAudioModel, AutoModel),
+        (ResonanceAudioForAudioFrameClassification, AutoModelForAudioFrameClassification),
+        (ResonanceAudioAutoencoder, AutoModelForPreTraining),
+    ]:
+        folder = tmp_path / model_class.__name__
+        make(model_class).float().save_pretrained(folder)
+        assert type(auto_class.from_pretrained(folder)) is model_class

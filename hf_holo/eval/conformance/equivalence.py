@@ -498,7 +498,7 @@ def recording(subject: Subject, calls: dict[Any, tuple[FunctionType, dict[str, A
 
         def record(*args: Any, **kwargs: Any) -> Any:
             arguments = signature.bind(*args, **kwargs).arguments
-            kind = operation, *((name, getattr(value, "shape", str(value))) for name, value in arguments.items())
+            kind = operation, *((n, x.shape if hasattr(x, "shape") else str(x)) for n, x in arguments.items())
             calls[kind] = operation, {name: _leaf(value) for name, value in arguments.items()}
             return operation(*args, **kwargs)
 

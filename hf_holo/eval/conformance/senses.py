@@ -76,7 +76,8 @@ def padding_of_sounds(subject: Subject) -> str:
     longest = subject.waves(3)
     lengths = [longest.shape[1], longest.shape[1] * 2 // 3 + 1, longest.shape[1] // 3]
     mask = (torch.arange(longest.shape[1]) < torch.tensor(lengths)[:, None]).long()
-    together = subject.run(input_values=longest + 3 * (1 - mask), **{name: mask})
+    padded: dict[str, Any] = {"input_values": longest + 3 * (1 - mask), name: mask}
+    together = subject.run(**padded)
     remark = ""
     for row, length in enumerate(lengths):
         alone = subject.run(input_values=longest[row, None, :length])[0]
@@ -165,7 +166,7 @@ def a_sound_in_pieces(subject: Subject) -> str:
 
 @torch.no_grad()
 def _heard(subject: Subject, piece: torch.Tensor, cache: Any) -> torch.Tensor:
-    inputs = {"input_values": piece, "use_cache": True, subject.cache_name: cache}
+    inputs = {"input_values": piece, "use_cache": True, str(subject.cache_name): cache}
     return main_output(subject.model(**inputs))
 
 
@@ -182,17 +183,19 @@ def _pieces(sound: torch.Tensor, shares: tuple[float, ...]) -> Iterator[torch.Te
 @check("senses", "input_values", "causal", "frames")
 def future_of_a_sound(subject: Subject) -> str:
     """No step hears what comes after its end."""
-    sound = subject.waves(1)
-    before = subject.run(input_values=sound)
-    steps = before.shape[1]
-    remark = ""
+    steps = 12
+    sound = subject.waves(1, steps * subject.samples_per_step)
+    before, remark = subject.run(input_values=sound), ""
     for step in (1, steps // 2, steps - 1):
-        cut = step * (subject.samples_per_step or sound.shape[1] // steps)
-        changed = torch.cat([sound[:, :cut], subject.waves(1, salt=1)[:, cut:]], 1)
-        after = subject.run(input_values=changed)
+        cut = step * subject.samples_per_step
+        changed = torch.cat([sound[:, :cut], subject.waves(1, sound.shape[1], salt=1)[:, cut:]], 1)
+        after, first = (
+            subject.run(input_values=changed),
+            step * before.shape[1] // steps,
+        )  # a step may have several outputs
         what = f"other samples from {cut} on change the steps before"
-        remark = assert_same(after[:, :step], before[:, :step], what, subject.tolerance)
-        if torch.equal(after[:, step:], before[:, step:]):
+        remark = assert_same(after[:, :first], before[:, :first], what, subject.tolerance)
+        if torch.equal(after[:, first:], before[:, first:]):
             raise Violation(f"other samples from {cut} on change nothing at all")
     return remark
 
@@ -280,8 +283,6 @@ def _bad_inputs(subject: Subject) -> Iterator[tuple[str, str, dict[str, Any]]]:
         sound = subject.waves(2)
         yield "input_values", "a sound with two channels", {"input_values": sound[:, None].expand(-1, 2, -1)}
         yield "input_values", "whole numbers for samples", {"input_values": (99 * sound).long()}
-        if not subject.causal:  # which waits for more
-            yield "input_values", "one sample", {"input_values": sound[:, :1]}
         name = mask_name(subject, "input_values")
         if name:
             yield "attention_mask", "a mask of another length", {"input_values": sound, name: torch.ones(2, 3)}
@@ -313,14 +314,15 @@ def saved_with_its_processor(subject: Subject) -> str:
     for name, value in before.items():
         if not torch.equal(value, after[name]):
             raise Violation(f"a loaded processor gives other {name}")
-    outputs = [subject.run(model=one, **dict(after)) for one in (again, model)]
-    return f"{type(loaded).__name__}, {assert_same(*outputs, 'the loaded model gives other outputs', 1e-6)}"
+    got, expected = (subject.run(model=one, **dict(after)) for one in (again, model))
+    return f"{type(loaded).__name__}, {assert_same(got, expected, 'the loaded model gives other outputs', 1e-6)}"
 
 
 def _auto_processor(subject: Subject) -> str | None:
     if len(subject.modalities) > 1:
         return "AutoProcessor"
-    return {("vision",): "AutoImageProcessor", ("audio",): "AutoFeatureExtractor"}.get(tuple(subject.modalities))
+    names = {"vision": "AutoImageProcessor", "audio": "AutoFeatureExtractor"}
+    return names.get("".join(subject.modalities))
 
 
 def _processor(subject: Subject, auto: str) -> Any:

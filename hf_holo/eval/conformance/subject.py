@@ -74,14 +74,14 @@ class Subject:
     ) -> None:
         self.model_class = source if isinstance(source, type) else type(source)
         if not issubclass(self.model_class, PreTrainedModel):
-            raise HoloError(f"model={self.model_class.__name__} must be a PreTrainedModel of transformers")
+            raise HoloError(f"model: {self.model_class.__name__} is not a PreTrainedModel of transformers")
         self._source = source
         given = config if isinstance(source, type) else source.config
         if given is None:
-            raise HoloError(f"config=None: {self.model_class.__name__} is a class, so the config of a model is needed")
+            raise HoloError(f"config: None; {self.model_class.__name__} is a class, so the config of a model is needed")
         self._given_config = given
         if self._given_config.is_encoder_decoder:
-            raise HoloError(f"model={self.model_class.__name__} is an encoder with a decoder; give one of the two")
+            raise HoloError(f"model: {self.model_class.__name__} is an encoder with a decoder; give one of the two")
         self.name = name or self.model_class.__name__
         self.seed = seed
         self._capabilities = capabilities
@@ -179,7 +179,7 @@ class Subject:
         """Raise HoloError if a feature is lacking."""
         reason = self.lacks(needs)
         if reason is not None:
-            raise HoloError(f"model={self.name} cannot be checked: {reason}")
+            raise HoloError(f"model: {self.name} cannot be checked: {reason}")
 
     def lacks(self, needs: Sequence[str]) -> str | None:
         """Why a check with these needs does not apply, or None if it does."""
@@ -260,14 +260,14 @@ class Subject:
         if start is None:
             return ROUNDED
         steps = {name: self._tiny_step(x) for name, x in start.items() if x.is_floating_point()}
-        first, second, third = (
-            self.run(**{name: x + n * steps[name] if name in steps else x for name, x in start.items()})
-            for n in range(3)
-        )
+        moved: list[dict[str, Any]] = [
+            {name: x + n * steps[name] if name in steps else x for name, x in start.items()} for n in range(3)
+        ]
+        first, second, third = (self.run(**inputs) for inputs in moved)
         bend = (third - 2 * second + first).norm() / first.norm()
         return EXACT if bend < 1e-12 else ROUNDED
 
-    def _continuous_inputs(self) -> dict[str, torch.Tensor] | None:
+    def _continuous_inputs(self) -> dict[str, Any] | None:
         """Inputs some of which can be moved a little, None if there are none."""
         if not self._takes_text:
             inputs = self.inputs()
