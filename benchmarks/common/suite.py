@@ -85,8 +85,6 @@ GROUPS: dict[str, dict[str, Benchmark]] = {
         "infilling": Benchmark("infilling"),
         "movie_reviews": Benchmark("movie_reviews", "REVIEWS_TRAIN REVIEWS_TEST --cpu"),
         "audio": Benchmark("audio", "FSDD"),
-    },
-    "senses": {
         "multimodal_digit": Benchmark("multimodal", "MNIST FSDD --task digit --alone"),
         "multimodal_sum": Benchmark("multimodal", "MNIST FSDD --task sum"),
         "multimodal_new_pairs": Benchmark("multimodal", "MNIST FSDD --task new_pairs --weight_decays 0.1 1.0"),
