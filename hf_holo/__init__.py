@@ -146,6 +146,7 @@ _LAZY = {
         "fft_circular_conv",
         "fft_circular_corr",
     ],
+    "modeling.modeling_resonance_multimodal": ["unbinding_fidelity"],
     "modeling.phases": ["PhaseDrift", "RotaryEmbedding"],
     "modeling.pretrained": ["FamilyPreTrainedModel"],
     "modeling.scans": ["cancelling_scan", "interference_scan"],

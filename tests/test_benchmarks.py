@@ -359,6 +359,30 @@ def test_batches_of_sounds_hold_similar_lengths_and_every_recording_once(monkeyp
     assert sum(spreads) / len(spreads) < 30  # of random ones it is 60
 
 
+@pytest.mark.parametrize("task", ["digit", "sum", "new_pairs"])
+def test_multimodal(run, shared_data, task):
+    sizes = ("--train_size", 40, "--test_size", 40, "--steps", 1, "--rows", 4, "--seeds", 0, "--learning_rates", 0.001)
+    argv = (shared_data / "mnist", shared_data / "fsdd", "--task", task, *sizes)
+    run("multimodal", *argv, "--fusions", "binding", report=f"multimodal_{task}")
+    alone = ("--alone",) if task == "digit" else ()
+    report, _ = run("multimodal", *argv, *alone, report=f"multimodal_{task}")
+    runs = report["figures"]["runs"]
+    told = [(r["fusion"], r["senses"]) for r in runs]
+    assert len(set(told)) == len(told) == (10 if task == "digit" else 4)  # what was there is kept and not repeated
+    whole = [r for r in runs if r["senses"] == runs[0]["senses"]]
+    assert max(r["parameters"] for r in whole) < 1.05 * min(r["parameters"] for r in whole)
+    assert all(0 <= share <= 1 for r in runs for share in r["right"].values())
+    script = importlib.import_module("multimodal")
+    assert "averaging" in script.table(report) and "one seed" in script.sentence(report)
+    assert ("alone" in script.table(report)) == (task == "digit")
+
+
+def test_pairs_of_digits_are_held_out_of_every_row_and_column(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    held_out = importlib.import_module("multimodal").held_out_pairs()
+    assert held_out.sum(0).tolist() == held_out.sum(1).tolist() == [2] * 10
+
+
 def test_the_readme_shows_what_the_reports_say(run, tmp_path, monkeypatch):
     run("static_speed", "--width", 32, "--lengths", 64, 128, "--repeats", 1)
     table = importlib.import_module("readme").table(tmp_path)

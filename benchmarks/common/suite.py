@@ -88,8 +88,6 @@ GROUPS: dict[str, dict[str, Benchmark]] = {
         "vision_cifar10": Benchmark("vision", "CIFAR10"),
         "vision_mnist": Benchmark("vision", "MNIST --data mnist"),
         "audio": Benchmark("audio", "FSDD"),
-    },
-    "senses": {
         "multimodal_digit": Benchmark("multimodal", "MNIST FSDD --task digit --alone"),
         "multimodal_sum": Benchmark("multimodal", "MNIST FSDD --task sum"),
         "multimodal_new_pairs": Benchmark("multimodal", "MNIST FSDD --task new_pairs --weight_decays 0.1 1.0"),
