@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
             print(f"error: {error}", file=sys.stderr)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Conversation:
     """What has been said, and the state after it.
 

@@ -28,7 +28,7 @@ SEGMENT = 4096  # tokens that are read at once: bounds the memory, and changes n
 KEYS_AND_VALUES = {"keys", "values"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prefix:
     """Tokens, and what a model continues from after them. Nothing changes it: what continues it gets a copy.
 
