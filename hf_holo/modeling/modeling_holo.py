@@ -145,8 +145,9 @@ class HoloMLP(nn.Module):
 class HoloTransformerBlock(nn.Module):
     """In place of `nn.TransformerEncoderLayer`, with holographic projections, also inside `nn.TransformerEncoder`.
 
-    As in HOLO-PyTorch the norms come first and the activation is a sine. Positions are the caller's business, as
-    with torch's layer. The copies that `nn.TransformerEncoder` makes have their own parameters and equal bases.
+    As in HOLO-PyTorch the norms come first and the activation is a sine. The norms are RMSNorm: a LayerNorm there would
+    not hear a change that all channels of a token share. Positions are the caller's business, as with torch's layer.
+    The copies that `nn.TransformerEncoder` makes have their own parameters and equal bases.
 
     Args:
         dim: channels D.
@@ -156,7 +157,7 @@ class HoloTransformerBlock(nn.Module):
         dropout: on the output of each sublayer.
         basis, seed: of the projections, see [`HoloLinear`].
         frequency: of the sine.
-        bias: biases in the projections and norms.
+        bias: biases in the projections.
         norm_eps: epsilon of the norms.
         batch_first: inputs are `[B, T, D]`, as in HOLO-PyTorch; False: `[T, B, D]`, the default of torch's layer.
 
@@ -182,10 +183,10 @@ class HoloTransformerBlock(nn.Module):
         check_divides("heads", heads, "dim", dim)
         check_choice("basis", basis, tuple(kind for kind in BASES if kind != "data"))
         options: dict[str, Any] = {"harmonics": harmonics, "basis": basis, "seed": seed, "bias": bias}
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps, bias=bias)
+        self.norm1 = nn.RMSNorm(dim, eps=norm_eps)  # LayerNorm is deaf to what all channels share
         self.self_attn = HoloAttention(dim, heads, causal=False, rotary_base=None, **options)
         self.self_attn.batch_first = batch_first  # nn.TransformerEncoder looks for it there
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps, bias=bias)
+        self.norm2 = nn.RMSNorm(dim, eps=norm_eps)
         self.mlp = HoloMLP(dim, intermediate or 4 * dim, activation="sine", frequency=frequency, **options)
         if self.mlp.sine is not None:
             self.mlp.sine.init_linear_(self.mlp.up_proj)
@@ -324,7 +325,7 @@ class HoloModel(HoloPreTrainedModel, Backbone):
     def check_cache(self, cache: Cache) -> None:
         if cache.is_compileable:
             raise ValueError(
-                f"past_key_values is a {type(cache).__name__}; HOLO continues from a cache that grows, such as "
+                f"past_key_values: a {type(cache).__name__}; HOLO continues from a cache that grows, such as "
                 "DynamicCache, not from a static one: leave cache_implementation out"
             )
 
@@ -341,7 +342,9 @@ class HoloModel(HoloPreTrainedModel, Backbone):
         a mask and without such a cache, a 0 in `position_ids` begins a new document, as in transformers' own models."""
         past = 0 if cache is None else cache.get_seq_length()
         if seq_idx is not None and past:
-            raise ValueError("seq_idx cannot be combined with a cache that holds tokens; feed packed documents at once")
+            raise ValueError(
+                "seq_idx: it cannot be combined with a cache that holds tokens; feed packed documents at once"
+            )
         if position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=home_of_float64(x.device))[None]
         elif seq_idx is None and attention_mask is None and not past and not exporting():
