@@ -163,7 +163,8 @@ def _states(cache: Cache | None) -> list[dict[str, torch.Tensor]]:
         return []
     if not all(type(layer) is DynamicLayer for layer in cache.layers):
         raise HoloError(f"prefix: {type(cache).__name__} cannot be kept; a RecurrentCache or a plain DynamicCache can")
-    return [{"keys": layer.keys, "values": layer.values} for layer in cache.layers]
+    layers: list[Any] = cache.layers
+    return [{"keys": layer.keys, "values": layer.values} for layer in layers]
 
 
 def _restored(saved: SavedStates) -> Cache | None:

@@ -9,6 +9,7 @@ included, and models that surgery has converted.
 
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 
 from .errors import UNREADABLE, HoloError, first_line
 from .registry import architectures
@@ -46,10 +47,8 @@ def check_server() -> None:
         raise HoloError(
             f"serve: transformers {release} keeps one cache for all its clients; install transformers 5 to serve models"
         )
-    from transformers.utils.import_utils import is_serve_available
-
-    if not is_serve_available():
-        raise HoloError("serve: packages are missing that the server needs; `pip install 'hf-holo[serve]'`")
+    if missing := [package for package in ("fastapi", "openai", "pydantic", "uvicorn") if find_spec(package) is None]:
+        raise HoloError(f"serve: {', '.join(missing)} must be installed; `pip install 'hf-holo[serve]'`")
 
 
 def make_known() -> None:

@@ -120,8 +120,8 @@ class RecurrentLayer(CacheLayerMixin):
     def fill(self, rows: dict[str, torch.Tensor]) -> None:
         """Take over what [`as_rows`] has given, or states alone."""
         self.states = {name: state for name, state in rows.items() if name != SEEN}
-        seen = rows.get(SEEN, ())
-        self.seen = int(seen[0]) if len(seen) else 0
+        seen = rows.get(SEEN)
+        self.seen = int(seen[0]) if seen is not None and len(seen) else 0
         self.is_initialized = bool(self.states)
 
     def keep(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -99,7 +99,7 @@ def read_states(path: str | os.PathLike, model: PreTrainedModel) -> SavedStates:
     if checksum(values) != metadata["values"]:
         raise OSError(f"path: {str(path)!r} is damaged: its values are not those that were saved; save it again")
     layers: list[dict[str, torch.Tensor]] = [{} for _ in range(int(metadata["layers"]))]
-    others = {}
+    others: dict[str, torch.Tensor] = {}
     for key, x in values.items():
         _, number, name = key.split(".", 2) if key.startswith("layers.") else ("", "", key)
         of = layers[int(number)] if number else others
@@ -121,7 +121,7 @@ def fingerprint(model: PreTrainedModel) -> dict[str, str]:
 def config_arguments(config: PretrainedConfig) -> dict[str, Any]:
     """The arguments that a family's config declares. What transformers adds to it differs from release to release; and
     whether to cache, and which tokens are special, is set on loaded models and changes no state."""
-    families = set(type(config).__mro__) - set(PretrainedConfig.__mro__)
+    families: list[Any] = [cls for cls in type(config).__mro__ if cls not in PretrainedConfig.__mro__]
     names = {name for cls in families for name in inspect.signature(cls.__init__).parameters}
     names = {name for name in names if name != "use_cache" and not name.endswith("_token_id")}
     return {name: getattr(config, name) for name in sorted(names - {"self"}) if hasattr(config, name)}
