@@ -153,6 +153,7 @@ _LAZY = {
     "modeling.resonators": ["ChunkContext", "ResonatorBank"],
     "modeling.vocabulary": ["AdaptiveEmbedding", "FrequencyCompressedEmbedding", "HashEmbedding"],
     "peft_defaults": ["offer_adapters"],
+    "prefix": ["Prefix"],
     "registry": ["Architecture", "Preset", "get_architecture", "preset_config", "presets"],
     "training.callbacks": ["CausalityCallback"],
     "training.optim": ["MuonAdamW", "WhitenedAdamW"],

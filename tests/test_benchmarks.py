@@ -202,6 +202,11 @@ def test_decode_speed(run):
     assert [row["context"] for row in report["figures"]["rows"]] == [4, 70]
 
 
+def test_saved_prefix(run):
+    report, _ = run("saved_prefix", "--preset", "hsn-tiny", "--tokens", 40, "--repeats", 2)
+    assert report["figures"]["tokens"] == 40 and report["figures"]["first_ms"] > 0
+
+
 def test_stepwise_loss(run, text, tmp_path, monkeypatch):
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -15,9 +15,9 @@ ROOT = Path(hf_holo.__file__).parent
 FLOORS = (
     {"errors", "files", "moved", "peft_defaults"},
     {"modeling"},
-    {"registry", "data", "recipes"},
+    {"registry", "data", "recipes", "prefix"},
     {"eval"},
-    {"conversion", "training", "export", "hub", "generate", "testing"},
+    {"conversion", "training", "export", "hub", "generate", "chat", "serve", "testing"},
     {"hf_holo"},  # __init__: what is public
     {"cli"},
 )

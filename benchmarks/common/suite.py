@@ -99,6 +99,7 @@ GROUPS: dict[str, dict[str, Benchmark]] = {
     "speed": {
         "block_speed": Benchmark("block_speed", quick=True),
         "decode_speed": Benchmark("decode_speed", quick=True),
+        "saved_prefix": Benchmark("saved_prefix"),
         "static_speed": Benchmark("static_speed", quick=True),
         "holo_speed": Benchmark("holo_speed", quick=True),
         "long_context": Benchmark("long_context", "--repeats 3"),
