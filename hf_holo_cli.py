@@ -13,6 +13,7 @@ VERBS = {
     "train": ("hf_holo.training.train", "train a model; without arguments the recipe `quickstart`"),
     "generate": ("hf_holo.generate", "write text with a trained model"),
     "check": ("hf_holo.eval.conformance.command", "test that a model does what it claims: causality, caches, saving"),
+    "eval": ("hf_holo.eval.command", "measure models: language, zero-shot, recall, long context, speed; one report"),
     "convert": (
         "hf_holo.conversion.convert.command",
         "make linear layers or attention of a model holographic",
