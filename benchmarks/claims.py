@@ -234,7 +234,7 @@ def fewer_parameters(text: CharacterText, steps: int) -> dict[str, dict[str, flo
     models: dict[str, PreTrainedModel] = {"llama": small_llama(text.vocab_size, 96, 3, 256)}
     for family in ("hsn", "resonance"):
         models[family] = _near(family, text.vocab_size, parameters(models["llama"]) / 5)
-    how = Fit(0.004, steps=steps, rows=8, length=128)
+    how = Fit(0.004, "adamw", steps=steps, rows=8, length=128)
     return {
         name: {"parameters": parameters(model), "loss": learned(model, text, how)} for name, model in models.items()
     }
