@@ -1,8 +1,8 @@
 """The zoo: every causal language model class of the installed transformers under the kit, as a tiny random model.
 
 `hf-holo check --transformers [NAME ...]` builds each class, runs the quick checks in a process of its own with a time
-limit, and tells in one table what came of it. A failed check is a reason to look, not a verdict on a model: what the kit
-says is confirmed in plain transformers before it is published.
+limit, and tells in one table what came of it. A failed check is a reason to look, not a verdict on a model: what the
+kit says is confirmed in plain transformers before it is published.
 """
 
 import json
