@@ -7,10 +7,12 @@ Afterwards docs/claims.md is written from all results. `--ledger_only` measures 
 """
 
 import argparse
+import copy
 import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -235,9 +237,12 @@ def fewer_parameters(text: CharacterText, steps: int) -> dict[str, dict[str, flo
     for family in ("hsn", "resonance"):
         models[family] = _near(family, text.vocab_size, parameters(models["llama"]) / 5)
     how = Fit(0.004, "adamw", steps=steps, rows=8, length=128)
-    return {
+    shorter = learned(copy.deepcopy(models["llama"]), text, replace(how, steps=steps // 2))
+    found = {
         name: {"parameters": parameters(model), "loss": learned(model, text, how)} for name, model in models.items()
     }
+    found["llama"]["still_learning"] = shorter - found["llama"]["loss"]  # what the second half of the steps gave it
+    return found
 
 
 def _near(family: str, vocab_size: int, wanted: float) -> PreTrainedModel:

@@ -1,5 +1,6 @@
 """One claim of the ledger: where it stands, what was measured, and the rule that judges it."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,9 +83,17 @@ class Claim:
         if self.untestable:
             return self.untestable
         try:
-            return self.measured.format(**self.read(folder))
+            figures = self.read(folder)
         except NotMeasured:
             return ""
+        judged = ", ".join(f"`{name}` {figures[name]:.4g}" for name in self._names)
+        return f"{self.measured.format(**figures)}; {judged}"
+
+    @property
+    def _names(self) -> list[str]:
+        """The figures that the rule speaks of, in the order in which it does."""
+        words = (name for rule in (self.true, self.conditional) for name in re.findall(r"\b[a-zA-Z_]\w*", rule))
+        return [name for name in dict.fromkeys(words) if name not in ("and", "abs", "max", "min")]
 
     @property
     def rule(self) -> str:

@@ -9,7 +9,7 @@ import argparse
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
 
 
 def evaluate(
-    models: Sequence[Given],
+    models: Given | Sequence[Given],
     suite: str = "quick",
     output_dir: str | Path = "runs/eval",
     budget: float | str | None = None,
@@ -83,35 +83,36 @@ def evaluate(
     seconds = seconds_of(budget)
     usable_device(device)
     chosen = Options(**{**(QUICK if suite == "quick" else {}), **options}, timed=seconds is not None)
-    evaluated = unique_names([_loaded(given, device, dtype, trust_remote_code, chosen.seed) for given in models])
     run = Run(output_folder(str(output_dir)), seconds)
+    given = [models] if isinstance(models, str | PreTrainedModel) else models
+    evaluated = unique_names([_loaded(one, device, dtype, trust_remote_code, chosen.seed) for one in given])
+    names = [suite] if suite in SUITES else GROUPS[suite]
+    no_questions = [name for name in names if _lacks_questions(name, suite, chosen)]
+    plan = {name: list(SUITES[name].parts(evaluated, chosen)) for name in names if name not in no_questions}
     causality = run.measure("causality", [_causality_part(model, chosen, allow_leaks) for model in evaluated])
     for name, reason in causality.left_out.items():
         raise HoloError(f"MODEL: {name} cannot be evaluated: {reason}")
-    return _suites(run, suite, evaluated, chosen, causality)
+    left_out = {name: Outcome(left_out={name: "no zero_shot_data"}) for name in no_questions}
+    return _measure(run, plan, evaluated, {"causality": causality, **left_out})
 
 
-def _suites(run: Run, suite: str, models: list[Evaluated], options: Options, causality: Outcome) -> Path:
+def _lacks_questions(name: str, suite: str, options: Options) -> bool:
+    """Whether a suite of a group must be left out."""
+    return name == "zero-shot" and suite != name and options.zero_shot_data is None
+
+
+def _measure(
+    run: Run, plan: Mapping[str, Sequence[Part]], models: Sequence[Evaluated], outcomes: dict[str, Outcome]
+) -> Path:
     """Measure suite by suite, and write what is known after each."""
-    names = _affordable_suites(suite, options)
-    outcomes = {"causality": causality}
     report = run.folder / "report.md"
-    with tqdm(names, desc="suites", unit="suite", leave=False) as progress:
-        for number, name in enumerate(progress):
+    with tqdm(plan.items(), desc="suites", unit="suite", leave=False) as progress:
+        for number, (name, parts) in enumerate(progress):
             progress.set_postfix_str(name)
-            parts = list(SUITES[name].parts(models, options))  # all suites say early what is missing
-            outcomes[name] = run.measure(name, parts, share=1 / (len(names) - number))
+            outcomes[name] = run.measure(name, parts, share=1 / (len(plan) - number))
             run.write(name, outcomes[name])
             write_text(report, told(run.folder, models, outcomes))
     return report
-
-
-def _affordable_suites(suite: str, options: Options) -> list[str]:
-    """The suites that are asked for; of a group, not that which lacks its questions."""
-    if suite in SUITES:
-        return [suite]
-    wanted = [*GROUPS[suite], *(["zero-shot"] if suite == "quick" else [])]
-    return [name for name in dict.fromkeys(wanted) if name != "zero-shot" or options.zero_shot_data]
 
 
 def _loaded(given: Given, device: str, dtype: str, trust_remote_code: bool, seed: int) -> Evaluated:
@@ -147,9 +148,9 @@ def told(folder: Path, models: Sequence[Evaluated], outcomes: dict[str, Outcome]
     for name, outcome in outcomes.items():
         if name == "causality":
             continue
-        pieces += [f"## {name.capitalize()}", SUITES[name].told(outcome.tables, folder)]
+        pieces += [f"## {name.capitalize()}", *([SUITES[name].told(outcome.tables, folder)] if outcome.tables else [])]
         pieces += [f"- left out: {part}: {reason}" for part, reason in outcome.left_out.items()]
-        pieces.append(f"{outcome.seconds:,.0f} seconds; all figures: `{name}.json`.")
+        pieces.append(f"{outcome.seconds:,.1f} seconds; all figures: `{name}.json`.")
     return "\n\n".join(pieces) + "\n"
 
 

@@ -146,12 +146,12 @@ def test_peers_are_as_large(kind, model):
 
 def test_speed_measures_every_kind_next_to_the_peers(model):
     options = Options(**SMALL, peers=("llama", "mamba"))
-    for part in speed.parts([model, Evaluated("short", tiny_llama(positions=20))], options):
+    for part in speed.parts([model, Evaluated("short", tiny_llama(positions=18))], options):
         rows = part.measure(None)
         assert [row["model"] for row in rows] == ["mine", "short", "llama, as large", "mamba, as large"]
         for row in rows:
-            if row["model"] == "short" and row["tokens"] == 32:
-                assert row["not_measured"] == "it takes 20 tokens" and row["seconds"] is None
+            if row["model"] == "short" and row["tokens"] + 3 * (part.table == "decoding") > 18:
+                assert row["not_measured"] == "it takes 18 tokens" and row["seconds"] is None
             else:
                 assert row["seconds"] > 0 and row["peak_bytes"] > 0 and row["not_measured"] is None
 

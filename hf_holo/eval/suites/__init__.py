@@ -9,6 +9,6 @@ from .options import Options
 from .run import Part, Run, Tables
 
 SUITES = {"language": language, "zero-shot": zero_shot, "recall": recall, "long": long, "speed": speed}
-GROUPS = {"quick": ("language", "recall", "speed"), "all": tuple(SUITES)}
+GROUPS = {"quick": ("language", "zero-shot", "recall", "speed"), "all": tuple(SUITES)}
 
 __all__ = ["GROUPS", "SUITES", "Options", "Part", "Run", "Tables"]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from torch.utils.data import Subset
 
-from ...data.documents import read_documents
 from ...data.scoring import summed_by_position, summed_over
 from ...data.windows import AnyWindows, SlidingWindows, encode, evenly, scoring_windows
 from ...errors import HoloError
@@ -37,8 +36,7 @@ def parts(models: Sequence[Evaluated], options: Options) -> Iterator[Part]:
     Raises:
         HoloError: the text is not there, or a model has no tokenizer.
     """
-    files = list(options.eval_file) if options.eval_file else None
-    documents = read_documents(files, None if files else options.dataset_name, text_column=options.text_column)
+    documents = options.documents()
     if options.block_size < 4:
         raise HoloError(f"block_size: {options.block_size} is too small; at least 4 tokens")
     for model in models:
@@ -68,6 +66,8 @@ def score(
     tokenizer = model.needed_tokenizer()
     texts = [written(text) for text in documents] if protocol == "words" else list(documents)
     ids, block = encode(tokenizer, texts), block_of(model, options)
+    if len(ids) < 2:
+        raise HoloError(f"eval_file: the text has {len(ids)} tokens; at least 2 are needed")
     everything = SlidingWindows(ids, block, block // 2) if protocol == "sliding" else scoring_windows(ids, block)
     windows = chosen(model, everything, options, seconds)
     nats, tokens, hits = summed_over(model.model, windows, options.batch_size, pad_id(model)).tolist()

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from ...data.documents import read_documents
 from ...data.scoring import summed_losses
 from ...data.windows import encode
 from ...modeling.losses import IGNORED
@@ -27,8 +26,7 @@ def parts(models: Sequence[Evaluated], options: Options) -> Iterator[Part]:
     Raises:
         HoloError: the text is not there, or a model has no tokenizer.
     """
-    files = list(options.eval_file) if options.eval_file else None
-    documents = read_documents(files, None if files else options.dataset_name, text_column=options.text_column)
+    documents = options.documents()
     for model in models:
         ids = torch.from_numpy(encode(model.needed_tokenizer(), documents)).long()
         longest = max((length for length in options.lengths if length + TARGETS <= len(ids)), default=0)

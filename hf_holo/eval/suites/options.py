@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from ...data.documents import read_documents
+
 LENGTHS = (128, 512, 2048, 8192)
 QUICK = {"eval_windows": 16, "block_size": 256, "lengths": (128, 512), "repeats": 3, "limit": 50}
 
@@ -25,7 +27,7 @@ class Options:
     timed: whether a part may be cut short, because there is a budget: then it is another measurement.
     """
 
-    eval_file: tuple[str, ...] | None = None
+    eval_file: str | tuple[str, ...] | None = None
     dataset_name: str = "python-help"
     text_column: str = "text"
     block_size: int = 512
@@ -38,6 +40,17 @@ class Options:
     limit: int = 0
     seed: int = 0
     timed: bool = False
+
+    def documents(self) -> list[str]:
+        """The texts to score.
+
+        Raises:
+            HoloError: they are not there, or cannot be read.
+        """
+        if self.eval_file:
+            files = [self.eval_file] if isinstance(self.eval_file, str) else list(self.eval_file)
+            return read_documents(files, text_column=self.text_column)
+        return read_documents(None, self.dataset_name, text_column=self.text_column)
 
     def chosen(self, *names: str) -> dict[str, Any]:
         """Those options that a part depends on."""

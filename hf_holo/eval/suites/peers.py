@@ -48,12 +48,12 @@ def _gpt2(vocab: int, width: int, depth: int, inner: int, positions: int) -> Pre
 
 
 def _mamba(vocab: int, width: int, depth: int, inner: int, positions: int) -> PretrainedConfig:
-    """Mamba has no MLP: the number of its layers follows from `inner` instead, three of whose matrices it replaces."""
-    layers = max(1, round(depth * (4 * width + 3 * inner) / (6 * width)))
+    """Twice the layers, as Mamba has none for channels alone; `inner` is the width of their state."""
     return MambaConfig(
         vocab_size=vocab,
         hidden_size=width,
-        num_hidden_layers=layers,
+        num_hidden_layers=2 * depth,
+        expand=(inner + 0.5) / width,  # of which Mamba takes the whole number of channels
         tie_word_embeddings=True,
         pad_token_id=0,
         bos_token_id=None,

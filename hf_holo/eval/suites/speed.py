@@ -62,6 +62,11 @@ class Fleet:
         self._too_long: dict[tuple[str, str], str] = {}  # kind and model: why longer texts are not tried
 
     @property
+    def _room(self) -> int:
+        """Tokens that are decoded after a text, over all calls of a task."""
+        return self._options.repeats + 2
+
+    @property
     def models(self) -> dict[str, Evaluated]:
         """By name; peers are called after the first model, and are of its size, place and type."""
         if not self._models:
@@ -70,7 +75,7 @@ class Fleet:
             self._models = {model.name: model for model in self._given}
             for kind in self._options.peers:
                 torch.manual_seed(self._options.seed)
-                built = peer(kind, first, max(self._options.lengths) + 1)
+                built = peer(kind, first, max(self._options.lengths) + self._room)
                 moved = built.to(first.device, first.dtype)  # type: ignore[arg-type]  # transformers wraps `to`
                 name = f"{kind}, as large"
                 self._models[name] = Evaluated(name, moved)
@@ -83,7 +88,7 @@ class Fleet:
         for name, model in self.models.items():
             row: Row = {"model": name, "parameters": model.parameters, "tokens": length, "seconds": None}
             rows[name] = row
-            positions = length + (kind == "decoding")
+            positions = length + (self._room if kind == "decoding" else 0)
             reason = self._too_long.get((kind, name))
             if model.max_length is not None and positions > model.max_length:
                 reason = f"it takes {model.max_length:,} tokens"
