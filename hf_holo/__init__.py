@@ -122,6 +122,7 @@ _LAZY = {
     "conversion.surgery": ["HoloSurgeryConfig", "apply_surgery", "restore_linears"],
     "conversion.surgery.transfer": ["transfer_to_hsn"],
     "errors": ["HoloError"],
+    "eval.command": ["evaluate"],
     "eval.conformance": ["check_causality"],
     "export.onnx_runtime": ["HoloORTModelForCausalLM"],
     "modeling.backbone": ["RecurrentBackbone"],

@@ -109,6 +109,7 @@ GROUPS: dict[str, dict[str, Benchmark]] = {
         "leaking_gate": Benchmark("leaking_gate", "TINYSHAKESPEARE"),
         "gradient_norms": Benchmark("gradient_norms", quick=True),
         "conformance": Benchmark("conformance"),
+        "claims": Benchmark("claims", quick=True),
     },
     "conversion": {
         "surgery": Benchmark("surgery", f"SMOLLM2 {BOTH_TEXTS} --eval_windows 32 {KEPT}"),
