@@ -7,6 +7,7 @@ complex dtype is used. Sizes in the shape tags: D dimension, N pairs, K codes; `
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -113,8 +114,8 @@ class HolographicMemory:
             return _as_state(state)[0] * rate
         if rate.device.type == "cpu" and has_values(rate) and not ((rate >= 0) & (rate <= 1)).all():
             raise ValueError(f"rate has values from {rate.min():.4g} to {rate.max():.4g}; all must be in [0, 1]")
-        state, rate = _as_state(state, rate)
-        return state * rate[..., None]
+        state, rates = _as_state(state, rate)
+        return state * rates[..., None]
 
     def cleanup(self, vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
         """The nearest code, by cosine similarity: one-shot, each vector by itself.
@@ -162,7 +163,8 @@ class HolographicMemory:
         self._check_pairs(keys, strength=strength)
         _check_rounds(rounds)
         with torch.autocast(state.device.type, enabled=False):
-            return cancel_crosstalk(*_as_state(state, keys, codebook, strength), rounds)
+            state, keys, codebook, strength = _as_state(state, keys, codebook, strength)
+            return cancel_crosstalk(state, keys, codebook, strength, rounds)
 
     def _check(self, **tensors: torch.Tensor) -> None:
         for name, tensor in tensors.items():
@@ -200,7 +202,8 @@ def _check_rounds(rounds: int) -> None:
         raise ValueError(f"rounds={rounds!r} must be an integer of at least 0")
 
 
-def _as_state(state: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def _as_state(state: torch.Tensor, *others: torch.Tensor | None) -> tuple[Any, ...]:
+    """All in the type of the state, or in float32 where that is of half precision; None stays None."""
     dtype = at_least_float32(state.dtype)
     return tuple(x if x is None else x.to(dtype) for x in (state, *others))
 
@@ -261,12 +264,13 @@ def cancel_crosstalk(
     written = weight.square().sum((-2, -1)) * energies.mean((-2, -1)) / keys.shape[-1]  # [...]
     floor = (NOISE_FLOOR * written).clamp(min=torch.finfo(state.dtype).tiny)
     guess, left = torch.zeros((), dtype=state.dtype, device=state.device), state
-    for remaining in range(rounds, -1, -1):
+    while True:
         noise = torch.maximum(_phasor_energy(left), floor)  # τ [...]
         read = guess + read_pairs(left, keys)  # [..., N, 2D]
         logits = (2 * weight * (read @ codebook.mT) - weight.square() * energies) / noise[..., None, None]
-        if not remaining:
+        if rounds <= 0:
             return logits.log_softmax(-1)
+        rounds -= 1
         probability = logits.softmax(-1)  # [..., N, K]
         mean = probability @ codebook  # [..., N, 2D]
         # The variance of a guess is how much it moves with what is read. Every guess has taken a share of that from
@@ -293,7 +297,7 @@ def cancel_crosstalk_naive(
     guesses, left = [torch.zeros_like(whole)] * pairs, whole
     for _ in range(rounds + 1):
         noise = torch.maximum(left.abs().square().mean(), floor)
-        log_probabilities, means, doubt = [], [], 0.0
+        log_probabilities, means, doubt = [], [], torch.zeros_like(noise)
         for n, a in enumerate(weights):
             read = guesses[n] + left * turns[n].conj()
             distance = torch.stack([(read - a * code).abs().square().sum() for code in codes])

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -129,14 +129,15 @@ class HolographicMixer(nn.Module):
     def _dynamic(
         self, x: torch.Tensor, source: torch.Tensor, layout: TokenLayout, cache: RecurrentLayer | None
     ) -> torch.Tensor:
-        projected = self._project(x, source)
+        v, theta_q, theta_k, decay, strength = self._project(x, source)
         with torch.autocast(x.device.type, enabled=False):  # states and phases keep their precision
             if layout.drift is None:
-                layout.drift = self.drift(layout.length, x.device).to(projected[0].dtype).to(x.device)
-            y = self._recall(*projected, layout, cache)
+                layout.drift = self.drift(layout.length, x.device).to(v.dtype).to(x.device)
+            y = self._recall(v, theta_q, theta_k, decay, strength, layout, cache)
             if not self.causal:
-                flipped = (None if z is None else z.flip(1) for z in projected)
-                y = y + self._recall(*flipped, layout.reversed(), None).flip(2)
+                v, theta_q, theta_k, decay = (z.flip(1) for z in (v, theta_q, theta_k, decay))
+                strength = None if strength is None else strength.flip(1)
+                y = y + self._recall(v, theta_q, theta_k, decay, strength, layout.reversed(), None).flip(2)
             y = F.layer_norm(y, (self.head_dim,), eps=self.norm_eps)
         y = y.transpose(1, 2).flatten(2).to(x.dtype) * self.norm_weight  # [B, T, D]
         return self.out_proj(y * F.silu(self.gate_proj(x)))
@@ -152,7 +153,9 @@ class HolographicMixer(nn.Module):
                 y = y + self._spread(source.flip(1), u, k, layout.reversed(), None).flip(1)
         return y.to(x.dtype)
 
-    def _project(self, x: torch.Tensor, source: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def _project(
+        self, x: torch.Tensor, source: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Values `[B, T, H, V]`, phases of queries and keys `[B, T, H, P]`, decay and strength of writing `[B, T, H]`.
 
         Phases, values and strength come from the filtered input, the decay from the input itself.
@@ -176,8 +179,9 @@ class HolographicMixer(nn.Module):
     ) -> torch.Tensor:
         """Bind, bundle and unbind by phases in one direction: `[B, H, T, V]`."""
         groups = self.heads // self.key_heads
-        drift = layout.drift if groups == 1 else layout.drift.repeat_interleave(groups, 1)
-        q, k = phase_features(theta_q, drift), phase_features(theta_k, layout.drift)
+        drift = cast(torch.Tensor, layout.drift)  # [T, H, P]; set by whoever calls this
+        q = phase_features(theta_q, drift if groups == 1 else drift.repeat_interleave(groups, 1))
+        k = phase_features(theta_k, drift)
         if self.cancel:  # keys of unit norm
             q, k = q * self.phases**-0.5, k * self.phases**-0.5
         decay = (decay + self.decay_bias.to(decay.dtype)).transpose(1, 2).contiguous()  # [B, H, T]
@@ -221,16 +225,16 @@ class HolographicMixer(nn.Module):
         if cache is not None:
 
             def replay(tokens: int) -> torch.Tensor:
-                inputs = (z[:, :, :tokens] for z in (q, k, v, log_decay, write))
-                part = layout.first(tokens)
-                return self._turn(scan(*inputs, before, part.document)[1], part)
+                part, some = layout.first(tokens), (slice(None), slice(None), slice(tokens))
+                state = scan(q[some], k[some], v[some], log_decay[some], write[some], before, part.document)[1]
+                return self._turn(state, part)
 
             cache.put("memory", self._turn(state, layout), layout.length, replay)
         return y
 
     def _write(self, decay: torch.Tensor, strength: torch.Tensor | None) -> torch.Tensor:
         """Strength of writing `[B, H, T]`: β for the cancelling write, else the logarithm of the weight."""
-        if self.cancel:
+        if strength is not None:
             return strength.sigmoid().transpose(1, 2)
         released = -F.softplus(-decay)  # log(1 - λ), however near to 1 λ is
         return 0.5 * (released - math.log(self.phases)) if self.dynamic else released
