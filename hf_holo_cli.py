@@ -7,6 +7,8 @@ without them.
 import importlib
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 
 # Every module has a function `main(argv)` and is imported only when its verb is used.
 VERBS = {
@@ -43,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     if verb == "--version":
         print(f"hf-holo {version('hf-holo')}")
         return 0
+    if verb in VERBS and rest in (["-h"], ["--help"]) and (text := written_help(verb)):
+        print(text, end="")
+        return 0
     try:
         return _run(verb, rest)
     except KeyboardInterrupt:
@@ -61,6 +66,14 @@ def _run(verb: str, argv: list[str]) -> int:
         print(f"hf-holo: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def written_help(verb: str) -> str | None:
+    """What the parser of a verb would say, from a file: to import it takes seconds. (`make help-texts` writes them.)"""
+    package = find_spec("hf_holo")
+    folder = next(iter(package.submodule_search_locations or ()), None) if package else None
+    file = Path(folder or "", "help", f"{verb}.txt")
+    return file.read_text(encoding="utf-8") if folder and file.is_file() else None
 
 
 def usage() -> str:

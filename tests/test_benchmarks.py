@@ -2,11 +2,14 @@
 
 import csv
 import importlib
+import io
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -274,6 +277,52 @@ def test_python_code(run, tmp_path, monkeypatch):
     assert trained == [filling, completion]
     assert len(classified["accuracies"]) == 3 and report["seconds"] >= classified["seconds"] > 0
     assert f"{filling['parameters']:,}" in importlib.import_module("python_code").table(report)
+
+
+@pytest.fixture
+def spoken(tmp_path):
+    """A folder of tables as those of the Free Spoken Digit Dataset, with short tones in place of digits."""
+    from datasets import Audio, ClassLabel, Dataset, Features, Value
+
+    soundfile, folder = pytest.importorskip("soundfile"), tmp_path / "spoken"
+    folder.mkdir()
+    for split, takes in (("train", 4), ("test", 1)):
+        rows = []
+        for speaker in ("george", "jackson", "lucas", "nicolas", "theo", "yweweler"):
+            for label in range(takes):
+                content = io.BytesIO()
+                tone = torch.sin(torch.arange(1200 + 400 * label) * (0.1 + 0.2 * label)).numpy()
+                soundfile.write(content, tone, 8000, format="WAV")
+                row = {"audio": {"bytes": content.getvalue(), "path": None}, "label": label, "speaker": speaker}
+                rows.append(row)
+        audio = Audio(sampling_rate=8000, decode=False)
+        features = Features({"audio": audio, "label": ClassLabel(10), "speaker": Value("string")})
+        Dataset.from_list(rows, features).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def test_audio(run, spoken, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    audio = importlib.import_module("audio")
+    monkeypatch.setattr(audio, "speed", partial(audio.speed, width=16, depth=1))
+    argv = (spoken, "--epochs", 1, "--rows", 4, "--width", 32, "--depth", 1, "--left_out", "theo")
+    report, _ = run("audio", *argv, "--models", "resonance", "--learning_rates", 0.002, 0.004)
+    report, _ = run("audio", *argv, "--learning_rates", 0.004)
+    runs = report["figures"]["runs"]
+    told = [(r["model"], r["learning_rate"], r["held_out"]) for r in runs]
+    assert len(set(told)) == len(told) == 7  # what was there is kept and not repeated
+    assert max(r["parameters"] for r in runs) < 1.11 * min(r["parameters"] for r in runs)
+    assert all(0 <= r["accuracy"] <= 1 for r in runs) and report["figures"]["speed"]["minute"] > 0
+    assert "Spectrogram Transformer" in audio.table(report) and "one seed" in audio.sentence(report)
+
+
+def test_batches_of_sounds_hold_similar_lengths_and_every_recording_once(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    lengths = [(17 * n) % 100 for n in range(100)]
+    batches = importlib.import_module("audio").batches(lengths, 4, np.random.default_rng(0))
+    assert sorted(index for batch in batches for index in batch) == list(range(100))
+    spreads = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches]
+    assert sum(spreads) / len(spreads) < 30  # of random ones it is 60
 
 
 def test_the_readme_shows_what_the_reports_say(run, tmp_path, monkeypatch):

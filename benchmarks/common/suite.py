@@ -28,6 +28,8 @@ INPUTS = {
     "SMOLLM2": Input("folder of SmolLM2-135M-Instruct, or of another small Llama, with its tokenizer"),
     "REVIEWS_TRAIN": Input("`train.parquet`, movie reviews with the columns `text` and `label`"),
     "REVIEWS_TEST": Input("`test.parquet`, likewise"),
+    "MNIST": Input("folder of handwritten digits, `train.parquet` and `test.parquet` with `image` and `label`"),
+    "FSDD": Input("folder of spoken digits, likewise with `audio` and `label` (Free Spoken Digit Dataset)"),
     "SHAKESPEARE_RUN": Input("the model that `shakespeare` trains", "runs/shakespeare-char-hsn"),
     "STUDENTS": Input("the models that `surgery` converts", "runs/students"),
 }
@@ -82,6 +84,12 @@ GROUPS: dict[str, dict[str, Benchmark]] = {
         "python_code": Benchmark("python_code"),
         "infilling": Benchmark("infilling"),
         "movie_reviews": Benchmark("movie_reviews", "REVIEWS_TRAIN REVIEWS_TEST --cpu"),
+        "audio": Benchmark("audio", "FSDD"),
+    },
+    "senses": {
+        "multimodal_digit": Benchmark("multimodal", "MNIST FSDD --task digit --alone"),
+        "multimodal_sum": Benchmark("multimodal", "MNIST FSDD --task sum"),
+        "multimodal_new_pairs": Benchmark("multimodal", "MNIST FSDD --task new_pairs --weight_decays 0.1 1.0"),
     },
     "recall": {
         "pair_recall": Benchmark("pair_recall"),
@@ -135,6 +143,9 @@ TABLES = {  # of the pages in docs, by page and mark, likewise
     ("code", "recipes"): ("python_code",),
     ("code", "measured"): ("infilling",),
     ("memory", "measured"): ("memory_recall",),
+    ("multimodal", "digit"): ("multimodal_digit",),
+    ("multimodal", "sum"): ("multimodal_sum",),
+    ("multimodal", "new pairs"): ("multimodal_new_pairs",),
 }
 
 

@@ -90,11 +90,11 @@ def check_mask(mask: torch.Tensor | None, tokens: int, seen: int) -> None:
         return
     if mask.dim() != 2:
         raise ValueError(
-            f"attention_mask of shape {tuple(mask.shape)}: give [batch, tokens] with 1 at real tokens and 0 at padding;"
+            f"attention_mask: shape {tuple(mask.shape)}; give [batch, tokens] with 1 at real tokens and 0 at padding;"
             " which token sees which is the model's own, and documents are told apart by position_ids or seq_idx"
         )
     if not exporting() and mask.shape[1] not in (tokens, seen + tokens):
         or_all = f", or {seen + tokens} with those in the cache" if seen else ""
         raise ValueError(
-            f"attention_mask of shape {tuple(mask.shape)}: {tokens} columns are needed for {tokens} tokens{or_all}"
+            f"attention_mask: shape {tuple(mask.shape)}; {tokens} columns are needed for {tokens} tokens{or_all}"
         )

@@ -286,7 +286,7 @@ class SpectralGate(nn.Module):
         """`[B, T, D]` to `[B, T, D]`."""
         if x.shape[-1] != len(self.scale):
             raise ValueError(
-                f"x has {x.shape[-1]} channels, and this gate was made for {len(self.scale)}: call SpectralGate("
+                f"x: it has {x.shape[-1]} channels, and this gate was made for {len(self.scale)}: call SpectralGate("
                 f"{x.shape[-1]}); the length of the text that HoloSpectralNet asks for is not needed, any fits"
             )
         layout = TokenLayout(x.shape[1]) if layout is None else layout

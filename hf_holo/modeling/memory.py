@@ -110,10 +110,10 @@ class HolographicMemory:
         self._check(state=state)
         if not isinstance(rate, torch.Tensor):
             if not 0 <= rate <= 1:
-                raise ValueError(f"rate={rate} must be in [0, 1]")
+                raise ValueError(f"rate: {rate} is not in [0, 1]")
             return _as_state(state)[0] * rate
         if rate.device.type == "cpu" and has_values(rate) and not ((rate >= 0) & (rate <= 1)).all():
-            raise ValueError(f"rate has values from {rate.min():.4g} to {rate.max():.4g}; all must be in [0, 1]")
+            raise ValueError(f"rate: {rate.min():.4g} to {rate.max():.4g}; all values are in [0, 1]")
         state, rates = _as_state(state, rate)
         return state * rates[..., None]
 
@@ -171,11 +171,11 @@ class HolographicMemory:
             width = self.dimension if name == "keys" else 2 * self.dimension
             if tensor.shape[-1:] != (width,):
                 raise ValueError(
-                    f"{name} of shape {tuple(tensor.shape)} must have {width} as last dimension in {self}; "
+                    f"{name}: the last dimension of its shape {tuple(tensor.shape)} is not {width}, as in {self}; "
                     "keys are phases, all else consists of real and imaginary parts"
                 )
             if tensor.is_complex():
-                raise ValueError(f"{name} is complex; give the real parts of its values, then the imaginary parts")
+                raise ValueError(f"{name}: it is complex; give the real parts of its values, then the imaginary parts")
 
     def _check_pairs(
         self, keys: torch.Tensor, values: torch.Tensor | None = None, strength: torch.Tensor | None = None
@@ -188,8 +188,8 @@ class HolographicMemory:
         if strength is not None:
             counts["strength"] = strength.shape[-1:]
         if () in counts.values() or len(set(counts.values())) > 1:
-            found = ", ".join(f"{name} of {count[0] if count else 'no'} pairs" for name, count in counts.items())
-            raise ValueError(f"got {found}: every pair needs one of each")
+            found = " and ".join(str(count[0]) if count else "no" for count in counts.values())
+            raise ValueError(f"{', '.join(counts)}: {found} pairs; every pair needs one of each")
 
 
 def phasors(angles: torch.Tensor) -> torch.Tensor:
@@ -199,7 +199,7 @@ def phasors(angles: torch.Tensor) -> torch.Tensor:
 
 def _check_rounds(rounds: int) -> None:
     if not isinstance(rounds, int) or rounds < 0:
-        raise ValueError(f"rounds={rounds!r} must be an integer of at least 0")
+        raise ValueError(f"rounds: {rounds!r} is not an integer of at least 0")
 
 
 def _as_state(state: torch.Tensor, *others: torch.Tensor | None) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from .backbone import RecurrentBackbone
 from .cache import RecurrentCache, RecurrentLayer
 from .chunks import ChunkContext
 from .configuration_resonance import ResonanceConfig
+from .configuration_resonators import ResonatorConfig
 from .filters import SpectralGate
 from .heads import MaskedLMHead, RecurrentForCausalLM, SequenceClassificationHead, TokenClassificationHead
 from .layers import at_least_float32, init_residual_, make_channel_mix, make_norm
@@ -26,10 +27,10 @@ class Listener(nn.Module):
     """What a mixer hears in one direction: a bank of resonators and, if the config asks for it, past chunks.
 
     Args:
-        config: a [`ResonanceConfig`].
+        config: a [`ResonatorConfig`].
     """
 
-    def __init__(self, config: ResonanceConfig) -> None:
+    def __init__(self, config: ResonatorConfig) -> None:
         super().__init__()
         make_bank = partial(
             ResonatorBank,
@@ -79,10 +80,10 @@ class ResonanceMixer(nn.Module):
     its own: with the same ones it could not tell before from after.
 
     Args:
-        config: a [`ResonanceConfig`].
+        config: a [`ResonatorConfig`].
     """
 
-    def __init__(self, config: ResonanceConfig) -> None:
+    def __init__(self, config: ResonatorConfig) -> None:
         super().__init__()
         dim, ways = config.hidden_size, range(1 if config.is_causal else 2)
         self.norm_eps = config.norm_eps
@@ -132,11 +133,11 @@ class ResonanceBlock(GradientCheckpointingLayer):
     """Token mixer and channel mix, each with norm and residual.
 
     Args:
-        config: a [`ResonanceConfig`].
+        config: a [`ResonatorConfig`].
         layer_idx: index of the block, which picks its states in the cache.
     """
 
-    def __init__(self, config: ResonanceConfig, layer_idx: int = 0) -> None:
+    def __init__(self, config: ResonatorConfig, layer_idx: int = 0) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.mixer_norm = make_norm(config)
@@ -165,7 +166,7 @@ class ResonancePreTrainedModel(FamilyPreTrainedModel):
     capabilities = frozenset({"causal", "bidirectional", "constant_state", "packing", "rollback", "strict_arguments"})
 
     @classmethod
-    def state_spec(cls, config: ResonanceConfig) -> list[dict[str, tuple[int, ...]]]:
+    def state_spec(cls, config: ResonatorConfig) -> list[dict[str, tuple[int, ...]]]:
         with torch.device("meta"):
             return [ResonanceMixer(config).state_spec()] * config.num_hidden_layers
 

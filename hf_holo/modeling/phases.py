@@ -10,7 +10,6 @@ from torch import nn
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from .recording import exporting
-from .validation import check_divides
 
 WITH_FLOAT64 = ("cpu", "cuda", "xpu")  # Apple's MPS, for one, has none
 
@@ -173,7 +172,8 @@ class RotaryEmbedding(PhaseDrift):
     """
 
     def __init__(self, dim: int, *, base: float = 10000.0) -> None:
-        check_divides("2", 2, "dim", dim)
+        if dim % 2:
+            raise ValueError(f"dim: {dim} is not even")
         super().__init__(1, dim // 2, base)
 
     def angles(self, positions: torch.Tensor) -> torch.Tensor:

@@ -62,7 +62,7 @@ class PlanQuantizer(HfQuantizer):
             ValueError: it has none.
         """
         if self.quantization_config.layers is None:
-            raise ValueError("layers=None: a surgery is planned by hf_holo, which is not imported")
+            raise ValueError("layers: None; a surgery is planned by hf_holo, which is not imported")
         return copy.deepcopy(self.quantization_config)
 
     def update_tp_plan(self, config: PretrainedConfig) -> PretrainedConfig:
@@ -93,7 +93,7 @@ class PlanQuantizer(HfQuantizer):
         config, checksum = self.quantization_config, checksum_of_bases(model)
         if config.checksum not in (None, checksum):
             raise ValueError(
-                f"checksum={config.checksum} of the bases that the model was made with is not that of those made here "
+                f"checksum: {config.checksum} of the bases that the model was made with is not that of those made here "
                 f"({checksum}): its weights would mean something else"
             )
         config.checksum = checksum

@@ -88,6 +88,14 @@ def test_a_model_that_writes_to_its_weights_is_refused(run):
     assert logits(model).isfinite().all()
 
 
+def test_a_model_converted_while_it_is_loaded_is_tried_too(tmp_path):
+    make(RwkvConfig(**SIZES, attention_hidden_size=32, context_length=64)).save_pretrained(tmp_path)
+    with pytest.raises(HoloError, match="model: converted, this RwkvForCausalLM does not run"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=HoloSurgeryConfig(harmonics=4))
+    config = HoloSurgeryConfig(harmonics=4, exclude=[r"attention\.output", r"feed_forward\.value"])
+    assert logits(AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)).isfinite().all()
+
+
 class ToyConfig(PretrainedConfig):
     model_type = "toy_of_the_proof"
 

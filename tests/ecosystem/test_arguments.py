@@ -109,5 +109,5 @@ def test_prefix_tuning_works_where_there_are_keys_and_values(tiny, family, ids):
     if family == "holo":
         model(input_ids=ids, labels=ids).loss.backward()
         return
-    with pytest.raises(ValueError, match="past_key_values is a DynamicCache"):
+    with pytest.raises(ValueError, match="past_key_values: a DynamicCache"):
         model(input_ids=ids, labels=ids)

@@ -36,6 +36,19 @@ for repo in ("me/own", "me/described"):
     model.save_pretrained(str(folder / "own"), push_to_hub=True, repo_id=repo)
 """
 
+PUSH_CONVERTED = """
+import sys
+
+import hf_holo
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sizes = dict(vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+model = LlamaForCausalLM(LlamaConfig(**sizes))
+hf_holo.apply_surgery(model, hf_holo.HoloSurgeryConfig(harmonics=4))
+model.push_to_hub("me/pushed")
+model.save_pretrained(sys.argv[1] + "/saved", push_to_hub=True, repo_id="me/saved")
+"""
+
 PULL = """
 import json, sys
 
@@ -125,6 +138,16 @@ def test_what_is_pushed_from_python_has_code_and_a_card_of_facts(hub, run, saved
     assert cards["me/own"] == (tmp_path / "own" / "README.md").read_text() == OWN
     assert "Described on the Hub." in cards["me/described"] and OWN not in cards["me/described"]
     assert hub.repos["me/described"]["commits"] == 2
+
+
+@pytest.mark.slow
+def test_a_converted_model_is_pushed_with_its_code(hub, run, tmp_path):
+    done = run(PUSH_CONVERTED, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("me/pushed", "me/saved"):
+        files = hub.repos[name]["files"]
+        assert {"config.json", "model.safetensors", "converted.py", "quantizer.py", "harmonics.py"} <= set(files)
+        assert json.loads(files["config.json"])["auto_map"]["AutoModelForCausalLM"] == "converted.LlamaForCausalLM"
 
 
 @pytest.mark.slow

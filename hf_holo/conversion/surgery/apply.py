@@ -97,16 +97,16 @@ def apply_surgery(model: PreTrainedModel, config: HoloSurgeryConfig | None = Non
 
 def _check_arguments(model: PreTrainedModel, config: HoloSurgeryConfig) -> None:
     if not isinstance(config, HoloSurgeryConfig):
-        raise HoloError(f"config={config!r} must be a HoloSurgeryConfig")
+        raise HoloError(f"config: {config!r} is not a HoloSurgeryConfig")
     if config.layers == {}:
-        raise HoloError("layers={} names no layer to convert; leave it out, and the surgery fills it in")
+        raise HoloError("layers: {} names no layer to convert; leave it out, and the surgery fills it in")
     if config.basis == "data" and config.layers is None:
-        raise HoloError("basis='data' has to be fitted to activations: use `hf-holo convert --method calibrated`")
+        raise HoloError("basis: 'data' has to be fitted to activations: use `hf-holo convert --method calibrated`")
     adapted = [n for n, module in model.named_modules() if isinstance(getattr(module, "base_layer", None), nn.Module)]
     if adapted:
         raise HoloError(f"model: {adapted[0]!r} carries an adapter; merge the adapters into the model, or unload them")
     if not isinstance(model, PreTrainedModel):
-        raise HoloError(f"model={type(model).__name__} must be a model of transformers; in others, use HoloLinear")
+        raise HoloError(f"model: {type(model).__name__} is not a model of transformers; in others, use HoloLinear")
     if getattr(model.config, "quantization_config", None) is not None:
         raise HoloError("model: it is converted or quantized already; start from a dense model, or `restore_linears`")
 
@@ -144,6 +144,7 @@ def mark(model: PreTrainedModel, config: HoloSurgeryConfig) -> None:
     """
     model.config.quantization_config = config
     vars(model)["save_pretrained"] = MethodType(_save_with_code, model)
+    vars(model)["_upload_modified_files"] = MethodType(_upload_with_code, model)
     for name, module in model.named_modules():
         own = getattr(module, "config", None)
         if isinstance(own, PretrainedConfig) and any(own is part for part in vars(model.config).values()):
@@ -160,9 +161,16 @@ def _save_with_code(model: PreTrainedModel, folder: str | os.PathLike, is_main_p
         add_code(Path(folder))
 
 
+def _upload_with_code(model: PreTrainedModel, working_dir: str | os.PathLike, *args: Any, **options: Any) -> Any:
+    """Where `push_to_hub` and `save_pretrained(push_to_hub=True)` meet, with the code that the checkpoint needs."""
+    add_code(Path(working_dir))
+    return type(model)._upload_modified_files(model, working_dir, *args, **options)
+
+
 def _unmark(model: PreTrainedModel) -> None:
     """Undo [`mark`] and what transformers and [`hf_holo.modeling.converted`] noted on loading."""
-    vars(model).pop("save_pretrained", None)
+    for name in ("save_pretrained", "_upload_modified_files"):
+        vars(model).pop(name, None)
     for name in QUANTIZED:
         vars(model).pop(name, None)
     for config in [model.config, *vars(model.config).values()]:
@@ -274,7 +282,7 @@ class HoloQuantizer(PlanQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         config = self.quantization_config
         if not self.pre_quantized and config.basis == "data" and config.layers is None:
-            raise HoloError("basis='data' has to be fitted to activations: use `hf-holo convert --method calibrated`")
+            raise HoloError("basis: 'data' has to be fitted to activations: use `hf-holo convert --method calibrated`")
 
     def resolve(self, model: PreTrainedModel) -> HoloSurgeryConfig:
         return resolved(model, self.quantization_config)
@@ -283,4 +291,6 @@ class HoloQuantizer(PlanQuantizer):
         super()._process_model_after_weight_loading(model, **kwargs)
         forget_code(model)
         mark(model, self.quantization_config)
+        if not self.pre_quantized:
+            Proof.of_dense(model).check(model)
         return model

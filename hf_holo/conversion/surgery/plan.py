@@ -82,20 +82,20 @@ class HoloSurgeryConfig(SurgeryPlan):
 
     def _check(self) -> None:
         if self.harmonics is not None and self.ratio is not None:
-            raise HoloError(f"harmonics={self.harmonics} and ratio={self.ratio} exclude each other; give one of them")
+            raise HoloError(f"harmonics: {self.harmonics} and ratio={self.ratio} exclude each other; give one of them")
         if self.harmonics is not None:
             _check_whole("harmonics", self.harmonics, least=1)
         for name in ("keep_first", "keep_last", "seed"):
             _check_whole(name, getattr(self, name), least=0)
         if self.ratio is not None and not (isinstance(self.ratio, (int, float)) and 0 < self.ratio <= 1):
-            raise HoloError(f"ratio={self.ratio!r} must be a number in (0, 1]")
+            raise HoloError(f"ratio: {self.ratio!r} is not a number in (0, 1]")
         if self.quant_method != "holo":
-            raise HoloError(f"quant_method={self.quant_method!r} must be 'holo'")
+            raise HoloError(f"quant_method: {self.quant_method!r} is not 'holo'")
         if self.basis not in BASES:
-            raise HoloError(f"basis={self.basis!r} is unknown; choose one of {', '.join(BASES)}")
+            raise HoloError(f"basis: {self.basis!r} is unknown; choose one of {', '.join(BASES)}")
         for name in ("shared", "folded", "pivoted"):
             if not isinstance(getattr(self, name), bool):
-                raise HoloError(f"{name}={getattr(self, name)!r} must be True or False")
+                raise HoloError(f"{name}: {getattr(self, name)!r} is neither True nor False")
         if self.layers is not None:
             try:
                 check_plan(self.layers)
@@ -105,7 +105,7 @@ class HoloSurgeryConfig(SurgeryPlan):
 
 def _check_whole(name: str, value: int, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise HoloError(f"{name}={value!r} must be a whole number of at least {least}")
+        raise HoloError(f"{name}: {value!r} is not a whole number of at least {least}")
 
 
 def _patterns(argument: str, given: str | list[str] | None) -> list[str] | None:
@@ -113,7 +113,7 @@ def _patterns(argument: str, given: str | list[str] | None) -> list[str] | None:
     if patterns is None:
         return None
     if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise HoloError(f"{argument}={given!r} must be a regular expression or a list of them")
+        raise HoloError(f"{argument}: {given!r} is not a regular expression or a list of them")
     for pattern in patterns:
         try:
             re.compile(pattern)
@@ -279,7 +279,7 @@ def other_matrices(model: nn.Module) -> dict[str, int]:
 
 
 def _no_blocks(model: nn.Module) -> HoloError:
-    return HoloError(f"model={type(model).__name__} has no list of blocks; name the layers with modules=")
+    return HoloError(f"model: {type(model).__name__} has no list of blocks; name the layers with modules=")
 
 
 def same_input(model: nn.Module, a: str, b: str) -> bool:
@@ -304,14 +304,16 @@ def _harmonics(name: str, layer: nn.Module, config: HoloSurgeryConfig) -> int:
     if config.ratio is None:
         harmonics = config.harmonics or HARMONICS
         if harmonics > inputs:
-            raise HoloError(f"harmonics={harmonics} is more than the {inputs} inputs of {name!r}; use at most {inputs}")
+            raise HoloError(
+                f"harmonics: {harmonics} is more than the {inputs} inputs of {name!r}; use at most {inputs}"
+            )
         return harmonics
     per_harmonic = outputs * (1 if config.folded else 2)
     bias = 0 if layer.bias is None else outputs
     harmonics = min(int((config.ratio * (outputs * inputs + bias) - bias) / per_harmonic), inputs)
     if harmonics < 1:
         raise HoloError(
-            f"ratio={config.ratio} leaves {name!r} ({outputs}×{inputs}) not one harmonic; "
+            f"ratio: {config.ratio} leaves {name!r} ({outputs}×{inputs}) not one harmonic; "
             f"give at least {(per_harmonic + bias) / (outputs * inputs + bias):.3g}"
         )
     return harmonics

@@ -5,12 +5,13 @@ reads more from it than its product. No list of architectures can be complete, s
 pass over two tokens and by loading what would be saved, without memory, on the meta device.
 """
 
+import copy
 import inspect
 import json
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ...errors import HoloError, first_line
+from ...modeling.quantizer import QUANTIZED
 
 Inputs = dict[str, torch.Tensor]
 
@@ -52,6 +54,19 @@ class Proof:
             )
         twin, failure = _loaded(model)
         return cls(inputs, failure is None, twin is not None and _running_fails(twin, inputs) is None)
+
+    @classmethod
+    def of_dense(cls, converted: PreTrainedModel) -> "Proof":
+        """Try what a model that was converted while it was loaded would be without: dense, without memory."""
+        config = copy.deepcopy(converted.config)
+        for part in _configs(config):
+            for name in QUANTIZED:
+                vars(part).pop(name, None)
+        with torch.device("meta"):
+            proof = cls.of(type(converted)(config))
+        if proof.inputs is None:
+            return proof
+        return replace(proof, inputs=next(g for g in guesses(converted) if g.keys() == proof.inputs.keys()))
 
     def check(self, model: PreTrainedModel) -> None:
         """Raises HoloError if the converted model does not do what the dense one did."""

@@ -167,8 +167,8 @@ def check_refit(model: PreTrainedModel, sites: Sequence[Site]) -> None:
     outside = _outside(model, sites)
     if outside:
         raise HoloError(
-            f"refit=True fits layers inside the blocks {block_list(model)!r}, not {outside[0]!r}; exclude it, or refit "
-            "nothing"
+            f"refit: True fits layers inside the blocks {block_list(model)!r}, not {outside[0]!r}; exclude it, or "
+            "refit nothing"
         )
 
 

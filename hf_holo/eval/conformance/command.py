@@ -172,7 +172,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--trust_remote_code", action="store_true", help="let a checkpoint bring its own code")
     args = parser.parse_args(argv)
     if bool(args.targets) == args.all:
-        raise HoloError("name at least one TARGET, or give --all alone")
+        raise HoloError("TARGET: name at least one, or give --all alone")
     for name in args.checks or ():
         if name not in GROUPS and name not in CHECKS:
             raise unknown("check", name, [*GROUPS, *CHECKS])

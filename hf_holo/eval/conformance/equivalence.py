@@ -250,12 +250,15 @@ def rows_packed_independently(subject: Subject) -> str:
     return remark
 
 
-@check("equivalence", "text")
+@check("equivalence")
 def rows_of_a_batch(subject: Subject) -> str:
     """Rows do not touch each other: a batch gives what its rows give alone."""
-    ids = subject.ids(3, _length(subject))
-    expected = torch.cat([subject.run(row[None]) for row in ids])
-    return assert_same(subject.run(ids), expected, "the other rows of the batch change a row", subject.tolerance)
+    inputs = subject.inputs(3, _length(subject))
+    together = subject.run(**inputs)
+    if len(together) != len(next(iter(inputs.values()))):
+        return "its output has no rows"
+    alone = torch.cat([subject.run(**{k: x[row, None] for k, x in inputs.items()}) for row in range(len(together))])
+    return assert_same(together, alone, "the other rows of the batch change a row", subject.tolerance)
 
 
 # ---------------------------------------------------------------------------------------------- arguments
@@ -285,20 +288,22 @@ def loss(subject: Subject) -> str:
     return remark
 
 
-@check("equivalence", "text", "strict_arguments")
+@check("equivalence", "strict_arguments")
 def unknown_arguments(subject: Subject) -> str:
     """An argument that is misspelt or foreign raises an error that names it, and what forward names is taken."""
-    ids = subject.ids(2, 8)
-    given: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(8).expand_as(ids)}
-    given |= {"use_cache": False, "output_hidden_states": True, "return_dict": True}
-    subject.model(input_ids=ids, **{name: value for name, value in given.items() if name in subject.arguments})
+    inputs = subject.inputs(2, 8)
+    given: dict[str, Any] = {"use_cache": False, "output_hidden_states": True, "return_dict": True}
+    if "text" in subject.features:
+        given["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        given["position_ids"] = torch.arange(8).expand_as(inputs["input_ids"])
+    subject.model(**inputs, **{name: value for name, value in given.items() if name in subject.arguments})
     names = [*FOREIGN, *(name[:-1] for name in subject.arguments), "output_attentions"]
     documented = any("output_attentions" in (vars(c)["forward"].__doc__ or "") for c in _forward_classes(subject))
     names = [n for n in names if n not in subject.arguments and not (n == "output_attentions" and documented)]
     for name in sorted(names):
-        value = True if name == "output_attentions" else ids
+        value = True if name == "output_attentions" else next(iter(inputs.values()))
         try:
-            subject.model(input_ids=ids, **{name: value})
+            subject.model(**inputs, **{name: value})
         except (TypeError, ValueError) as error:
             if name not in str(error):
                 raise Violation(f"the error for the unknown argument {name!r} does not name it: {error}") from error
@@ -440,8 +445,8 @@ def assert_same_gradients(
 
 
 def _inputs(subject: Subject, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    """Inputs for one pass over `LENGTH` tokens, or whatever the modality is."""
-    inputs = subject.inputs(2, _length(subject)) if "text" in subject.features else subject.inputs()
+    """Inputs for one pass over `LENGTH` tokens or steps, or whatever the modality is."""
+    inputs = subject.inputs(2, _length(subject))
     return {k: x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for k, x in inputs.items()}
 
 
@@ -494,7 +499,7 @@ def recording(subject: Subject, calls: dict[Any, tuple[FunctionType, dict[str, A
 
         def record(*args: Any, **kwargs: Any) -> Any:
             arguments = signature.bind(*args, **kwargs).arguments
-            kind = operation, *((name, getattr(value, "shape", str(value))) for name, value in arguments.items())
+            kind = operation, *((n, x.shape if hasattr(x, "shape") else str(x)) for n, x in arguments.items())
             calls[kind] = operation, {name: _leaf(value) for name, value in arguments.items()}
             return operation(*args, **kwargs)
 
