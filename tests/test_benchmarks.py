@@ -207,6 +207,14 @@ def test_saved_prefix(run):
     assert report["figures"]["tokens"] == 40 and report["figures"]["first_ms"] > 0
 
 
+def test_generation_speed(run):
+    argv = ("--contexts", 4, "--tokens", 2, "--repeats", 1, "--width", 32, "--depth", 1)
+    report, _ = run("generation_speed", *argv)
+    operations = {row["model"]: row["operations_per_token"] for row in report["figures"]["models"]}
+    assert operations.keys() == {"hsn", "resonance", "holo", "llama", "gpt2", "mamba"}
+    assert all(row["ms_per_token"] > 0 for row in report["figures"]["rows"])
+
+
 def test_stepwise_loss(run, text, tmp_path, monkeypatch):
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -98,8 +98,10 @@ GROUPS: dict[str, dict[str, Benchmark]] = {
     },
     "speed": {
         "block_speed": Benchmark("block_speed", quick=True),
+        "block_speed_compiled": Benchmark("block_speed", "--compile"),
         "decode_speed": Benchmark("decode_speed", quick=True),
         "saved_prefix": Benchmark("saved_prefix"),
+        "generation_speed": Benchmark("generation_speed", "--threads 1"),
         "static_speed": Benchmark("static_speed", quick=True),
         "holo_speed": Benchmark("holo_speed", quick=True),
         "long_context": Benchmark("long_context", "--repeats 3"),

@@ -24,13 +24,13 @@ from transformers.utils import ModelOutput
 from .arguments import check_arguments
 from .backbone import RecurrentStack, wants_dict
 from .cache import CACHE_NAME, RecurrentCache, RecurrentLayer, given_cache
+from .chunks import FadingSum
 from .configuration_resonance_audio import ResonanceAudioConfig
 from .layers import at_least_float32, make_norm
 from .layout import TokenLayout
 from .losses import CLASSES, check_labels, classification_loss
 from .modeling_resonance import ResonanceBlock, ResonancePreTrainedModel
 from .recording import exporting, has_values
-from .resonators import FadingSum
 from .spectrogram import log_mel
 
 LEAST_VARIANCE = 1.0  # of log-mel values, added to what is measured: silence stays 0, and a sudden sound is no shock
