@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -138,8 +138,23 @@ def _content(entry: Mapping[str, Any]) -> bytes:
 AnyLabelled = TypeVar("AnyLabelled", bound="Labelled")
 
 
+class Examples(Protocol):
+    """What can be split, read and counted."""
+
+    class_names: list[str]
+
+    def __len__(self) -> int: ...
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> Any: ...
+
+    def check(self) -> Any: ...
+
+
+AnyExamples = TypeVar("AnyExamples", bound=Examples)
+
+
 @dataclass(frozen=True)
-class LabelledSplits(Generic[AnyLabelled]):
+class LabelledSplits(Generic[AnyExamples]):
     """What is learned from, and what is held out.
 
     Attributes:
@@ -147,18 +162,18 @@ class LabelledSplits(Generic[AnyLabelled]):
         class_names: names of the classes, which both share.
     """
 
-    train: AnyLabelled
-    validation: AnyLabelled
+    train: AnyExamples
+    validation: AnyExamples
 
     @property
     def class_names(self) -> list[str]:
         return self.train.class_names
 
-    def each(self, change: Callable[[AnyLabelled], AnyLabelled]) -> "LabelledSplits[AnyLabelled]":
+    def each(self, change: Callable[[AnyExamples], AnyExamples]) -> "LabelledSplits[AnyExamples]":
         """The same change to both parts."""
         return LabelledSplits(change(self.train), change(self.validation))
 
-    def checked(self) -> "LabelledSplits[AnyLabelled]":
+    def checked(self) -> "LabelledSplits[AnyExamples]":
         """See [`Labelled.check`]."""
         return self.each(lambda part: part.check())
 
@@ -213,7 +228,7 @@ def load_labelled(
     return split(read[0], validation_fraction, seed)
 
 
-def split(examples: AnyLabelled, fraction: float, seed: int = 0) -> LabelledSplits[AnyLabelled]:
+def split(examples: AnyExamples, fraction: float, seed: int = 0) -> LabelledSplits[AnyExamples]:
     """Hold out a share of the examples, drawn with the seed: data sets are often sorted by class.
 
     Raises:
