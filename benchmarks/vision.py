@@ -327,8 +327,10 @@ def sentence(result: dict) -> str:
 
 
 def table(result: dict) -> str:
-    """For the page about pictures."""
+    """For the page about pictures, also while there is no result."""
     f = result["figures"]
+    if not f:
+        return "Not measured yet."
     settings, chosen = f["settings"], best(f["runs"])
     own = mean(run["seconds"] for run in chosen["resonance"])
     rows = [

@@ -23,7 +23,7 @@ FLOORS = (
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # modeling/ goes along with checkpoints: it needs what transformers needs, and nothing else.
-ALLOWED_IN_MODELING = {"torch", "numpy", "transformers", "safetensors", *sys.stdlib_module_names}
+ALLOWED_IN_MODELING = {"torch", "numpy", "transformers", "safetensors", "PIL", *sys.stdlib_module_names}
 
 
 def room_of(module: str) -> str:

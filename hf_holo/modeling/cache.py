@@ -40,7 +40,7 @@ class _Write(NamedTuple):
 
     before: torch.Tensor | None
     tokens: int
-    replay: Callable[[int], torch.Tensor]
+    replay: Callable[[int], torch.Tensor] | None
 
 
 class RecurrentLayer(CacheLayerMixin):
@@ -70,8 +70,11 @@ class RecurrentLayer(CacheLayerMixin):
         """The state `name`, or None before the first token."""
         return self.states.get(name)
 
-    def put(self, name: str, state: torch.Tensor, tokens: int, replay: Callable[[int], torch.Tensor]) -> None:
-        """Replace the state `name` after `tokens` more tokens; `replay(n)` is the state after the first n of them."""
+    def put(
+        self, name: str, state: torch.Tensor, tokens: int = 1, replay: Callable[[int], torch.Tensor] | None = None
+    ) -> None:
+        """Replace the state `name` after `tokens` more tokens; `replay(n)` is the state after the first n of them, for
+        which a single token has no use."""
         if self.recording:
             self.journal.setdefault(name, []).append(_Write(self.states.get(name), tokens, replay))
         self.states[name] = state
@@ -96,7 +99,7 @@ class RecurrentLayer(CacheLayerMixin):
 
     def _rewind(self, name: str, drop: int) -> torch.Tensor | None:
         for write in reversed(self.journal.get(name, [])):
-            if drop < write.tokens:
+            if drop < write.tokens and write.replay is not None:
                 return write.replay(write.tokens - drop)
             drop -= write.tokens
             if not drop:

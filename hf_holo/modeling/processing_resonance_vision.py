@@ -55,14 +55,14 @@ class ResonanceImageProcessor(BaseImageProcessor):
         check_choice("resample", resample, tuple(range(6)))
         check_positive(patch_size=patch_size)
         if not 0 <= background <= 1:
-            raise ValueError(f"background={background!r} must be from 0 (black) to 1 (white)")
+            raise ValueError(f"background: {background!r} is not from 0 (black) to 1 (white)")
         self.size = _named_size(size)
         self.resample = resample
         self.num_channels = num_channels
         self.image_mean = _for_channels("image_mean", image_mean, num_channels)
         self.image_std = _for_channels("image_std", image_std, num_channels)
         if min(self.image_std) <= 0:
-            raise ValueError(f"image_std={image_std!r} must be positive")
+            raise ValueError(f"image_std: {image_std!r} is not positive")
         self.background = background
         self.patch_size = patch_size
 
@@ -128,7 +128,7 @@ def _named_size(size: int | Mapping[str, int] | None) -> dict[str, int] | None:
         size = {"height": size, "width": size}
     if not (isinstance(size, Mapping) and set(size) in EDGES):
         raise ValueError(
-            f"size={size!r} must be a number of pixels, or name height and width, shortest_edge or longest_edge"
+            f"size: {size!r}; give a number of pixels, or name height and width, shortest_edge or longest_edge"
         )
     check_positive(2**16, **{f"size[{edge!r}]": pixels for edge, pixels in size.items()})
     return dict(size)
@@ -137,7 +137,7 @@ def _named_size(size: int | Mapping[str, int] | None) -> dict[str, int] | None:
 def _for_channels(name: str, value: float | Sequence[float], channels: int) -> list[float]:
     values = [float(value)] * channels if isinstance(value, (int, float)) else [float(v) for v in value]
     if len(values) != channels or not np.isfinite(values).all():
-        raise ValueError(f"{name}={value!r} must be one number, or one for each of num_channels={channels}")
+        raise ValueError(f"{name}: {value!r}; give one number, or one for each of num_channels={channels}")
     return values
 
 
