@@ -51,7 +51,7 @@ class ResonanceVisionConfig(BackboneConfigMixin, PretrainedConfig):
         hidden_sizes: Sequence[int] = (32, 64, 128),
         depths: Sequence[int] = (1, 2, 3),
         filter_reaches: int | Sequence[int] = 7,
-        mlp_ratio: int = 3,
+        mlp_ratio: float = 3.0,
         interference: bool = True,
         hidden_dropout_prob: float = 0.0,
         classifier_dropout: float = 0.0,
@@ -96,7 +96,8 @@ class ResonanceVisionConfig(BackboneConfigMixin, PretrainedConfig):
                 raise ValueError(f"{name}: {values}; one number for each stage is needed, as in depths={self.depths}")
             for stage, value in enumerate(values):
                 check_positive(at_most, **{f"{name}[{stage}]": value})
-        check_positive(LARGEST, mlp_ratio=self.mlp_ratio)
+        if not (isinstance(self.mlp_ratio, (int, float)) and 0 < self.mlp_ratio < LARGEST):
+            raise ValueError(f"mlp_ratio: {self.mlp_ratio!r} is not a positive number")
         check_choice("interference", self.interference, (True, False))
         check_probability(hidden_dropout_prob=self.hidden_dropout_prob, classifier_dropout=self.classifier_dropout)
 

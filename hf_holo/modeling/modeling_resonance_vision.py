@@ -67,7 +67,7 @@ class ResonanceVisionBlock(GradientCheckpointingLayer):
     def __init__(self, config: ResonanceVisionConfig, stage: int) -> None:
         super().__init__()
         dim = config.hidden_sizes[stage]
-        inner = dim * config.mlp_ratio
+        inner = max(1, int(dim * config.mlp_ratio))
         self.norm = nn.LayerNorm(dim, eps=config.norm_eps, bias=False)
         self.filter = GridFilter(dim, config.filter_reaches[stage])
         self.filter_norm = nn.LayerNorm(dim, eps=config.norm_eps, bias=False)
@@ -258,11 +258,11 @@ class ResonanceVisionForImageClassification(ResonanceVisionPreTrainedModel):
         output = self.model(pixel_values, pixel_mask, output_hidden_states=output_hidden_states, return_dict=True)
         logits = self.classifier(self.dropout(output.pooler_output))
         loss = None if labels is None else classification_loss(self, logits, labels, **of_loss)
-        result = ImageClassifierOutput(loss, logits, output.hidden_states)
+        result = ImageClassifierOutput(loss, logits, output.hidden_states)  # type: ignore[arg-type]  # as in heads.py
         return result if wants_dict(self.config, return_dict) else result.to_tuple()
 
 
-class ResonanceVisionBackbone(BackboneMixin, ResonanceVisionPreTrainedModel):  # type: ignore[misc]  # by version
+class ResonanceVisionBackbone(BackboneMixin, ResonanceVisionPreTrainedModel):
     """Feature maps at several scales for detection, segmentation and other dense tasks."""
 
     _auto_class = "AutoBackbone"
@@ -283,7 +283,7 @@ class ResonanceVisionBackbone(BackboneMixin, ResonanceVisionPreTrainedModel):  #
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.stem.proj  # whose output is a tensor, as transformers 5 expects
 
-    def forward(  # type: ignore[override]  # the mixin's takes the arguments of all backbones
+    def forward(
         self,
         pixel_values: torch.Tensor | None = None,
         pixel_mask: torch.Tensor | None = None,

@@ -66,7 +66,7 @@ class ResonanceImageProcessor(BaseImageProcessor):
         self.background = background
         self.patch_size = patch_size
 
-    def preprocess(
+    def preprocess(  # type: ignore[override]  # transformers' takes any arguments
         self,
         images: Any,
         size: int | Mapping[str, int] | None = None,
@@ -117,7 +117,7 @@ class ResonanceImageProcessor(BaseImageProcessor):
         picture = _to_channels(picture, self.num_channels, self.background)
         if size is not None:
             picture = _resize(picture, size, self.resample)
-        normalised = (picture - np.float32(self.image_mean)) / np.float32(self.image_std)
+        normalised = (picture - np.array(self.image_mean, np.float32)) / np.array(self.image_std, np.float32)
         return np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32)
 
 
@@ -229,7 +229,7 @@ def _to_channels(picture: np.ndarray, channels: int, background: float) -> np.nd
         return colours
     if channels == 3:
         return np.repeat(colours, 3, axis=2)
-    return colours @ np.float32([[0.299], [0.587], [0.114]])  # luma of ITU-R BT.601, as in Pillow
+    return colours @ np.array([[0.299], [0.587], [0.114]], np.float32)  # luma of ITU-R BT.601, as in Pillow
 
 
 def _resize(picture: np.ndarray, size: Mapping[str, int], resample: int) -> np.ndarray:

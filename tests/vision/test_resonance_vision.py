@@ -243,6 +243,7 @@ def test_unknown_arguments_are_refused(model_class):
         ({"depths": []}, "hidden_sizes"),
         ({"hidden_sizes": [16, 0, 16]}, r"hidden_sizes\[1\]: 0 is not a positive"),
         ({"filter_reaches": 0}, r"filter_reaches\[0\]: 0"),
+        ({"mlp_ratio": 0}, "mlp_ratio: 0 is not a positive number"),
         ({"patch_size": 2.5}, "patch_size: 2.5"),
         ({"interference": "some"}, "interference: 'some'"),
         ({"hidden_dropout_prob": 1}, "hidden_dropout_prob: 1"),
