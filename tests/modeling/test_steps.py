@@ -93,7 +93,7 @@ def test_a_step_takes_about_as_many_operations_as_that_of_a_llama(family, share)
 
 
 @pytest.mark.slow
-@pytest.mark.feature("Compilation", "training and decoding as one graph")
+@pytest.mark.feature("training", "training and decoding compile as one graph")
 @pytest.mark.parametrize("family", ["hsn", "resonance", "holo"])
 def test_training_and_decoding_compile_as_one_graph(family):
     """And decoding does not compile again with every token."""
