@@ -132,10 +132,10 @@ class Animal:
 
 def classes() -> dict[str, str]:
     """The model types of transformers with a causal language model, and the names of its classes."""
-    own = architectures()
+    own, public = architectures(), set(dir(transformers))  # which imports nothing
     named = ((kind, names) for kind, names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if kind not in own)
     single = {kind: names if isinstance(names, str) else names[0] for kind, names in named}
-    return {kind: name for kind, name in single.items() if hasattr(transformers, name)}
+    return {kind: name for kind, name in single.items() if name in public}
 
 
 def chosen(names: Sequence[str]) -> dict[str, str]:

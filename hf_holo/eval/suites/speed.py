@@ -152,9 +152,11 @@ def task_of(kind: str, model: PreTrainedModel, length: int, seed: int) -> Callab
 def _training_step(model: PreTrainedModel, ids: torch.Tensor) -> None:
     """Forward and backward, gradients thrown away."""
     model.train()
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    model.zero_grad(set_to_none=True)
-    model.eval()
+    try:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    finally:  # memory may run out
+        model.zero_grad(set_to_none=True)
+        model.eval()
 
 
 @torch.no_grad()
