@@ -10,7 +10,7 @@ from hf_holo import HoloError, cli, preset_config
 from hf_holo.data.tokenizers import make_tokenizer
 from hf_holo.eval.catalogue import catalogue
 from hf_holo.eval.conformance import checks
-from hf_holo.export.formats import FORMATS, Source
+from hf_holo.export.formats import FORMATS, SavedModel
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -34,7 +34,7 @@ def prepare_export(name: str, folder: Path) -> None:
     if name.startswith("onnx"):
         return  # the page makes it
     exported.mkdir(parents=True)
-    source = Source(str(model))
+    source = SavedModel(str(model))
     FORMATS[name].write(source, exported)
     source.model.config.save_pretrained(exported)
 

@@ -17,7 +17,7 @@ from hf_holo import get_architecture
 from hf_holo.cli import main
 from hf_holo.data.processors import new_processor
 from hf_holo.data.tokenizers import character_tokenizer
-from hf_holo.export.formats import Source, load_onnx
+from hf_holo.export.formats import SavedModel, load_onnx
 from hf_holo.export.graph import Graph, task_of
 from hf_holo.export.onnx_config import register
 
@@ -62,7 +62,7 @@ def test_onnx_gives_the_outputs_of_pytorch(tmp_path, family, auto, variant):
         main_export(str(tmp_path / "saved"), output=tmp_path / "onnx", task=task, do_validation=False)
         folder = tmp_path / "onnx"
     else:  # for the task text-classification, the plain command of Optimum asks for a tokenizer
-        folder = (source := Source(str(tmp_path / "saved"))).onnx_folder
+        folder = (source := SavedModel(str(tmp_path / "saved"))).onnx_folder
         assert source.task == task
     graph = Graph(task, model.config)
     program = load_onnx(folder / "model.onnx", graph)
