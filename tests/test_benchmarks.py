@@ -202,6 +202,19 @@ def test_decode_speed(run):
     assert [row["context"] for row in report["figures"]["rows"]] == [4, 70]
 
 
+def test_saved_prefix(run):
+    report, _ = run("saved_prefix", "--preset", "hsn-tiny", "--tokens", 40, "--repeats", 2)
+    assert report["figures"]["tokens"] == 40 and report["figures"]["first_ms"] > 0
+
+
+def test_generation_speed(run):
+    argv = ("--contexts", 4, "--tokens", 2, "--repeats", 1, "--width", 32, "--depth", 1)
+    report, _ = run("generation_speed", *argv)
+    operations = {row["model"]: row["operations_per_token"] for row in report["figures"]["models"]}
+    assert operations.keys() == {"hsn", "resonance", "holo", "llama", "gpt2", "mamba"}
+    assert all(row["ms_per_token"] > 0 for row in report["figures"]["rows"])
+
+
 def test_stepwise_loss(run, text, tmp_path, monkeypatch):
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -317,7 +330,7 @@ def test_augmented_pictures_are_shifted_and_mirrored(monkeypatch):
 @pytest.fixture
 def spoken(tmp_path):
     """A folder of tables as those of the Free Spoken Digit Dataset, with short tones in place of digits."""
-    from datasets import Audio, ClassLabel, Dataset, Features, Value
+    from datasets import Audio, ClassLabel, Dataset
 
     soundfile, folder = pytest.importorskip("soundfile"), tmp_path / "spoken"
     folder.mkdir()
@@ -328,11 +341,10 @@ def spoken(tmp_path):
                 content = io.BytesIO()
                 tone = torch.sin(torch.arange(1200 + 400 * label) * (0.1 + 0.2 * label)).numpy()
                 soundfile.write(content, tone, 8000, format="WAV")
-                row = {"audio": {"bytes": content.getvalue(), "path": None}, "label": label, "speaker": speaker}
+                row = {"audio": {"bytes": content.getvalue(), "path": "digit.wav"}, "label": label, "speaker": speaker}
                 rows.append(row)
-        audio = Audio(sampling_rate=8000, decode=False)
-        features = Features({"audio": audio, "label": ClassLabel(10), "speaker": Value("string")})
-        Dataset.from_list(rows, features).to_parquet(folder / f"{split}.parquet")
+        table = Dataset.from_list(rows).cast_column("audio", Audio(sampling_rate=8000, decode=False))
+        table.cast_column("label", ClassLabel(10)).to_parquet(folder / f"{split}.parquet")
     return folder
 
 
@@ -358,6 +370,30 @@ def test_batches_of_sounds_hold_similar_lengths_and_every_recording_once(monkeyp
     assert sorted(index for batch in batches for index in batch) == list(range(100))
     spreads = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches]
     assert sum(spreads) / len(spreads) < 30  # of random ones it is 60
+
+
+@pytest.mark.parametrize("task", ["digit", "sum", "new_pairs"])
+def test_multimodal(run, shared_data, task):
+    sizes = ("--train_size", 40, "--test_size", 40, "--steps", 1, "--rows", 4, "--seeds", 0, "--learning_rates", 0.001)
+    argv = (shared_data / "mnist", shared_data / "fsdd", "--task", task, *sizes)
+    run("multimodal", *argv, "--fusions", "binding", report=f"multimodal_{task}")
+    alone = ("--alone",) if task == "digit" else ()
+    report, _ = run("multimodal", *argv, *alone, report=f"multimodal_{task}")
+    runs = report["figures"]["runs"]
+    told = [(r["fusion"], r["senses"]) for r in runs]
+    assert len(set(told)) == len(told) == (10 if task == "digit" else 4)  # what was there is kept and not repeated
+    whole = [r for r in runs if r["senses"] == runs[0]["senses"]]
+    assert max(r["parameters"] for r in whole) < 1.05 * min(r["parameters"] for r in whole)
+    assert all(0 <= share <= 1 for r in runs for share in r["right"].values())
+    script = importlib.import_module("multimodal")
+    assert "averaging" in script.table(report) and "one seed" in script.sentence(report)
+    assert ("alone" in script.table(report)) == (task == "digit")
+
+
+def test_pairs_of_digits_are_held_out_of_every_row_and_column(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    held_out = importlib.import_module("multimodal").held_out_pairs()
+    assert held_out.sum(0).tolist() == held_out.sum(1).tolist() == [2] * 10
 
 
 def test_the_readme_shows_what_the_reports_say(run, tmp_path, monkeypatch):

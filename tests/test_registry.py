@@ -235,7 +235,7 @@ def test_bad_registrations_are_refused(changes, message):
     assert before == (architectures(), type(AutoConfig.for_model("llama")), type(AutoConfig.for_model("hsn")))
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "not valid JSON"), ("[1]", "is not a mapping")])
+@pytest.mark.parametrize(("content", "message"), [("{", "not valid JSON"), ("[1]", "not a mapping")])
 def test_bad_preset_files_are_named(tmp_path, content, message):
     (tmp_path / "toy-bad.json").write_text(content)
     with pytest.raises(HoloError, match=f"toy-bad.*{message}"):

@@ -88,8 +88,6 @@ GROUPS: dict[str, dict[str, Benchmark]] = {
         "vision_cifar10": Benchmark("vision", "CIFAR10"),
         "vision_mnist": Benchmark("vision", "MNIST --data mnist"),
         "audio": Benchmark("audio", "FSDD"),
-    },
-    "senses": {
         "multimodal_digit": Benchmark("multimodal", "MNIST FSDD --task digit --alone"),
         "multimodal_sum": Benchmark("multimodal", "MNIST FSDD --task sum"),
         "multimodal_new_pairs": Benchmark("multimodal", "MNIST FSDD --task new_pairs --weight_decays 0.1 1.0"),
@@ -100,7 +98,10 @@ GROUPS: dict[str, dict[str, Benchmark]] = {
     },
     "speed": {
         "block_speed": Benchmark("block_speed", quick=True),
+        "block_speed_compiled": Benchmark("block_speed", "--compile"),
         "decode_speed": Benchmark("decode_speed", quick=True),
+        "saved_prefix": Benchmark("saved_prefix"),
+        "generation_speed": Benchmark("generation_speed", "--threads 1"),
         "static_speed": Benchmark("static_speed", quick=True),
         "holo_speed": Benchmark("holo_speed", quick=True),
         "long_context": Benchmark("long_context", "--repeats 3"),
@@ -110,6 +111,7 @@ GROUPS: dict[str, dict[str, Benchmark]] = {
         "leaking_gate": Benchmark("leaking_gate", "TINYSHAKESPEARE"),
         "gradient_norms": Benchmark("gradient_norms", quick=True),
         "conformance": Benchmark("conformance"),
+        "claims": Benchmark("claims", quick=True),
     },
     "conversion": {
         "surgery": Benchmark("surgery", f"SMOLLM2 {BOTH_TEXTS} --eval_windows 32 {KEPT}"),

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from .cache import RecurrentLayer
+from .chunks import ChunkContext, FadingSum
 from .layers import at_least_float32, init_normal_
 from .layout import TokenLayout
 from .phases import rotate_pairs
-from .recording import exporting, has_values
-from .resonators import ChunkContext, FadingSum
+from .recording import exporting, full_precision, has_values
 from .validation import check_positive
 
 NOISE_FLOOR = 1e-4  # of the energy written: where the estimated crosstalk of a memory that is all explained ends
@@ -129,7 +129,7 @@ class HolographicMemory:
         """
         self._check(vectors=vectors, codebook=codebook)
         vectors, codebook = _as_state(vectors, codebook)
-        with torch.autocast(vectors.device.type, enabled=False):
+        with full_precision(vectors.device):
             return (vectors @ F.normalize(codebook, dim=-1).mT).argmax(-1)
 
     def recall(
@@ -162,7 +162,7 @@ class HolographicMemory:
         self._check(keys=keys, state=state, codebook=codebook)
         self._check_pairs(keys, strength=strength)
         _check_rounds(rounds)
-        with torch.autocast(state.device.type, enabled=False):
+        with full_precision(state.device):
             state, keys, codebook, strength = _as_state(state, keys, codebook, strength)
             return cancel_crosstalk(state, keys, codebook, strength, rounds)
 
@@ -400,7 +400,7 @@ class PersistentMemory(nn.Module):
         layout = TokenLayout(x.shape[1]) if layout is None else layout
         keys, queries = self.key_proj(x)[:, :, None], self.query_proj(x)[:, :, None]  # [B, T, 1, P]: one each
         values, strength = self.value_proj(x)[:, :, None], self.strength_proj(x).sigmoid()
-        with torch.autocast(x.device.type, enabled=False):  # the memory keeps its precision
+        with full_precision(x.device):  # the memory keeps its precision
             nothing = self.store.empty(dtype=x.dtype, device=x.device)
             pairs = layout.mask(self.store.write(nothing, keys, values, strength))  # [B, T, 2P]
             held = self.chunks(pairs, layout, cache)

@@ -10,6 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .backbone import RecurrentBackbone
 from .cache import RecurrentCache, RecurrentLayer
+from .chunks import ChunkContext
 from .configuration_resonance import ResonanceConfig
 from .configuration_resonators import ResonatorConfig
 from .filters import SpectralGate
@@ -18,8 +19,8 @@ from .layers import at_least_float32, init_residual_, make_channel_mix, make_nor
 from .layout import TokenLayout
 from .memory import PersistentMemory
 from .pretrained import FamilyPreTrainedModel
-from .recording import exporting
-from .resonators import ChunkContext, ResonatorBank
+from .recording import exporting, full_precision
+from .resonators import ResonatorBank
 
 
 class Listener(nn.Module):
@@ -116,9 +117,9 @@ class ResonanceMixer(nn.Module):
         filtered = F.silu(self.filter(x, layout, cache))
         value, gate = self.in_proj(filtered).chunk(2, -1)
         u = layout.mask(value * F.silu(gate)).to(at_least_float32(x.dtype))
-        with torch.autocast(x.device.type, enabled=False):  # the resonators keep their precision
+        with full_precision(x.device):  # the resonators keep their precision
             y = both_ways(self.listeners, u, layout, cache)
-            y = F.rms_norm(y + u * self.skip.to(u.dtype), y.shape[-1:], eps=self.norm_eps)
+            y = F.rms_norm(torch.addcmul(y, u, self.skip.to(u.dtype)), y.shape[-1:], eps=self.norm_eps)
         y = y.to(x.dtype) * self.norm_weight
         if self.memories is not None:
             y = y + both_ways(self.memories, filtered, layout, cache)

@@ -180,7 +180,7 @@ def parse(argv: list[str]) -> Run:
     named = given_words(parser, argv)
     recipe = named.get("recipe") or _resumed_recipe(named) or DEFAULT_RECIPE
 
-    values = _without_replaced(load_recipe(recipe, __package__), named)
+    values = _without_replaced(load_recipe(recipe, __package__), named, recipe)
     overrides = values.pop("model", {})
     for name in values:
         if name not in defaults:
@@ -215,14 +215,21 @@ def _as_words(parser: ArgumentParser, recipe: str, values: dict[str, Any]) -> li
     return words
 
 
-def _without_replaced(recipe: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
-    """The recipe without those choices of a model, a data set or a stride that the command line replaces."""
-    replaced = {name for group in ALTERNATIVES if named.keys() & set(group) for name in group}
-    if replaced & recipe.keys() & set(ALTERNATIVES[0]):
-        replaced.add("model")  # the config values were meant for the recipe's own model
+def _without_replaced(recipe: dict[str, Any], named: dict[str, Any], name: str) -> dict[str, Any]:
+    """The recipe of this name without those choices of a model, a data set or a stride that the command line replaces.
+
+    Config values go with the model that they were meant for; a sentence says so.
+    """
+    replaced = {argument for group in ALTERNATIVES if named.keys() & set(group) for argument in group}
+    own, other = ({key: some[key] for key in ALTERNATIVES[0] if key in some} for some in (recipe, named))
+    if own and other and own != other and recipe.get("model"):
+        replaced.add("model")
+        values = " ".join(f"{key}={value}" for key, value in recipe["model"].items())
+        of, instead = (", ".join(map(str, some.values())) for some in (own, other))
+        print(f"model: {values} of the recipe {name!r} is for {of}, left out with {instead}; give --model to set it")
     if named.get("block_size", recipe.get("block_size")) != recipe.get("block_size"):
         replaced.add("stride")  # it was meant for the recipe's own windows
-    return {name: value for name, value in recipe.items() if name not in replaced}
+    return {argument: value for argument, value in recipe.items() if argument not in replaced}
 
 
 def _resumed_recipe(named: dict[str, Any]) -> str | None:

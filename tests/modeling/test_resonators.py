@@ -8,8 +8,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_holo.modeling import resonators
+from hf_holo.modeling.chunks import ChunkContext
 from hf_holo.modeling.layout import TokenLayout
-from hf_holo.modeling.resonators import MIN_DAMPING, ChunkContext, ResonatorBank, resonate, resonate_naive
+from hf_holo.modeling.resonators import MIN_DAMPING, ResonatorBank, resonate, resonate_naive
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 DIM, BANKS, MODES = 6, 2, 3

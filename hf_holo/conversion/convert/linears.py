@@ -22,7 +22,7 @@ from ..surgery.calibration import (
     collect,
     factorise,
     find_sites,
-    install,
+    install_all,
     stacked_weight,
     statistics_bytes,
     surgery_plan,
@@ -153,7 +153,8 @@ class CalibratedSurgery(RegeneratedSurgery):
             fishers = [work.load_tensors(_statistics(number), "fisher")["fisher"] for number in numbers]
             errors = refit(model, self.sites, ranks, fishers, mixed(texts), work)
         else:
-            errors = [self._install(model, number, ranks[number], work) for number in tqdm(numbers, desc="surgery")]
+            factors = (Factors(**work.load_tensors(_factors(number))) for number in tqdm(numbers, desc="surgery"))
+            errors = install_all(model, self.sites, ranks, factors)
         for site, rank, error in zip(self.sites, ranks, errors, strict=True):
             self.rows.append(LayerRow(site.layers, rank, site.size, site.numbers, site.stored(rank), error))
         self.surgery.layers = surgery_plan(self.sites, ranks)
@@ -168,13 +169,6 @@ class CalibratedSurgery(RegeneratedSurgery):
         if self.unseen:
             said += f"; {len(self.unseen)} layers of experts that too few tokens came to, fitted to their weights alone"
         return said
-
-    def _install(self, model: PreTrainedModel, number: int, rank: int | None, work: WorkFolder) -> float:
-        """Convert one site; returns its error."""
-        factors = Factors(**work.load_tensors(_factors(number)))
-        if rank is not None:
-            install(model, self.sites[number], factors, rank)
-        return factors.error(rank)
 
 
 def factorise_into(work: WorkFolder, model: PreTrainedModel, site: Site, number: int) -> None:

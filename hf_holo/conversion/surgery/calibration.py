@@ -11,7 +11,7 @@ sampled labels.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -464,6 +464,22 @@ def install(
         layers[name].load_factors(part)
         if (bias := layers[name].bias) is not None:
             bias.copy_(biases[name])
+
+
+def install_all(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    ranks: Sequence[int | None],
+    factors: Iterable[Factors],
+    pivoted: bool = True,
+) -> list[float]:
+    """[`install`] every site at its rank (None stays dense); returns their errors, see [`Factors.error`]."""
+    errors = []
+    for site, rank, fitted in zip(sites, ranks, factors, strict=True):
+        if rank is not None:
+            install(model, site, fitted, rank, pivoted)
+        errors.append(fitted.error(rank))
+    return errors
 
 
 def surgery_plan(sites: Sequence[Site], ranks: Sequence[int | None], pivoted: bool = True) -> dict[str, dict[str, Any]]:

@@ -362,8 +362,9 @@ def _moved_embeddings(
 # ---------------------------------------------------------------------------------------------- a suffix, in a setting
 def _length_points(subject: Subject) -> Iterator[Point]:
     """Two cuts of one text of each usual length, in float64 and as a training step gives it."""
-    for length in usual_lengths(subject):
-        yield from _setting_points(subject, [Setting(1, length), training_settings(subject, length)[0]])
+    lengths = usual_lengths(subject)
+    yield from _setting_points(subject, [Setting(1, length) for length in lengths])
+    yield from _setting_points(subject, [training_settings(subject, length)[0] for length in lengths])
 
 
 def usual_lengths(subject: Subject) -> list[int]:
@@ -383,16 +384,14 @@ def _setting_points(subject: Subject, settings: Iterable[Setting]) -> Iterator[P
     for (dtype, training), some in groupby(settings, key=lambda setting: (setting.dtype, setting.training)):
         model = subject.copy(dtype).train(training)
         for setting in some:
-            for cut in sorted({(setting.length // 2) | 1, setting.length - 1} - {setting.length}):
-                for point in _setting_point(subject, model, setting, cut, leaks):
-                    leaks = leaks or point.leak is not None
-                    yield point
+            for point in _exchanges(subject, model, setting, leaks):
+                leaks = leaks or point.leak is not None
+                yield point
 
 
-def _setting_point(subject: Subject, model: nn.Module, setting: Setting, cut: int, leaks: bool) -> Iterator[Point]:
-    """One exchange; of a model that is known to leak, no movement is asked whether it is rounding."""
+def _exchanges(subject: Subject, model: nn.Module, setting: Setting, leaks: bool) -> Iterator[Point]:
+    """At two cuts of one text; of a model that is known to leak, no movement is asked whether it is rounding."""
     inputs = setting.inputs(subject)
-    later = _later(inputs, cut)
     try:
         before = read(model, inputs)
     except RuntimeError as error:
@@ -401,28 +400,26 @@ def _setting_point(subject: Subject, model: nn.Module, setting: Setting, cut: in
         name = str(setting.dtype).removeprefix("torch.")  # there are operations that exist in wider types only
         yield Point(setting.length, untested=f"{name}, which raises {type(error).__name__}")
         return
-    changed = with_other_suffix(inputs, later, subject.other_ids(inputs["input_ids"]))
     if before.outputs is not None:
         _assert_finite(before.outputs)
-        moved = movement(before.outputs, outputs_of(model, changed)).amax(0)  # [T]
-        seeing = (~(moved[:cut] <= _limit(moved, before.outputs, cut))).nonzero()
-        leak = None
-        if len(seeing) and (leaks or _stands_out(subject, model, inputs, cut)):
-            position = int(seeing[0])
-            size = (moved[position] / moved[cut:].max()).item()
-            leak = Leak(position, cut - position, size, f"other tokens from {cut} on, {setting}")
-        yield Point(setting.length, leak)
-    if before.loss is not None:
-        yield Point(setting.length, _loss_leak(model, setting, cut, inputs, changed, later))
+    for cut in sorted({(setting.length // 2) | 1, setting.length - 1} - {setting.length}):
+        later = _later(inputs, cut)
+        changed = with_other_suffix(inputs, later, subject.other_ids(inputs["input_ids"]))
+        if before.outputs is not None:
+            moved = movement(before.outputs, outputs_of(model, changed)).amax(0)  # [T]
+            seeing = (~(moved[:cut] <= _limit(moved, before.outputs, cut))).nonzero()
+            leak = None
+            if len(seeing) and (leaks or _stands_out(subject, model, inputs, cut)):
+                leaks, position = True, int(seeing[0])
+                size = (moved[position] / moved[cut:].max()).item()
+                leak = Leak(position, cut - position, size, f"other tokens from {cut} on, {setting}")
+            yield Point(setting.length, leak)
+        if before.loss is not None:
+            yield Point(setting.length, _loss_leak(model, setting, cut, inputs, changed, later))
 
 
 def _loss_leak(
-    model: nn.Module,
-    setting: Setting,
-    cut: int,
-    inputs: dict[str, Any],
-    changed: dict[str, Any],
-    later: torch.Tensor,
+    model: nn.Module, setting: Setting, cut: int, inputs: dict[str, Any], changed: dict[str, Any], later: torch.Tensor
 ) -> Leak | None:
     """What the loss of the tokens before a cut shows, where the suffix is exchanged and has no labels."""
     before, after = prefix_losses(model, inputs, changed, later)

@@ -470,7 +470,7 @@ def fast_operations(subject: Subject) -> str:
 
 
 def _exercise(subject: Subject, model: PreTrainedModel) -> None:
-    """Run the model with gradients over whole, padded, packed and continued texts."""
+    """Run the model with gradients over whole, padded, packed and continued texts, and over one more token."""
     inputs = _inputs(subject)
     subject.run(model=model, **inputs)
     if "text" not in subject.features:
@@ -482,8 +482,9 @@ def _exercise(subject: Subject, model: PreTrainedModel) -> None:
     if "packing" in subject.features and "position_ids" in subject.arguments:
         subject.run(ids, model=model, position_ids=torch.arange(ids.shape[1])[None].expand_as(ids) % 33)
     if "cache" in subject.features:
-        first = model(input_ids=ids, use_cache=True)
-        model(input_ids=ids[:, :34], use_cache=True, **{str(subject.cache_name): first[subject.cache_name]})
+        cache = {str(subject.cache_name): model(input_ids=ids, use_cache=True)[subject.cache_name]}
+        for tokens in (34, 1):
+            model(input_ids=ids[:, :tokens], use_cache=True, **cache)
 
 
 @contextmanager
@@ -498,7 +499,7 @@ def recording(subject: Subject, calls: dict[Any, tuple[FunctionType, dict[str, A
 
         def record(*args: Any, **kwargs: Any) -> Any:
             arguments = signature.bind(*args, **kwargs).arguments
-            kind = operation, *((name, getattr(value, "shape", str(value))) for name, value in arguments.items())
+            kind = operation, *((n, x.shape if hasattr(x, "shape") else str(x)) for n, x in arguments.items())
             calls[kind] = operation, {name: _leaf(value) for name, value in arguments.items()}
             return operation(*args, **kwargs)
 
