@@ -67,5 +67,5 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 $(VENV5)/.stamp: pyproject.toml constraints.txt
 	test -x $(VENV5)/bin/pip || $(PYTHON) -m venv $(VENV5)
 	grep -vE '^($(ONLY_4))==' constraints.txt > $(VENV5)/constraints.txt
-	$(VENV5)/bin/pip install -q -U -c $(VENV5)/constraints.txt -e '.[eval,dev]' 'transformers>=5,<6'
+	$(VENV5)/bin/pip install -q -U -c $(VENV5)/constraints.txt -e '.[eval,dev,serve]' 'transformers>=5,<6'
 	touch $@

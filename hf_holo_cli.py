@@ -14,7 +14,10 @@ from pathlib import Path
 VERBS = {
     "train": ("hf_holo.training.train", "train a model; without arguments the recipe `quickstart`"),
     "generate": ("hf_holo.generate", "write text with a trained model"),
+    "chat": ("hf_holo.chat", "talk with a trained model; the history is in its state"),
+    "serve": ("hf_holo.serve", "the server of transformers, which speaks the OpenAI protocol, for all families"),
     "check": ("hf_holo.eval.conformance.command", "test that a model does what it claims: causality, caches, saving"),
+    "eval": ("hf_holo.eval.command", "measure models: language, zero-shot, recall, long context, speed; one report"),
     "convert": (
         "hf_holo.conversion.convert.command",
         "make linear layers or attention of a model holographic",

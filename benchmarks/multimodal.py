@@ -53,7 +53,8 @@ class Averaging(Fusion):
     """The mean of unit vectors, as of the embeddings of CLIP, in the place of a model's fusion."""
 
     def features(self, name: str, pooled: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        return F.normalize(self.projections[name](pooled), dim=-1) * present[:, None]
+        projected = self.projections[name](self.centres[name](pooled, present))
+        return F.normalize(projected, dim=-1) * present[:, None]
 
     def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
         vectors = torch.stack([*features.values()])  # [M, B, D]

@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+from common.ledger import PAGE as CLAIMS
+from common.ledger import PROJECTS, summary
+from common.ledger import table as claims
 from common.report import BENCHMARKS, RESULTS, in_threads, markdown_table, read_report, software
 from common.suite import GROUPS, HEADLINES, INPUTS, SUITE, TABLES, duration
 
@@ -80,6 +83,8 @@ PAGES: dict[tuple[Path, str], Callable[[], str]] = {
     (PAGE, "machines"): machines,
     **{(PAGE, group): partial(table, names=tuple(members)) for group, members in GROUPS.items()},
     **{(DOCS / f"{page}.md", mark): partial(own_table, names) for (page, mark), names in TABLES.items()},
+    (CLAIMS, "summary"): summary,
+    **{(CLAIMS, project): partial(claims, project) for project in PROJECTS},
     (DOCS / "conformance.md", "checks"): lambda: SUITE["conformance"].module.table_of_checks(),
 }
 

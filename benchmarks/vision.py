@@ -130,7 +130,7 @@ def resonance(data: str, **options: Any) -> ResonanceVisionForImageClassificatio
 
 def plain(data: str) -> ResonanceVisionForImageClassification:
     """Two matrices in place of three, each 3/2 as wide."""
-    return resonance(data, interference=False, mlp_ratio=preset_config(PRESET).mlp_ratio * 3 // 2)
+    return resonance(data, interference=False, mlp_ratio=1.5 * preset_config(PRESET).mlp_ratio)
 
 
 def build(name: str, data: str, sizes: Sizes, seed: int) -> nn.Module:
@@ -327,8 +327,10 @@ def sentence(result: dict) -> str:
 
 
 def table(result: dict) -> str:
-    """For the page about pictures."""
+    """For the page about pictures, also while there is no result."""
     f = result["figures"]
+    if not f:
+        return "Not measured yet."
     settings, chosen = f["settings"], best(f["runs"])
     own = mean(run["seconds"] for run in chosen["resonance"])
     rows = [

@@ -5,12 +5,15 @@ Links between pages work in the repository and on the site: those that lead out 
 """
 
 import contextlib
+import html
+import importlib
 import io
 import os
 import posixpath
 import re
 from collections import defaultdict
 
+from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -41,7 +44,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     from hf_holo.cli import VERBS
 
     with open("docs/README.md", encoding="utf-8") as file:
-        listed = dict.fromkeys(re.findall(r"\]\(([\w/.-]+\.md)\)", file.read()))
+        rows = "".join(line for line in file if line.startswith("|"))
+    listed = dict.fromkeys(re.findall(r"\]\(([\w/.-]+\.md)\)", rows))
     config.nav = [
         {"Start": "index.md"},
         {"Pages": ["documentation.md", *(page for page in listed if not page.startswith("../"))]},
@@ -85,16 +89,30 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return LINK.sub(turned, markdown)
 
 
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Formulas as MathML, which browsers draw by themselves."""
+    for kind, display in (("span", "inline"), ("div", "block")):
+        formula = re.compile(rf'<{kind} class="arithmatex">\\[(\[](.*?)\\[)\]]</{kind}>', re.DOTALL)
+        content = formula.sub(lambda match: convert(html.unescape(match[1]), display=display), content)  # noqa: B023
+    return content
+
+
 def commands() -> dict[str, str]:
     """A page for every verb of `hf-holo`, with what its `--help` says."""
     from hf_holo.cli import VERBS, main
 
     os.environ["COLUMNS"] = "100"
     pages = {}
-    for verb, (_, summary) in VERBS.items():
-        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+    for verb, (module, summary) in VERBS.items():
+        said = io.StringIO()
+        with (
+            contextlib.redirect_stdout(said),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.suppress(SystemExit),
+        ):
             main([verb, "--help"])
-        pages[verb] = f"# hf-holo {verb}\n\n{summary[0].upper()}{summary[1:]}.\n\n```text\n{said.getvalue()}\n```\n"
+        text = said.getvalue() or importlib.import_module(module).__doc__  # `serve` asks transformers 5 for its help
+        pages[verb] = f"# hf-holo {verb}\n\n{summary[0].upper()}{summary[1:]}.\n\n```text\n{text}\n```\n"
     return pages
 
 

@@ -67,17 +67,18 @@ def _register_sense(name: str, config: type, heads: dict[str, str], **parts: Any
     Args:
         heads: names of Auto classes to what its models are called behind the name of the family; the first is what
             presets are made into.
-        parts: further arguments of [`register_architecture`]; classes by their names in the processing file.
+        parts: arguments of [`register_architecture`] for what prepares inputs, by their names in the processing file.
     """
     module, processing = (f"{__name__}.modeling.{kind}_{name}" for kind in ("modeling", "processing"))
     prefix = config.__name__.removesuffix("Config")
+    own: dict[str, Any] = {part: f"{processing}:{name_of_class}" for part, name_of_class in parts.items()}
     register_architecture(
         name=name,
         config=config,
         models={auto: f"{module}:{prefix}{head}" for auto, head in heads.items()},
         presets=PRESETS / name,
         variants=VARIANTS / f"{name}.json",
-        **{part: cls if isinstance(cls, type) else f"{processing}:{cls}" for part, cls in parts.items()},
+        **own,
     )
 
 
@@ -93,7 +94,6 @@ def install() -> None:
         ResonanceMultimodalConfig,
         MULTIMODAL_HEADS,
         processor="ResonanceProcessor",
-        tokenizer=HoloTokenizer,
     )
 
     peft_defaults.offer_adapters("hsn", outputs=["k_proj", "v_proj"], inputs=["up_proj", "down_proj"])
@@ -122,6 +122,7 @@ _LAZY = {
     "conversion.surgery": ["HoloSurgeryConfig", "apply_surgery", "restore_linears"],
     "conversion.surgery.transfer": ["transfer_to_hsn"],
     "errors": ["HoloError"],
+    "eval.command": ["evaluate"],
     "eval.conformance": ["check_causality"],
     "export.onnx_runtime": ["HoloORTModelForCausalLM"],
     "modeling.backbone": ["RecurrentBackbone"],
@@ -146,6 +147,7 @@ _LAZY = {
         "fft_circular_conv",
         "fft_circular_corr",
     ],
+    "modeling.modeling_resonance_multimodal": ["unbinding_fidelity"],
     "modeling.phases": ["PhaseDrift", "RotaryEmbedding"],
     "modeling.pretrained": ["FamilyPreTrainedModel"],
     "modeling.scans": ["cancelling_scan", "interference_scan"],
@@ -153,6 +155,7 @@ _LAZY = {
     "modeling.resonators": ["ResonatorBank"],
     "modeling.vocabulary": ["AdaptiveEmbedding", "FrequencyCompressedEmbedding", "HashEmbedding"],
     "peft_defaults": ["offer_adapters"],
+    "prefix": ["Prefix"],
     "registry": ["Architecture", "Preset", "get_architecture", "preset_config", "presets"],
     "training.callbacks": ["CausalityCallback"],
     "training.optim": ["MuonAdamW", "WhitenedAdamW"],

@@ -91,17 +91,17 @@ class Architecture:
         return self.preprocessors.get("AutoTokenizer")
 
     @property
-    def image_processor(self) -> type | None:
+    def image_processor(self) -> Any:
         """The image processor class of its own, if it has one."""
         return self.preprocessors.get("AutoImageProcessor")
 
     @property
-    def feature_extractor(self) -> type | None:
+    def feature_extractor(self) -> Any:
         """The feature extractor class of its own, if it has one."""
         return self.preprocessors.get("AutoFeatureExtractor")
 
     @property
-    def processor(self) -> type | None:
+    def processor(self) -> Any:
         """The processor class of its own, if it has one."""
         return self.preprocessors.get("AutoProcessor")
 

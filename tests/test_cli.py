@@ -135,7 +135,8 @@ def test_info_of_a_bad_checkpoint(capsys, tmp_path, content, message):
 
 def test_info_prints_a_table(capsys):
     text = output(capsys, "info", "hsn-tiny", "--lengths", "16")
-    assert "parameters" in text and "per sequence, at any length" in text
+    assert "parameters" in text and "per sequence, at any length" in text and "scan              " in text
+    assert "scan    " not in output(capsys, "info", "holo-tiny", "--lengths", "16")
 
 
 def test_flops_are_those_of_the_matrix_products():

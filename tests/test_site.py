@@ -66,7 +66,7 @@ def test_nothing_comes_from_elsewhere(site):
 
 def test_commands_and_names_have_their_pages(site):
     for verb in VERBS:
-        assert f"usage: hf-holo {verb}" in (site / "commands" / f"{verb}.html").read_text(encoding="utf-8")
+        assert f"hf-holo {verb} " in (site / "commands" / f"{verb}.html").read_text(encoding="utf-8")
     models = (site / "reference" / "models.html").read_text(encoding="utf-8")
     for family in architectures().values():
         if family.config.__module__.startswith("hf_holo."):

@@ -1,47 +1,17 @@
 """What all benchmarks share: fair timing, readable tables, and a result file that says where its figures come from."""
 
-import ctypes
 import json
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
-import transformers
-
+from hf_holo.eval.machine import machine, versions
+from hf_holo.eval.markdown import markdown_table  # noqa: F401  (the scripts take these from here)
+from hf_holo.eval.timing import interleaved_medians, keep_freed_memory  # noqa: F401
 from hf_holo.files import write_text
 
 BENCHMARKS = Path(__file__).parents[1]
 RESULTS = BENCHMARKS / "results"
 IMAGES = BENCHMARKS.parent / "docs" / "images"
-
-
-def machine() -> dict[str, str | int | float]:
-    """Processor, cores, threads in use and memory: what a figure depends on, and nothing that names the machine."""
-    return {
-        "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "system": platform.system(),
-    }
-
-
-def _cpuinfo(field: str) -> str | None:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), None)
-
-
-def versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def write_report(name: str, figures: Mapping, *, seed: int, seconds: float, folder: Path = RESULTS) -> Path:
@@ -108,52 +78,12 @@ def software(result: Mapping) -> str:
     return f"torch {result['versions']['torch']}, transformers {result['versions']['transformers']}"
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table in Markdown. Columns whose name starts with ">" are aligned to the right."""
-    names = [name.removeprefix(">") for name in head]
-    rules = ["--:" if name.startswith(">") else "---" for name in head]
-    lines = [_markdown_row(names), f"|{'|'.join(rules)}|"]
-    return "\n".join([*lines, *map(_markdown_row, rows)])
-
-
-def _markdown_row(cells: Sequence[object]) -> str:
-    return "|" + "".join(f" {cell} |" if str(cell) else " |" for cell in cells)
-
-
 def flags(arguments: Mapping[str, object]) -> list[str]:
     """Names and values as a command takes them; a list gives several values."""
     words = []
     for name, value in arguments.items():
         words += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
     return words
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory for the next tensor, as torch does on a GPU.
-
-    By default it returns large blocks to the system at once, and every new tensor of more than 32 MiB pays for page
-    faults again: timings at long lengths would measure the system, not the model. Does nothing with another C library.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL("libc.so.6")
-        trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-
-
-def interleaved_medians(tasks: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, float]:
-    """Median seconds of each task. They take turns, so that a slow moment of the machine hits all of them alike."""
-    for task in tasks.values():
-        for _ in range(warmup):
-            task()
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for _ in range(repeats):
-        for name, task in tasks.items():
-            start = time.perf_counter()
-            task()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def print_table(rows: Sequence[Mapping[str, object]]) -> None:

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -91,6 +91,11 @@ class Labelled(TorchDataset):
         everything = self.table[column][:]
         return [everything[row] for row in self.rows]
 
+    def has(self, row: int) -> bool:
+        """Whether there is something in a row of the table."""
+        entry = self.table[row][self.column] or {}
+        return bool(entry.get("bytes") or entry.get("path"))
+
     def read(self, row: int) -> Any:
         """What is in a row of the table, decoded.
 
@@ -130,11 +135,26 @@ def _content(entry: Mapping[str, Any]) -> bytes:
     return entry["bytes"] if entry.get("bytes") else Path(entry.get("path") or "").read_bytes()
 
 
-AnyLabelled = TypeVar("AnyLabelled", bound=Labelled)
+AnyLabelled = TypeVar("AnyLabelled", bound="Labelled")
+
+
+class Examples(Protocol):
+    """What can be split, read and counted."""
+
+    class_names: list[str]
+
+    def __len__(self) -> int: ...
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> Any: ...
+
+    def check(self) -> Any: ...
+
+
+AnyExamples = TypeVar("AnyExamples", bound=Examples)
 
 
 @dataclass(frozen=True)
-class LabelledSplits(Generic[AnyLabelled]):
+class LabelledSplits(Generic[AnyExamples]):
     """What is learned from, and what is held out.
 
     Attributes:
@@ -142,18 +162,18 @@ class LabelledSplits(Generic[AnyLabelled]):
         class_names: names of the classes, which both share.
     """
 
-    train: AnyLabelled
-    validation: AnyLabelled
+    train: AnyExamples
+    validation: AnyExamples
 
     @property
     def class_names(self) -> list[str]:
         return self.train.class_names
 
-    def each(self, change: Callable[[AnyLabelled], AnyLabelled]) -> "LabelledSplits[AnyLabelled]":
+    def each(self, change: Callable[[AnyExamples], AnyExamples]) -> "LabelledSplits[AnyExamples]":
         """The same change to both parts."""
         return LabelledSplits(change(self.train), change(self.validation))
 
-    def checked(self) -> "LabelledSplits[AnyLabelled]":
+    def checked(self) -> "LabelledSplits[AnyExamples]":
         """See [`Labelled.check`]."""
         return self.each(lambda part: part.check())
 
@@ -192,13 +212,13 @@ def load_labelled(
     Raises:
         HoloError: nothing is there, it cannot be read, or a column or a label is missing.
     """
-    source = _name(train_file, dataset_name)
-    tables = dict(_read(kind, train_file, dataset_name, dataset_config_name, source))
-    name, held_out = _named_splits(tables, source)
+    source = name_of_data(train_file, dataset_name)
+    tables = dict(read_tables(kind, train_file, dataset_name, dataset_config_name, source))
+    name, held_out = named_splits(tables, source)
     parts = [tables[name]] + ([tables[held_out]] if held_out else [])
-    labels, class_names = _labels(parts, label_column, source)
+    labels, class_names = labels_of(parts, label_column, source)
     read = [
-        kind(_undecoded(part, kind, column, source), _column(part, kind, column, source), numbers, class_names, place)
+        kind(undecoded(part, kind, column, source), column_of(part, kind, column, source), numbers, class_names, place)
         for part, numbers, place in zip(parts, labels, (f"{source}, {s}" for s in (name, held_out)), strict=False)
     ]
     if hold_out:
@@ -208,7 +228,7 @@ def load_labelled(
     return split(read[0], validation_fraction, seed)
 
 
-def split(examples: AnyLabelled, fraction: float, seed: int = 0) -> LabelledSplits[AnyLabelled]:
+def split(examples: AnyExamples, fraction: float, seed: int = 0) -> LabelledSplits[AnyExamples]:
     """Hold out a share of the examples, drawn with the seed: data sets are often sorted by class.
 
     Raises:
@@ -240,7 +260,8 @@ def _held_out_by_value(parts: list[AnyLabelled], hold_out: Mapping[str, Any]) ->
     return LabelledSplits(whole.select(np.flatnonzero(~found)), whole.select(np.flatnonzero(found)))
 
 
-def _name(train_file: str | Sequence[str] | None, dataset_name: str | None) -> str:
+def name_of_data(train_file: str | Sequence[str] | None, dataset_name: str | None) -> str:
+    """The argument that names the data and its value, to begin a message with."""
     if dataset_name:
         return f"dataset_name: {dataset_name!r}"
     files = [train_file] if isinstance(train_file, str) else list(train_file or [])
@@ -249,13 +270,14 @@ def _name(train_file: str | Sequence[str] | None, dataset_name: str | None) -> s
     return f"train_file: {', '.join(map(repr, map(str, files)))}"
 
 
-def _read(
+def read_tables(
     kind: type[Labelled],
     train_file: str | Sequence[str] | None,
     dataset_name: str | None,
     config: str | None,
     source: str,
 ) -> Mapping[Any, "Dataset"]:
+    """The tables by the names of their splits."""
     from datasets import load_dataset
 
     try:
@@ -295,7 +317,7 @@ def _folder_by_class(kind: type[Labelled], folder: Path) -> dict[str, "Dataset"]
     return tables
 
 
-def _named_splits(tables: Mapping[str, "Dataset"], source: str) -> tuple[str, str | None]:
+def named_splits(tables: Mapping[str, "Dataset"], source: str) -> tuple[str, str | None]:
     """The names of the split to learn from and of the one to hold out, if there is one."""
     held_out = next((name for name in VALIDATION_SPLITS if name in tables), None)
     names = [name for name in tables if name != held_out]
@@ -307,7 +329,8 @@ def _named_splits(tables: Mapping[str, "Dataset"], source: str) -> tuple[str, st
     return name, held_out
 
 
-def _column(table: "Dataset", kind: type[Labelled], column: str | None, source: str) -> str:
+def column_of(table: "Dataset", kind: type[Labelled], column: str | None, source: str) -> str:
+    """The column that is named, or the only one of the kind."""
     found = [name for name, feature in table.features.items() if type(feature).__name__ == kind.feature]
     if column is None:
         if len(found) == 1:
@@ -319,18 +342,18 @@ def _column(table: "Dataset", kind: type[Labelled], column: str | None, source: 
     return column
 
 
-def _undecoded(table: "Dataset", kind: type[Labelled], column: str | None, source: str) -> "Dataset":
+def undecoded(table: "Dataset", kind: type[Labelled], column: str | None, source: str) -> "Dataset":
     """The table with its files as bytes."""
     import datasets
 
-    name = _column(table, kind, column, source)
+    name = column_of(table, kind, column, source)
     try:
         return table.cast_column(name, getattr(datasets, kind.feature)(decode=False))
     except Exception as error:  # pyarrow's, for a column of another type
         raise HoloError(f"{source}: column {name!r} holds no {kind.key}s: {first_line(error)}") from error
 
 
-def _labels(tables: Sequence["Dataset"], label_column: str | None, source: str) -> tuple[list[np.ndarray], list[str]]:
+def labels_of(tables: Sequence["Dataset"], label_column: str | None, source: str) -> tuple[list[np.ndarray], list[str]]:
     """Classes of every row of every table, and their names."""
     from datasets import ClassLabel
 

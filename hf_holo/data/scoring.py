@@ -74,8 +74,34 @@ def summed_losses(
 ) -> torch.Tensor:
     """Loss of each row and the number of tokens it is summed over: `[B, T, V], [B, T] -> [B, 2]`."""
     logits, targets = aligned(logits, labels, shift)
-    losses = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-    return torch.stack([losses.sum(1), (targets != IGNORED).sum(1)], dim=1)
+    return torch.stack([_losses(logits, targets).sum(1), (targets != IGNORED).sum(1)], dim=1)
+
+
+@torch.no_grad()
+def summed_by_position(
+    model: nn.Module, windows: Dataset[Mapping[str, torch.Tensor]], batch_size: int = 1, pad_token_id: int = 0
+) -> torch.Tensor:
+    """Nats and number of predictions at every position of the windows, over all of them: `[T, 2]`, in float64.
+
+    Row t is what was predicted from t tokens of its window, so row 0 is empty; arguments as of [`summed_over`].
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    totals = torch.zeros(0, 2, dtype=torch.float64)
+    for batch in DataLoader(windows, batch_size, collate_fn=Collator(pad_token_id)):
+        labels = batch.pop("labels").to(device)
+        inputs = {name: value.to(device) for name, value in batch.items()}
+        logits, targets = aligned(model(**inputs).logits, labels, shift=True)
+        nats, wanted = _losses(logits, targets).double(), (targets != IGNORED).double()
+        found = torch.stack([nats, wanted], -1).sum(0).cpu()  # [T - 1, 2]
+        totals = F.pad(totals, (0, 0, 0, max(0, 1 + len(found) - len(totals))))
+        totals[1 : 1 + len(found)] += found
+    return totals
+
+
+def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Nats of every target, 0 where none is wanted: `[B, T, V], [B, T] -> [B, T]`."""
+    return F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
 
 
 def summed_scores(

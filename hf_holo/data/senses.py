@@ -222,7 +222,7 @@ def load_digits(
     return DigitSplits(train, validation)
 
 
-def named(data: str) -> dict[str, str]:
+def named(data: str) -> dict[str, Any]:
     """The argument that names files, or a data set on the Hub."""
     return {"train_file": data} if Path(data).exists() or Path(data).suffix else {"dataset_name": data}
 

@@ -105,6 +105,28 @@ def scoring_windows(ids: np.ndarray, block_size: int) -> CausalWindows:
     return CausalWindows(ids, block_size, range(0, len(ids) - 1, block_size - 1))
 
 
+class SlidingWindows(CausalWindows):
+    """Windows that overlap, in which every id but the very first is predicted exactly once, from at least
+    `block_size - stride` ids before it wherever the text has them.
+
+    Args:
+        ids: `[N]` token ids.
+        block_size: length of a window; the last one may be shorter.
+        stride: ids that a window predicts, all but the first.
+    """
+
+    def __init__(self, ids: np.ndarray, block_size: int, stride: int) -> None:
+        self.stride = check_windows(block_size, stride)
+        last = max(0, len(ids) - block_size + stride - 1) // stride
+        super().__init__(ids, block_size, range(0, last * stride + 1, stride))
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        window = super().__getitem__(index)
+        if index:
+            window["labels"][: self.block_size - self.stride] = IGNORED  # those before have been predicted
+        return window
+
+
 def evenly(windows: AnyWindows, count: int) -> AnyWindows:
     """`count` windows at equal distances over all of them; all if there are fewer, or for 0.
 

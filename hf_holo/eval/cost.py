@@ -27,6 +27,8 @@ from ..data.processors import SECONDS, input_sizes
 from ..errors import HoloError, Parser
 from ..modeling.cache import CACHE_NAME
 from ..modeling.hashing import HashEmbedding, collisions
+from ..modeling.kernels import backend
+from ..modeling.modeling_hsn import HolographicMixer
 from ..modeling.vocabulary import vocabulary_parameters
 from ..registry import get_architecture, preset_config, presets
 
@@ -92,8 +94,9 @@ def info(config: PretrainedConfig, lengths: Sequence[int] = USUAL_LENGTHS) -> di
 
     Returns:
         `model_type`, `vocab_size`, `vocabulary` (see [`vocabulary_record`]), `parameters`, `parameter_bytes`,
-        `state_bytes` (see [`state_bytes`]), `decode_flops` (one more token) and `costs` (a record for each length, see
-        [`Cost`]). A model that fills masks does not decode: its `state_bytes` and `decode_flops` are None.
+        `state_bytes` (see [`state_bytes`]), `decode_flops` (one more token), `scan` (what scans on this machine, see
+        [`scan_backend`]) and `costs` (a record for each length, see [`Cost`]). A model that fills masks does not
+        decode: its `state_bytes` and `decode_flops` are None.
     """
     with FakeTensorMode():
         model = get_architecture(config.model_type).model_for(config)(config)
@@ -106,6 +109,7 @@ def info(config: PretrainedConfig, lengths: Sequence[int] = USUAL_LENGTHS) -> di
             "parameter_bytes": sum(p.nbytes for p in model.parameters()),
             "state_bytes": state_bytes(model) if generates else None,
             "decode_flops": _run(model, 1)[0] if generates else None,
+            "scan": scan_backend(model),
             "costs": [asdict(_cost(model, length)) for length in lengths],
         }
 
@@ -172,6 +176,14 @@ def state_bytes(model: PreTrainedModel) -> int | None:
     model_class: Any = type(model)
     shapes = [shape for layer in model_class.state_spec(model.config) for shape in layer.values()]
     return torch.float32.itemsize * sum(map(math.prod, shapes))
+
+
+def scan_backend(model: PreTrainedModel) -> str | None:
+    """What scans in the holographic mixers of a model on this machine, "fla-core triton" or "torch" with the reason;
+    None if it has none."""
+    features = [2 * m.phases if m.dynamic else 1 for m in model.modules() if isinstance(m, HolographicMixer)]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return backend(device, torch.float32, max(features)) if features else None
 
 
 def vocabulary_record(model: PreTrainedModel) -> dict[str, Any]:
@@ -267,6 +279,8 @@ def _print_record(name: str, record: dict[str, Any]) -> None:
         console.print(f"recurrent state   {_size(record['state_bytes'])} per sequence, at any length")
     if record["decode_flops"] is not None:
         console.print(f"decoding          {record['decode_flops']:,} FLOPs per token")
+    if record["scan"] is not None:
+        console.print(f"scan              {record['scan']}")
     table = Table()
     for title in ("tokens", "FLOPs per token", "cache", "memory, inference", "memory, training"):
         table.add_column(title, justify="right")

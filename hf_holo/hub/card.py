@@ -33,7 +33,6 @@ PIPELINES = {
     "AutoModel": "feature-extraction",
     "AutoModelForImageClassification": "image-classification",
     "AutoModelForAudioClassification": "audio-classification",
-    "AutoModelForZeroShotImageClassification": "zero-shot-image-classification",
     "AutoBackbone": "image-feature-extraction",
 }
 PREPARERS = {  # what a card loads beside the model: the first that the family has of its own

@@ -31,6 +31,7 @@ def _unset(value: Any) -> bool:
 
 SPARE = {
     "cache_position": Spare(lambda value: True, ""),  # the cache counts its tokens itself
+    "tokenizer": Spare(lambda value: True, ""),  # generate() finds stop_strings by it, and hands it on to every model
     "output_attentions": Spare(_unset, "these models give no attention weights"),
     "output_router_logits": Spare(_unset, "these models have no routers"),
     "use_cache": Spare(_unset, "this model continues from nothing"),

@@ -112,13 +112,13 @@ class ResonanceAudioConfig(ResonatorConfig):
         check_probability(mask_time_prob=self.mask_time_prob, mask_feature_prob=self.mask_feature_prob)
         if self.hop_length > self.frame_length:
             raise ValueError(
-                f"hop_length={self.hop_length} is above frame_length={self.frame_length}: samples are lost"
+                f"hop_length: {self.hop_length} is above frame_length={self.frame_length}, and samples would be lost"
             )
         if not 0 <= self.mel_lowest < self.mel_highest <= self.sampling_rate / 2:
             raise ValueError(
-                f"mel_lowest={self.mel_lowest} and mel_highest={self.mel_highest} must be in order, from 0 to "
+                f"mel_lowest, mel_highest: {self.mel_lowest} and {self.mel_highest} must be in order, from 0 to "
                 f"{self.sampling_rate / 2} hertz, half the sampling rate"
             )
         check_choice("normalization", self.normalization, ("recording", "running", "none"))
         if self.causal and self.normalization == "recording":
-            raise ValueError("normalization='recording' knows the future; a causal model takes 'running' or 'none'")
+            raise ValueError("normalization: 'recording' knows the future; a causal model takes 'running' or 'none'")

@@ -48,10 +48,10 @@ class ResonanceVisionConfig(BackboneConfigMixin, PretrainedConfig):
         num_channels: int = 3,
         image_size: int = 32,
         patch_size: int = 2,
-        hidden_sizes: Sequence[int] = (48, 96, 192),
+        hidden_sizes: Sequence[int] = (32, 64, 128),
         depths: Sequence[int] = (1, 2, 3),
         filter_reaches: int | Sequence[int] = 7,
-        mlp_ratio: int = 2,
+        mlp_ratio: float = 3.0,
         interference: bool = True,
         hidden_dropout_prob: float = 0.0,
         classifier_dropout: float = 0.0,
@@ -64,7 +64,7 @@ class ResonanceVisionConfig(BackboneConfigMixin, PretrainedConfig):
     ) -> None:
         if format_version > FORMAT:
             raise ValueError(
-                f"format_version={format_version} was written by a newer hf_holo; this release reads up to {FORMAT}: "
+                f"format_version: {format_version} was written by a newer hf_holo; this release reads up to {FORMAT}: "
                 "upgrade with `pip install -U hf-holo`"
             )
         self.num_channels = num_channels
@@ -72,8 +72,8 @@ class ResonanceVisionConfig(BackboneConfigMixin, PretrainedConfig):
         self.patch_size = patch_size
         self.hidden_sizes = list(hidden_sizes)
         self.depths = list(depths)
-        one_for_all = isinstance(filter_reaches, int)
-        self.filter_reaches = [filter_reaches] * len(self.depths) if one_for_all else list(filter_reaches)
+        reaches = [filter_reaches] * len(self.depths) if isinstance(filter_reaches, int) else list(filter_reaches)
+        self.filter_reaches = reaches
         self.mlp_ratio = mlp_ratio
         self.interference = interference
         self.hidden_dropout_prob = hidden_dropout_prob
@@ -84,7 +84,7 @@ class ResonanceVisionConfig(BackboneConfigMixin, PretrainedConfig):
         self.check(kwargs.get("num_labels") or 2)
         self.stage_names = ["stem"] + [f"stage{stage}" for stage in range(1, len(self.depths) + 1)]
         choose_maps(self, out_features, out_indices)
-        super().__init__(**kwargs)
+        super().__init__(**{"tie_word_embeddings": False} | kwargs)
 
     def check(self, num_labels: int) -> None:
         check_positive(LARGEST, num_channels=self.num_channels, image_size=self.image_size, patch_size=self.patch_size)
@@ -93,12 +93,11 @@ class ResonanceVisionConfig(BackboneConfigMixin, PretrainedConfig):
         for name, at_most in (("hidden_sizes", WIDEST), ("depths", DEEPEST), ("filter_reaches", DEEPEST)):
             values = getattr(self, name)
             if not values or len(values) != stages:
-                raise ValueError(
-                    f"{name}={values} must have one number for each of the stages, as depths={self.depths}"
-                )
+                raise ValueError(f"{name}: {values}; one number for each stage is needed, as in depths={self.depths}")
             for stage, value in enumerate(values):
                 check_positive(at_most, **{f"{name}[{stage}]": value})
-        check_positive(LARGEST, mlp_ratio=self.mlp_ratio)
+        if not (isinstance(self.mlp_ratio, (int, float)) and 0 < self.mlp_ratio < LARGEST):
+            raise ValueError(f"mlp_ratio: {self.mlp_ratio!r} is not a positive number")
         check_choice("interference", self.interference, (True, False))
         check_probability(hidden_dropout_prob=self.hidden_dropout_prob, classifier_dropout=self.classifier_dropout)
 

@@ -21,5 +21,5 @@ def choose_maps(config: BackboneConfigMixin, out_features: list[str] | None, out
     config.out_features = list(out_features)
     if out_indices is not None and list(config.out_indices) != list(out_indices):
         raise ValueError(
-            f"out_indices={out_indices} and out_features={out_features} name different stages: give one of them"
+            f"out_indices: {out_indices} and out_features={out_features} name different stages; give one of them"
         )

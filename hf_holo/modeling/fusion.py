@@ -18,6 +18,8 @@ from .configuration_resonance_multimodal import ResonanceMultimodalConfig
 from .layers import at_least_float32
 from .phases import rotate_pairs
 
+REMEMBERED = 100  # batches over which the mean of features runs
+
 
 def superpose_products(parts: list[torch.Tensor]) -> torch.Tensor:
     """Every part, and every set of them bound together, superposed: Π(1 + b_m) - 1.
@@ -42,6 +44,46 @@ def superpose_products_naive(parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([total.real, total.imag], -1)
 
 
+class Centre(nn.Module):
+    """Takes the running mean off the features of an encoder, so that what is left tells examples apart.
+
+    What all examples have in common may be hundreds of times as strong as that by which they differ: the mean over the
+    patches of a picture is mostly background. Products of such features hardly vary, and learn nothing for long. The
+    mean is that of the examples so far in training, older ones fading (as the centre of DINO; Caron et al., 2021), and
+    stays as it is in evaluation, where no example sees another.
+
+    Args:
+        size: width of the features.
+    """
+
+    mean: torch.Tensor
+    batches: torch.Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("batches", torch.zeros(()))
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.mean)
+        nn.init.zeros_(self.batches)
+
+    @torch.no_grad()
+    def update(self, x: torch.Tensor, present: torch.Tensor) -> None:
+        """Take the examples of a batch that are present into account, `[B, size]` and `[B]`."""
+        share = present.to(x.dtype)[:, None]
+        mean = (x * share).sum(0) / share.sum().clamp_min(1)
+        self.batches += present.any()
+        weight = (1 / self.batches.clamp(1, REMEMBERED)) * present.any()  # all batches alike, as long as there are few
+        self.mean += weight.to(self.mean.dtype) * (mean.to(self.mean.dtype) - self.mean)
+
+    def forward(self, x: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        """`[B, size]` and `[B]` to `[B, size]`."""
+        if self.training:
+            self.update(x.detach().where(present[:, None], 0), present)
+        return x - self.mean.to(x.dtype)
+
+
 class Fusion(nn.Module):
     """One vector from the features of all modalities that are present, in the way that `config.fusion` names.
 
@@ -53,6 +95,7 @@ class Fusion(nn.Module):
         super().__init__()
         self.kind, self.modalities, self.norm_eps = config.fusion, config.modalities, config.norm_eps
         sizes = {name: getattr(config, f"{name}_config").hidden_size for name in self.modalities}
+        self.centres = nn.ModuleDict({name: Centre(size) for name, size in sizes.items()})
         self.projections = nn.ModuleDict({name: nn.Linear(size, config.hidden_size) for name, size in sizes.items()})
         self.roles = None  # phases in radians, of each modality
         if self.kind == "binding":
@@ -68,7 +111,7 @@ class Fusion(nn.Module):
         `[B, width]` and `[B]` to `[B, D]`. Their lengths are free: a phasor of no length says nothing about an example.
         Where all are of length one, the same is learned more slowly.
         """
-        projected = self.projections[name](pooled)
+        projected = self.projections[name](self.centres[name](pooled, present))
         projected = projected.to(at_least_float32(projected.dtype))
         power = projected.square().mean(-1, keepdim=True) * 2  # a phasor is two numbers
         return (projected * torch.rsqrt(power + self.norm_eps)).where(present[:, None], 0.0)

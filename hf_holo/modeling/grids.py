@@ -21,7 +21,8 @@ from torch import nn
 from .layers import at_least_float32, init_copy_
 from .recording import exporting, fixed_table
 
-DENSE_CELLS = 256  # the largest grid that is filtered by one matrix a channel: up to there it is faster than FFTs
+DENSE_CELLS = 256  # the largest grid that is filtered by one matrix a channel: up to there it is faster than FFTs ...
+CELLS_PER_ROW = 32  # ... if there are so many rows in the batch that making the matrices pays: a row for each 32 cells
 
 
 def grid_kernel(magnitude: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
@@ -61,8 +62,8 @@ def _kernel_tables(side: int) -> tuple[np.ndarray, np.ndarray]:
 def grid_filter(x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
     """Filter every channel of a grid: y[i, j] = Σ_{p, q} kernel[R + p, R + q] x[i - p, j - q], with zeros outside.
 
-    Small grids are multiplied by one matrix for each channel, larger ones go through FFTs in O(HW log HW). Recorded
-    graphs hold the transforms as real matrix products.
+    Small grids in large batches are multiplied by one matrix for each channel, others go through FFTs in
+    O(HW log HW). Recorded graphs hold the transforms as real matrix products.
 
     Args:
         x: `[B, H, W, D]`.
@@ -73,9 +74,8 @@ def grid_filter(x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
     """
     if exporting():
         return grid_filter_by_products(x, kernel)
-    if x.shape[1] * x.shape[2] <= DENSE_CELLS:
-        return grid_filter_dense(x, kernel)
-    return grid_filter_by_ffts(x, kernel)
+    dense = x.shape[1] * x.shape[2] <= min(DENSE_CELLS, CELLS_PER_ROW * x.shape[0])
+    return grid_filter_dense(x, kernel) if dense else grid_filter_by_ffts(x, kernel)
 
 
 def grid_filter_naive(x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
@@ -133,10 +133,8 @@ def grid_filter_by_products(x: torch.Tensor, kernel: torch.Tensor) -> torch.Tens
     O(HW (H + W)) and without a branch on a size: what is recorded in graphs."""
     height, width, reach = x.shape[1], x.shape[2], kernel.shape[-1] // 2
     rows, columns = height + 2 * reach, width + 2 * reach  # N and M: no shorter than the kernel
-    place = {"device": x.device}
-    lags = torch.arange(-reach, reach + 1, **place)
-    n, v = torch.arange(rows, **place), torch.arange(columns // 2 + 1, **place)
-    i, j = torch.arange(height, **place), torch.arange(width, **place)
+    i, j, n, v = (torch.arange(end, device=x.device) for end in (height, width, rows, columns // 2 + 1))
+    lags = torch.arange(-reach, reach + 1, device=x.device)
 
     # 1. columns to M // 2 + 1 =: V frequencies, then rows to N, of the grid and of the kernel
     real, imaginary = (part.transpose(1, 2) for part in _turned(x, None, v, j, columns, -1))  # [B, V, H, D]
@@ -158,7 +156,7 @@ def _turned(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Σ_b e^{sign 2πi out[a] into[b] / length} x[..., b, D]: real and imaginary part `[..., A, D]` from those
     `[..., B, D]`, the second of which may be None for zeros."""
-    angle = (out[:, None] * into % length).to(real.dtype) * (sign * 2 * math.pi / length)
+    angle = (out[:, None] * into % length).to(real.dtype) / length * (sign * 2 * math.pi)
     cosine, sine = angle.cos(), angle.sin()
     if imaginary is None:
         return cosine @ real, sine @ real

@@ -280,18 +280,18 @@ class ResonanceAudioModel(ResonanceAudioPreTrainedModel, RecurrentStack):
     def _samples(self, input_values: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """The waveforms, checked, in the precision of the spectra."""
         if input_values is None or input_values.dim() != 2 or not input_values.is_floating_point():
-            given = "None" if input_values is None else f"of shape {tuple(input_values.shape)}, {input_values.dtype}"
+            given = None if input_values is None else f"{input_values.dtype} of shape {tuple(input_values.shape)}"
             raise ValueError(
-                f"input_values {given}: give [batch, samples] of one channel, as floating-point numbers between -1 and "
-                "1; ResonanceFeatureExtractor makes them"
+                f"input_values: {given}; give [batch, samples] of one channel, as floating-point numbers between -1 "
+                "and 1, as ResonanceFeatureExtractor makes them"
             )
         if not exporting() and 0 in input_values.shape:
-            raise ValueError(f"input_values of shape {tuple(input_values.shape)} are empty; give at least one sample")
+            raise ValueError(f"input_values: nothing, of shape {tuple(input_values.shape)}; give at least one sample")
         if attention_mask is not None and not exporting():
             if attention_mask.shape != input_values.shape:
                 raise ValueError(
-                    f"attention_mask of shape {tuple(attention_mask.shape)} does not fit the samples "
-                    f"{tuple(input_values.shape)}: give one value for each, 1 where it is real and 0 at padding"
+                    f"attention_mask: shape {tuple(attention_mask.shape)} does not fit the samples "
+                    f"{tuple(input_values.shape)}; give one value for each, 1 where it is real and 0 at padding"
                 )
             if has_values(attention_mask) and bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
                 raise ValueError("attention_mask: padding must come after the samples; pad on the right")
@@ -462,7 +462,7 @@ class ResonanceAudioAutoencoder(ResonanceAudioPreTrainedModel):
         """
         check_arguments(self, kwargs)
         if (input_values is None) == (input_features is None):
-            raise ValueError("give exactly one of input_values and input_features")
+            raise ValueError("input_values, input_features: give exactly one of them")
         target, layout = self._steps(input_values, input_features, attention_mask)
         latents = self.to_latent(self.model.encode(target, layout)[-1])
         frames = self.decode(latents, layout)
@@ -497,7 +497,7 @@ class ResonanceAudioAutoencoder(ResonanceAudioPreTrainedModel):
         per_step = self.config.frames_per_step
         if frames.dim() != 3 or frames.shape[2] != self.config.num_mel_bins or frames.shape[1] < per_step:
             raise ValueError(
-                f"input_features of shape {tuple(frames.shape)}: give [batch, frames, {self.config.num_mel_bins}], at "
+                f"input_features: shape {tuple(frames.shape)}; give [batch, frames, {self.config.num_mel_bins}], at "
                 f"least {per_step} frames"
             )
         lengths = None if mask is None else mask.long().sum(1) // per_step

@@ -101,9 +101,7 @@ def mean_of_tokens(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Ten
 class ResonanceMultimodalPreTrainedModel(FamilyPreTrainedModel):
     config_class = ResonanceMultimodalConfig
     capabilities = frozenset({"bidirectional", "strict_arguments"})
-    _no_split_modules = [
-        block for encoder in ENCODERS.values() for block in (getattr(encoder, "_no_split_modules", None) or ())
-    ]
+    _no_split_modules = [block for encoder in ENCODERS.values() for block in encoder._no_split_modules]
 
     def __init__(self, config: ResonanceMultimodalConfig) -> None:
         super().__init__(config)
@@ -149,9 +147,10 @@ class _Encoders(ResonanceMultimodalPreTrainedModel):
             values = values.where(along(present, values), 0)
             mask = None if mask is None else mask.where(along(present, mask), 1)
         if name == "text":
-            return mean_of_tokens(encoder(input_ids=values, attention_mask=mask).last_hidden_state, mask)
-        mask_name = "pixel_mask" if name == "vision" else "attention_mask"
-        return encoder(**{INPUTS[name][0]: values, mask_name: mask}, return_dict=True).pooler_output
+            return mean_of_tokens(encoder(values, mask, return_dict=True).last_hidden_state, mask)
+        if name == "vision":
+            return encoder(pixel_values=values, pixel_mask=mask, return_dict=True).pooler_output
+        return encoder(input_values=values, attention_mask=mask, use_cache=False, return_dict=True).pooler_output
 
     def inputs_of(self, **given: torch.Tensor | None) -> Inputs:
         """The inputs of `forward` by modality, those that are given.
@@ -183,9 +182,8 @@ class _Encoders(ResonanceMultimodalPreTrainedModel):
             rows["modality_mask"] = modality_mask.shape[0]
         values, names = next(iter(inputs.values()))[0], self.config.modalities
         if not exporting() and len(set(rows.values())) > 1:
-            raise ValueError(
-                f"the numbers of examples differ: {', '.join(f'{n} has {size}' for n, size in rows.items())}"
-            )
+            sizes = ", ".join(f"{name} has {size}" for name, size in rows.items())
+            raise ValueError(f"the numbers of examples differ: {sizes}")
         given = torch.tensor([name in inputs for name in names], device=values.device)
         if modality_mask is None:
             return given.expand(values.shape[0], -1)

@@ -19,8 +19,6 @@ from .losses import classification_loss
 from .pretrained import FamilyPreTrainedModel
 from .recording import exporting
 
-# What is ignored below as arg-type: transformers' outputs ask for a FloatTensor, which no Tensor is to a type checker.
-
 
 class GridMerging(nn.Module):
     """Joins squares of `side` × `side` cells into one by a linear map; cells that are missing or masked are zero.
@@ -69,7 +67,7 @@ class ResonanceVisionBlock(GradientCheckpointingLayer):
     def __init__(self, config: ResonanceVisionConfig, stage: int) -> None:
         super().__init__()
         dim = config.hidden_sizes[stage]
-        inner = dim * config.mlp_ratio
+        inner = max(1, int(dim * config.mlp_ratio))
         self.norm = nn.LayerNorm(dim, eps=config.norm_eps, bias=False)
         self.filter = GridFilter(dim, config.filter_reaches[stage])
         self.filter_norm = nn.LayerNorm(dim, eps=config.norm_eps, bias=False)
@@ -159,22 +157,19 @@ class ResonanceVisionEncoder(nn.Module):
         if pixel_values is None:
             raise ValueError("pixel_values: None; give pictures [batch, channels, height, width]")
         shape = tuple(pixel_values.shape)
-        if pixel_values.dim() != 4 or shape[1] != self.num_channels:
-            raise ValueError(
-                f"pixel_values of shape {shape}: give [batch, {self.num_channels} channels, height, width]"
-            )
+        if pixel_values.dim() != 4 or (not exporting() and shape[1] != self.num_channels):
+            raise ValueError(f"pixel_values: shape {shape}; give [batch, {self.num_channels} channels, height, width]")
         if not pixel_values.is_floating_point():
-            raise ValueError(f"pixel_values of {pixel_values.dtype}: give floats, as the image processor makes them")
+            raise ValueError(f"pixel_values: {pixel_values.dtype}; give floats, as the image processor makes them")
         if exporting():
             return
         if not shape[0]:
-            raise ValueError(f"pixel_values of shape {shape}: the batch is empty; give at least one picture")
+            raise ValueError(f"pixel_values: shape {shape}, the batch is empty; give at least one picture")
         if min(shape[2:]) < self.patch_size:
-            raise ValueError(f"pixel_values of shape {shape}: smaller than one patch of {self.patch_size} pixels")
-        if pixel_mask is not None and tuple(pixel_mask.shape) != (shape[0], *shape[2:]):
-            raise ValueError(
-                f"pixel_mask of shape {tuple(pixel_mask.shape)}: give {(shape[0], *shape[2:])}, 1 at real pixels"
-            )
+            raise ValueError(f"pixel_values: shape {shape}, smaller than one patch of {self.patch_size} pixels")
+        wanted = (shape[0], *shape[2:])
+        if pixel_mask is not None and tuple(pixel_mask.shape) != wanted:
+            raise ValueError(f"pixel_mask: shape {tuple(pixel_mask.shape)}; give {wanted}, 1 at real pixels")
 
 
 class ResonanceVisionModel(ResonanceVisionPreTrainedModel):
@@ -227,7 +222,7 @@ class ResonanceVisionModel(ResonanceVisionPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         maps = tuple(grid.permute(0, 3, 1, 2) for grid in grids) if output_hidden_states else None
-        output = BaseModelOutputWithPooling(hidden, pooled, maps)  # type: ignore[arg-type]
+        output = BaseModelOutputWithPooling(hidden, pooled, maps)
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
 
 
@@ -263,11 +258,11 @@ class ResonanceVisionForImageClassification(ResonanceVisionPreTrainedModel):
         output = self.model(pixel_values, pixel_mask, output_hidden_states=output_hidden_states, return_dict=True)
         logits = self.classifier(self.dropout(output.pooler_output))
         loss = None if labels is None else classification_loss(self, logits, labels, **of_loss)
-        result = ImageClassifierOutput(loss, logits, output.hidden_states)  # type: ignore[arg-type]
+        result = ImageClassifierOutput(loss, logits, output.hidden_states)  # type: ignore[arg-type]  # as in heads.py
         return result if wants_dict(self.config, return_dict) else result.to_tuple()
 
 
-class ResonanceVisionBackbone(BackboneMixin, ResonanceVisionPreTrainedModel):  # type: ignore[misc]  # by version
+class ResonanceVisionBackbone(BackboneMixin, ResonanceVisionPreTrainedModel):
     """Feature maps at several scales for detection, segmentation and other dense tasks."""
 
     _auto_class = "AutoBackbone"
@@ -275,18 +270,20 @@ class ResonanceVisionBackbone(BackboneMixin, ResonanceVisionPreTrainedModel):  #
 
     def __init__(self, config: ResonanceVisionConfig) -> None:
         super().__init__(config)
-        if hasattr(self, "_init_backbone"):  # transformers 4.57; 5 has done it by now
-            self._init_backbone(config)
-        self.num_features = [config.hidden_sizes[0], *config.hidden_sizes]
+        begin: Any = getattr(self, "_init_backbone", None)  # of transformers 4.57; 5 has done it by now
+        if begin is not None:
+            begin(config)
+        self.num_features: list[int] = [config.hidden_sizes[0], *config.hidden_sizes]
         self.encoder = ResonanceVisionEncoder(config)
-        sizes = dict(zip(self.stage_names, self.num_features, strict=True))
-        self.norms = nn.ModuleDict({name: nn.LayerNorm(sizes[name], eps=config.norm_eps) for name in self.out_features})
+        chosen: Any = self.out_features
+        sizes = dict(zip(config.stage_names, self.num_features, strict=True))
+        self.norms = nn.ModuleDict({name: nn.LayerNorm(sizes[name], eps=config.norm_eps) for name in chosen})
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.stem.proj  # whose output is a tensor, as transformers 5 expects
 
-    def forward(  # type: ignore[override]  # the mixin's takes the arguments of all backbones
+    def forward(
         self,
         pixel_values: torch.Tensor | None = None,
         pixel_mask: torch.Tensor | None = None,
@@ -298,13 +295,14 @@ class ResonanceVisionBackbone(BackboneMixin, ResonanceVisionPreTrainedModel):  #
         padding. Arguments and errors as in [`ResonanceVisionModel.forward`]."""
         check_arguments(self, kwargs)
         grids, masks = self.encoder(pixel_values, pixel_mask)
+        chosen: Any = self.out_features
         maps = []
-        for name, grid, mask in zip(self.stage_names, grids, masks, strict=True):
-            if name in self.out_features:
+        for name, grid, mask in zip(self.config.stage_names, grids, masks, strict=True):
+            if name in chosen:
                 grid = self.norms[name](grid)
                 maps.append((grid if mask is None else grid * mask[..., None]).permute(0, 3, 1, 2))
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         kept = tuple(grid.permute(0, 3, 1, 2) for grid in grids) if output_hidden_states else None
-        output = BackboneOutput(tuple(maps), kept)  # type: ignore[arg-type]
+        output = BackboneOutput(tuple(maps), kept)
         return output if wants_dict(self.config, return_dict) else output.to_tuple()

@@ -37,11 +37,11 @@ class ResonanceFeatureExtractor(SequenceFeatureExtractor):
         **kwargs: Any,
     ) -> None:
         if not isinstance(sampling_rate, int) or sampling_rate < 1:
-            raise ValueError(f"sampling_rate={sampling_rate!r} must be a positive integer, in hertz")
+            raise ValueError(f"sampling_rate: {sampling_rate!r} is not a positive integer, in hertz")
         if feature_size != 1:
-            raise ValueError(f"feature_size={feature_size!r}: these models hear one channel, feature_size=1")
+            raise ValueError(f"feature_size: {feature_size!r}; these models hear one channel, feature_size=1")
         if kwargs.get("padding_side", "right") != "right":
-            raise ValueError(f"padding_side={kwargs['padding_side']!r}: padding comes after the samples, 'right'")
+            raise ValueError(f"padding_side: {kwargs['padding_side']!r}; padding comes after the samples, 'right'")
         super().__init__(feature_size, sampling_rate, padding_value, **kwargs)
         self.do_normalize = do_normalize
         self.return_attention_mask = return_attention_mask
@@ -71,7 +71,7 @@ class ResonanceFeatureExtractor(SequenceFeatureExtractor):
         """
         if sampling_rate is not None and sampling_rate != self.sampling_rate:
             raise ValueError(
-                f"sampling_rate={sampling_rate}: this extractor, and the model that it belongs to, take "
+                f"sampling_rate: {sampling_rate}; this extractor, and the model that it belongs to, take "
                 f"{self.sampling_rate} hertz; resample the recordings"
             )
         recordings = [self._waveform(recording, place) for place, recording in enumerate(_as_list(raw_speech))]

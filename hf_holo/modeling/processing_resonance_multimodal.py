@@ -19,7 +19,7 @@ from transformers.feature_extraction_utils import FeatureExtractionMixin
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import PROCESSOR_NAME
 
-from .remote_code import complete_code
+from .remote_code import complete_code, reference
 
 
 class Part(NamedTuple):
@@ -188,7 +188,7 @@ class ResonanceProcessor(ProcessorMixin):
         `legacy_serialization`, an argument of transformers 4.57, changes nothing.
         """
         parts = {name: getattr(self, name).to_dict() for name in self.attributes if name != "tokenizer"}
-        code = {"auto_map": self.auto_map} if hasattr(self, "auto_map") else {}
+        code = {"auto_map": {self._auto_class: reference(type(self))}} if self._auto_class is not None else {}
         return {"processor_class": type(self).__name__, "parts": self.attributes, **parts, **code}
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:

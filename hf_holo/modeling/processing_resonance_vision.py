@@ -55,18 +55,18 @@ class ResonanceImageProcessor(BaseImageProcessor):
         check_choice("resample", resample, tuple(range(6)))
         check_positive(patch_size=patch_size)
         if not 0 <= background <= 1:
-            raise ValueError(f"background={background!r} must be from 0 (black) to 1 (white)")
+            raise ValueError(f"background: {background!r} is not from 0 (black) to 1 (white)")
         self.size = _named_size(size)
         self.resample = resample
         self.num_channels = num_channels
         self.image_mean = _for_channels("image_mean", image_mean, num_channels)
         self.image_std = _for_channels("image_std", image_std, num_channels)
         if min(self.image_std) <= 0:
-            raise ValueError(f"image_std={image_std!r} must be positive")
+            raise ValueError(f"image_std: {image_std!r} is not positive")
         self.background = background
         self.patch_size = patch_size
 
-    def preprocess(
+    def preprocess(  # type: ignore[override]  # transformers' takes any arguments
         self,
         images: Any,
         size: int | Mapping[str, int] | None = None,
@@ -117,7 +117,7 @@ class ResonanceImageProcessor(BaseImageProcessor):
         picture = _to_channels(picture, self.num_channels, self.background)
         if size is not None:
             picture = _resize(picture, size, self.resample)
-        normalised = (picture - np.float32(self.image_mean)) / np.float32(self.image_std)
+        normalised = (picture - np.array(self.image_mean, np.float32)) / np.array(self.image_std, np.float32)
         return np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32)
 
 
@@ -128,7 +128,7 @@ def _named_size(size: int | Mapping[str, int] | None) -> dict[str, int] | None:
         size = {"height": size, "width": size}
     if not (isinstance(size, Mapping) and set(size) in EDGES):
         raise ValueError(
-            f"size={size!r} must be a number of pixels, or name height and width, shortest_edge or longest_edge"
+            f"size: {size!r}; give a number of pixels, or name height and width, shortest_edge or longest_edge"
         )
     check_positive(2**16, **{f"size[{edge!r}]": pixels for edge, pixels in size.items()})
     return dict(size)
@@ -137,7 +137,7 @@ def _named_size(size: int | Mapping[str, int] | None) -> dict[str, int] | None:
 def _for_channels(name: str, value: float | Sequence[float], channels: int) -> list[float]:
     values = [float(value)] * channels if isinstance(value, (int, float)) else [float(v) for v in value]
     if len(values) != channels or not np.isfinite(values).all():
-        raise ValueError(f"{name}={value!r} must be one number, or one for each of num_channels={channels}")
+        raise ValueError(f"{name}: {value!r}; give one number, or one for each of num_channels={channels}")
     return values
 
 
@@ -229,7 +229,7 @@ def _to_channels(picture: np.ndarray, channels: int, background: float) -> np.nd
         return colours
     if channels == 3:
         return np.repeat(colours, 3, axis=2)
-    return colours @ np.float32([[0.299], [0.587], [0.114]])  # luma of ITU-R BT.601, as in Pillow
+    return colours @ np.array([[0.299], [0.587], [0.114]], np.float32)  # luma of ITU-R BT.601, as in Pillow
 
 
 def _resize(picture: np.ndarray, size: Mapping[str, int], resample: int) -> np.ndarray:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 
+from .kernels import cancelling_by_kernel, fits, interference_by_kernel
 from .layers import faded
 from .recording import exporting, fixed_table, levels_to_reach, single_token
 
@@ -50,6 +51,8 @@ def interference_scan(
     Returns:
         y `[B, H·G, T, V]` and the state after the last token `[B, H, F, V]`.
     """
+    if fits(q):
+        return interference_by_kernel(q, k, v, log_decay, log_write, state, document)
     length, heads, groups = q.shape[2], k.shape[1], q.shape[1] // k.shape[1]
     if not exporting() or single_token(length):
         chunk = min(chunk, length)
@@ -376,6 +379,8 @@ def cancelling_scan(
     Returns:
         y `[B, H·G, T, V]` and the state after the last token `[B, H, F, V]`.
     """
+    if fits(q):
+        return cancelling_by_kernel(q, k, v, log_decay, strength, state, document)
     length, heads, groups = q.shape[2], k.shape[1], q.shape[1] // k.shape[1]
     if not exporting() or single_token(length):
         chunk = min(chunk, length)

@@ -1,5 +1,6 @@
 """The tasks of pictures, sounds and several senses: to tell classes."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -19,7 +20,8 @@ from ..data.images import AUGMENTATIONS as OF_PICTURES
 from ..data.images import image_collator, load_images
 from ..data.labelled import LabelledCollator, named_augmentations
 from ..data.processors import new_processor, saved_processor
-from ..data.senses import SENSES, DigitSplits, load_digits, senses_collator
+from ..data.scenes import load_scenes
+from ..data.senses import KEYS, SENSES, load_digits, senses_collator
 from ..data.tokenizers import make_tokenizer
 from ..errors import HoloError
 from ..eval.metrics import ClassScores
@@ -97,7 +99,8 @@ class ClassTask(Task):
 
     def loading_options(self) -> dict[str, Any]:
         """A head for other classes is a new one."""
-        if {int(number): name for number, name in self.config.id2label.items()} == dict(enumerate(self.class_names)):
+        known = self.config.id2label or {}
+        if {int(number): name for number, name in known.items()} == dict(enumerate(self.class_names)):
             return {}
         return {**ClassTask.model_values(self), "ignore_mismatched_sizes": True}
 
@@ -181,16 +184,21 @@ class MultimodalTask(ClassTask):
     known_augmentations = {**OF_PICTURES, **OF_SOUNDS}
     accuracies: dict[str, float]
 
-    def splits(self, checkpoint: Path | None) -> DigitSplits:
-        data = self.run.data
-        if not (data.image_data and data.audio_data):
-            raise HoloError(
-                "image_data, audio_data: name pictures and recordings of digits: a file, a folder or a data set"
-            )
-        audio_config = getattr(self.configured(), "audio_config", None)
+    def splits(self, checkpoint: Path | None) -> Any:
+        data, audio_config = self.run.data, getattr(self.configured(), "audio_config", None)
         rate = None if audio_config is None else audio_config.sampling_rate
-        splits = load_digits(data.image_data, data.audio_data, data.question, rate, seed=self.run.training.seed)
-        self._texts = [sentence.text for sentence in splits.train.sentences]
+        if data.train_file or data.dataset_name:
+            options = {name: value for name, value in self.options().items() if name != "hold_out"}
+            columns = {name: getattr(data, name) for name in ("image_column", "audio_column", "text_column")}
+            splits: Any = load_scenes(**options, **columns, sampling_rate=rate).checked()
+            self._texts = [text for text in splits.train.senses.get("text", ()) if text]
+        elif data.image_data and data.audio_data:
+            splits = load_digits(data.image_data, data.audio_data, data.question, rate, seed=self.run.training.seed)
+            self._texts = [sentence.text for sentence in splits.train.sentences]
+        else:
+            raise HoloError(
+                "train_file: name a table, or pictures and recordings of digits as image_data and audio_data"
+            )
         self.processor = self.loaded_processor(checkpoint)
         return splits
 
@@ -207,27 +215,28 @@ class MultimodalTask(ClassTask):
             parts["feature_extractor"] = new_processor("AutoFeatureExtractor", config.audio_config)
         return get_architecture(config.model_type).processor(**parts)
 
-    def model_values(self) -> dict[str, Any]:
-        values = super().model_values()
-        tokenizer = getattr(self.processor, "tokenizer", None)
+    def config_values(self) -> dict[str, Any]:
+        """With the vocabulary of the tokenizer in the config of the text encoder."""
+        values, tokenizer = super().config_values(), getattr(self.processor, "tokenizer", None)
         if tokenizer is not None:
-            text = self.configured().text_config.to_dict()
             ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-            values["text_config"] = {**text, **ids}
+            values["text_config"] = {**self.configured().text_config.to_dict(), **ids}
         return values
 
     def collator(self) -> LabelledCollator:
         return senses_collator(self.processor, self.run.data.augment, self.run.training.seed)
 
     def name_of_data(self) -> str:
+        if self.run.data.train_file or self.run.data.dataset_name:
+            return super().name_of_data()
         return f"{self.run.data.image_data} and {self.run.data.audio_data}, question: {self.run.data.question}"
 
     def score_more(self, trainer: HoloTrainer) -> None:
-        """All held-out examples, with each choice of the senses."""
+        """All held-out examples, with each choice of the senses that all of them have."""
         super().score_more(trainer)
-        senses = [sense for sense in SENSES if sense in trainer.model.config.modalities]
-        if self.run.data.question == "sum":
-            senses = [sense for sense in senses if sense != "text"]  # which say nothing of a sum
+        known = [sense for sense in SENSES if sense in trainer.model.config.modalities]
+        examples = [self.validation[number] for number in range(len(self.validation))]
+        senses = [sense for sense in known if all(example[KEYS[sense]] is not None for example in examples)]
         self.accuracies, labels = {}, np.asarray(self.validation.labels)
         for count in range(1, len(senses) + 1):
             for given in combinations(senses, count):
@@ -237,16 +246,20 @@ class MultimodalTask(ClassTask):
     def write_results(self, trainer: HoloTrainer, metrics: dict[str, float]) -> None:
         super().write_results(trainer, metrics)
         folder = folder_of(self.run.training)
-        write_senses(folder, self.accuracies)
+        if self.accuracies:
+            write_senses(folder, self.accuracies)
         for given, accuracy in self.accuracies.items():
             print(f"  given {given}: {accuracy:.1%} right")
 
     @staticmethod
     def draw(axes: Any, example: Mapping[str, Any]) -> None:
-        draw_image(axes, example)
+        if example["image"] is not None:
+            draw_image(axes, example)
+        elif example["audio"] is not None:
+            draw_sound(axes, example)
         axes.axis("on")
         axes.set(xticks=[], yticks=[])
-        axes.set_xlabel("\n".join((example["text"] or "").rsplit(" ", 2)), fontsize=6)
+        axes.set_xlabel("\n".join(textwrap.wrap(example["text"] or "", 24)[:2]), fontsize=6)
 
 
 def pairs(words: Sequence[str]) -> dict[str, str] | None:

@@ -46,6 +46,10 @@ class Task:
         """Config values of a new model that follow from the data."""
         return {}
 
+    def config_values(self) -> dict[str, Any]:
+        """Config values of a new model: those of [`model_values`], and those that the run names."""
+        return {**self.model_values(), **self.run.model_overrides}
+
     def loading_options(self) -> dict[str, Any]:
         """Options for `from_pretrained` of a model that is trained further."""
         return {}

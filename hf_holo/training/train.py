@@ -168,7 +168,7 @@ def make_task(run: Run) -> Task:
     if run.model.task is None:
         causal = run.model_overrides.get("causal", getattr(config, "causal", None))
         wanted = "masked" if causal is False else "causal"
-        run.model.task = wanted if wanted in known or not known else known[0]
+        run.model.task = wanted if wanted in known or not known else known[0]  # type: ignore[assignment]  # of TASKS
     if run.model.task not in known:
         raise HoloError(
             f"task: {config.model_type!r} has no model for the task {run.model.task!r}, only for "
@@ -192,7 +192,7 @@ def load_model(run: Run, task: Task) -> PreTrainedModel:
         if source:
             model = task.auto_class.from_pretrained(source, **task.loading_options(), **overrides)
         else:
-            config = preset_config(str(preset), **{**task.model_values(), **overrides})
+            config = preset_config(str(preset), **task.config_values())
             with within_memory(True):
                 model = task.auto_class.from_config(config)
     except UNREADABLE as error:

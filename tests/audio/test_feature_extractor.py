@@ -36,7 +36,7 @@ def test_normalization_is_by_recording_and_bears_silence():
 @pytest.mark.parametrize(
     ("recordings", "options", "message"),
     [
-        (np.zeros(9), {"sampling_rate": 16000}, "sampling_rate=16000.*8000 hertz"),
+        (np.zeros(9), {"sampling_rate": 16000}, "sampling_rate: 16000.*8000 hertz"),
         ([np.zeros(9), np.zeros(0)], {}, "recording 1 is empty"),
         ([], {}, "empty list"),
         (np.zeros((9, 2)), {}, r"shape \(9, 2\).*one channel"),

@@ -610,6 +610,12 @@ class Fault:
     also: tuple[str, ...] = ()
 
 
+def new_toy(*sublayers: str, **config: object) -> ToyForCausalLM:
+    """A toy of these layers, with random weights."""
+    torch.manual_seed(0)
+    return ToyForCausalLM(ToyConfig(sublayers, **config)).eval()
+
+
 def _toy(*sublayers: str, model_class: type[PreTrainedModel] = ToyForCausalLM) -> Model:
     return Model(model_class, ToyConfig(sublayers=sublayers or ["Recurrence"]))
 

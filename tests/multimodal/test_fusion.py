@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from several_senses import FAMILY
 
 from hf_holo.modeling.binding import bind, bind_phasors, bind_phasors_naive
-from hf_holo.modeling.fusion import Fusion, drop_modalities, superpose_products, superpose_products_naive
+from hf_holo.modeling.fusion import Centre, Fusion, drop_modalities, superpose_products, superpose_products_naive
 from hf_holo.modeling.losses import contrastive_loss, contrastive_loss_naive
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -54,7 +54,7 @@ def test_zeros_add_exactly_nothing(place):
 
 @pytest.mark.parametrize("fusion", ["binding", "superposition", "concatenation"])
 def test_features_have_power_one_whatever_their_scale(make, fusion):
-    fusion = Fusion(make(fusion=fusion).config)
+    fusion = Fusion(make(fusion=fusion).config).eval()
     pooled, present = torch.randn(6, 16), torch.tensor([1, 1, 1, 0, 1, 1]).bool()
     torch.nn.init.normal_(fusion.projections["vision"].weight)
     torch.nn.init.zeros_(fusion.projections["vision"].bias)
@@ -63,6 +63,22 @@ def test_features_have_power_one_whatever_their_scale(make, fusion):
     power = features[present].square().sum(-1) / (features.shape[-1] / 2)  # of a phasor
     torch.testing.assert_close(power, torch.ones(5), rtol=1e-3, atol=0)
     torch.testing.assert_close(fusion.features("vision", 9 * pooled, present), features, rtol=1e-3, atol=1e-3)
+
+
+def test_the_mean_of_what_is_present_is_taken_off():
+    """At first that of all batches so far, without placeholders; in evaluation it stays as it is."""
+    centre = Centre(5)
+    batches, present = torch.randn(3, 8, 5) + 4, torch.rand(3, 8) < 0.5
+    batches[~present] = torch.nan
+    seen = [centre(x, real)[real] for x, real in zip(batches, present, strict=True)]
+    means = torch.stack([x[real].mean(0) for x, real in zip(batches, present, strict=True)])
+    torch.testing.assert_close(centre.mean, means.mean(0))
+    torch.testing.assert_close(seen[0].mean(0), torch.zeros(5), rtol=0, atol=1e-5)
+    centre(torch.full((8, 5), torch.nan), torch.zeros(8, dtype=torch.bool))  # an empty batch says nothing
+    centre.eval()
+    x = torch.randn(2, 5)
+    torch.testing.assert_close(centre(x, torch.ones(2, dtype=torch.bool)), x - means.mean(0))
+    torch.testing.assert_close(centre.mean, means.mean(0))
 
 
 def test_a_role_that_is_alone_is_turned_back_exactly(make):

@@ -12,8 +12,10 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
-from transformers import AutoFeatureExtractor, AutoImageProcessor, pipeline
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, pipeline
 
+from hf_holo.data.scenes import load_scenes
+from hf_holo.data.senses import load_digits
 from hf_holo.errors import HoloError
 from hf_holo.training.arguments import parse
 from hf_holo.training.train import main, train
@@ -98,7 +100,7 @@ def test_a_run_writes_all_it_promises(tiny_run, data, tmp_path, recipe, capsys):
     assert answers == [row["prediction"] for row in predictions]
 
 
-@pytest.mark.feature("training", "resuming to the bit")
+@pytest.mark.feature("training", "resuming to the bit", family=["resonance_vision", "resonance_audio"])
 @pytest.mark.parametrize("recipe", TINY)
 def test_resuming_is_exact(tiny_run, tmp_path, recipe):
     """With augmentation, in the middle of the second epoch."""
@@ -171,3 +173,89 @@ def test_bad_arguments_are_refused(data, tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         main(shlex.split(words))
     assert not (tmp_path / "run").exists()
+
+
+# Several senses -----------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "text_config": {"hidden_size": 8, "num_hidden_layers": 1},
+    "vision_config": {"image_size": 8, "patch_size": 4, "hidden_sizes": [8], "depths": [1], "filter_reaches": 1},
+    "audio_config": {"hidden_size": 8, "num_hidden_layers": 1, "sampling_rate": 8000, "num_mel_bins": 8},
+    "hidden_size": 16,
+}
+
+
+def several(**parts) -> list[str]:
+    """`--model` for a tiny model of several senses."""
+    return ["--model", *(f"{name}={json.dumps(value)}" for name, value in (SMALL | parts).items())]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """A table of pictures, sounds and texts, of which each tells the class; every fifth text is missing."""
+    random, rows = np.random.default_rng(0), []
+    for number in range(40):
+        label = number % 2
+        file, sound = io.BytesIO(), io.BytesIO()
+        Image.new("RGB", (8, 8), (60 + 120 * label,) * 3).save(file, "PNG")
+        tone = np.sin(2 * np.pi * (400 + 900 * label) * np.arange(random.integers(1000, 1600)) / 8000)
+        soundfile.write(sound, 0.5 * tone, 8000, format="WAV")
+        text = None if number % 5 == 4 else ("dark", "light")[label]
+        media = {name: {"bytes": one.getvalue(), "path": None} for name, one in (("image", file), ("audio", sound))}
+        rows.append({**media, "text": text, "label": ("night", "day")[label]})
+    table = datasets.Dataset.from_list(rows)
+    table = table.cast_column("image", datasets.Image(decode=False)).cast_column("audio", datasets.Audio(decode=False))
+    path = tmp_path_factory.mktemp("scenes") / "scenes.parquet"
+    table.to_parquet(path)
+    return path
+
+
+@pytest.mark.feature("training", "hf-holo train", family="resonance_multimodal")
+def test_a_table_of_several_senses(scenes, tmp_path, capsys):
+    words = "--preset resonance-multimodal-tiny --task multimodal-classification --optimizer adamw"
+    flags = f"{words} {COMMON} --max_steps 12 --eval_steps 6 --validation_fraction 0.25 --train_file {scenes}"
+    train(parse([*shlex.split(flags), "--output_dir", str(tmp_path / "run"), *several()]))
+    said = capsys.readouterr().out
+    assert "30 examples to learn from, 10 held-out ones are scored" in said
+    given = [row["given"] for row in csv.DictReader((tmp_path / "run" / "senses.csv").open())]
+    assert given == ["vision", "audio", "vision + audio"], "texts are missing"
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["id2label"] == {"0": "day", "1": "night"}
+    processor = AutoProcessor.from_pretrained(tmp_path / "run")
+    assert len(processor.tokenizer) == config["text_config"]["vocab_size"]
+
+
+@pytest.mark.feature("training", "resuming to the bit", family="resonance_multimodal")
+def test_resuming_several_senses_is_exact(scenes, tmp_path):
+    words = "--preset resonance-multimodal-tiny --task multimodal-classification --augment crop gain --save_steps 2"
+    flags = [*shlex.split(f"{words} {COMMON} --max_steps 6 --save_total_limit 9 --train_file {scenes}"), *several()]
+    train(parse([*flags, "--output_dir", str(tmp_path / "whole")]))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "part" / "checkpoint-4")
+    train(parse([*flags, "--output_dir", str(tmp_path / "part"), "--resume_from_checkpoint"]))
+    assert same_weights(tmp_path / "whole", tmp_path / "part")
+
+
+@pytest.mark.parametrize("question", ["digit", "sum"])
+def test_digits_of_three_senses(shared_data, tmp_path, question, monkeypatch):
+    from hf_holo.training import senses
+
+    def few(*arguments, **options):
+        return load_digits(*arguments, **options, train_size=60, validation_size=20)
+
+    monkeypatch.setattr(senses, "load_digits", few)
+    parts = several() if question == "digit" else several(text_config=None)
+    flags = f"digits-of-three-senses --image_data {shared_data}/mnist --audio_data {shared_data}/fsdd {COMMON}"
+    words = [*shlex.split(flags), "--question", question, "--output_dir", str(tmp_path / "run"), *parts]
+    trainer = train(parse(words))
+    rows = list(csv.DictReader((tmp_path / "run" / "senses.csv").open()))
+    assert len(rows) == (7 if question == "digit" else 3)
+    assert trainer.model.config.num_labels == 10
+    assert Image.open(tmp_path / "run" / "predictions.png").size[0] > 300
+
+
+def test_a_row_without_anything_is_named(tmp_path):
+    rows = {"image": [None] * 4, "text": ["a", "b", None, "a"], "label": ["x", "y", "x", "y"]}
+    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image(decode=False))
+    table.to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(HoloError, match="row 2 has neither vision, nor text"):
+        load_scenes(str(tmp_path / "t.parquet"), validation_fraction=0.5).checked()

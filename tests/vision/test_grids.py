@@ -56,12 +56,15 @@ def test_the_response_of_a_kernel_is_what_was_set():
     torch.testing.assert_close(response, torch.polar(magnitude, phase), **EXACT)
 
 
-def test_small_and_large_grids_take_different_ways_to_the_same_result(monkeypatch):
-    x, kernel = random_grid(9, 12, 3)
-    assert x.shape[1] * x.shape[2] <= grids.DENSE_CELLS
-    dense = grid_filter(x, kernel)
-    monkeypatch.setattr(grids, "DENSE_CELLS", 0)
-    torch.testing.assert_close(grid_filter(x, kernel), dense, **EXACT)
+def test_the_way_that_is_taken_does_not_change_the_result(monkeypatch):
+    taken = []
+    for name in ("grid_filter_dense", "grid_filter_by_ffts"):
+        form = getattr(grids, name)
+        monkeypatch.setattr(grids, name, lambda x, k, form=form, name=name: taken.append(name) or form(x, k))
+    for rows, side in ((1, 12), (5, 12), (16, 17)):  # few rows, enough rows, a large grid
+        x, kernel = torch.randn(rows, side, side, 2, dtype=torch.float64), random_grid(1, 1, 3, dim=2)[1]
+        torch.testing.assert_close(grid_filter(x, kernel), grid_filter_naive(x, kernel), **EXACT)
+    assert taken == ["grid_filter_by_ffts", "grid_filter_dense", "grid_filter_by_ffts"]
 
 
 def test_a_larger_grid_of_zeros_around_changes_nothing():

@@ -153,13 +153,13 @@ def test_what_is_no_picture_is_refused(image, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_channels": 4}, "num_channels=4"),
-        ({"size": {"height": 4}}, "must be a number of pixels, or name height and width"),
-        ({"size": 0}, r"size\['height'\]=0"),
-        ({"image_std": 0}, "must be positive"),
+        ({"num_channels": 4}, "num_channels: 4"),
+        ({"size": {"height": 4}}, "give a number of pixels, or name height and width"),
+        ({"size": 0}, r"size\['height'\]: 0"),
+        ({"image_std": 0}, "is not positive"),
         ({"image_mean": [0.5]}, "one for each of num_channels=3"),
         ({"background": 255}, "from 0"),
-        ({"resample": 9}, "resample=9"),
+        ({"resample": 9}, "resample: 9"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, message):

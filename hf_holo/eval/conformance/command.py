@@ -8,8 +8,10 @@ import argparse
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -17,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ...errors import HoloError, Parser, first_line, unknown
 from ...registry import architectures
-from . import CHECKS, GROUPS, Report, Result, Subject, run_check, select
+from . import CHECKS, GROUPS, Report, Result, Subject, run_check, select, zoo
 from .targets import subjects_of
 
 COLOURS = {"passed": "green", "failed": "red", "not applicable": "dim"}
@@ -31,6 +33,9 @@ def main(argv: list[str]) -> None:
         SystemExit: with status 1 if a check failed.
     """
     args = _parse(argv)
+    if args.transformers is not None:
+        _visit_zoo(args)
+        return
     targets = list(architectures()) if args.all else args.targets
     options = {"quick": args.quick, "seed": args.seed, "trust_remote_code": args.trust_remote_code}
     with usable_device(args.device):
@@ -46,6 +51,17 @@ def main(argv: list[str]) -> None:
         print_failures(reports, _repeated_options(args))
     if not all(report.passed for report in reports.values()):
         raise SystemExit(1)
+
+
+def _visit_zoo(args: argparse.Namespace) -> None:
+    """Check classes of transformers, and print or write the table; no failure is an error of this command."""
+    folder = Path(args.records or f"runs/zoo/transformers-{transformers.__version__}")
+    animals = list(zoo.visit(args.transformers, folder, args.limit))
+    if args.page is None:
+        print(zoo.table(animals))
+    else:
+        zoo.write_page(animals, Path(args.page))
+    print(f"{zoo.summary(animals)} Every result: {folder}")
 
 
 def _only(subjects: dict[str, list[Subject]], names: Sequence[str] | None) -> dict[str, list[Subject]]:
@@ -170,9 +186,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="where to run the models, for example cuda; default: cpu")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--trust_remote_code", action="store_true", help="let a checkpoint bring its own code")
+    zoo_options = parser.add_argument_group("every causal language model of transformers, tiny and with random weights")
+    add = zoo_options.add_argument
+    add("--transformers", nargs="*", metavar="NAME", help="check these model types or classes; without names, all")
+    add("--limit", type=float, default=zoo.LIMIT, help="seconds for a class; default: %(default).0f")
+    add("--records", help="folder of the results; default: runs/zoo/transformers-VERSION")
+    add("--page", help="page with marks for the table, such as docs/zoo.md; default: print it")
     args = parser.parse_args(argv)
-    if bool(args.targets) == args.all:
-        raise HoloError("TARGET: name at least one, or give --all alone")
+    if bool(args.targets) + args.all + (args.transformers is not None) != 1:
+        raise HoloError("TARGET: name at least one, or give --all or --transformers alone")
     for name in args.checks or ():
         if name not in GROUPS and name not in CHECKS:
             raise unknown("check", name, [*GROUPS, *CHECKS])

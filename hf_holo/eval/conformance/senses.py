@@ -76,7 +76,8 @@ def padding_of_sounds(subject: Subject) -> str:
     longest = subject.waves(3)
     lengths = [longest.shape[1], longest.shape[1] * 2 // 3 + 1, longest.shape[1] // 3]
     mask = (torch.arange(longest.shape[1]) < torch.tensor(lengths)[:, None]).long()
-    together = subject.run(input_values=longest + 3 * (1 - mask), **{name: mask})
+    padded: dict[str, Any] = {"input_values": longest + 3 * (1 - mask), name: mask}
+    together = subject.run(**padded)
     remark = ""
     for row, length in enumerate(lengths):
         alone = subject.run(input_values=longest[row, None, :length])[0]
@@ -165,7 +166,7 @@ def a_sound_in_pieces(subject: Subject) -> str:
 
 @torch.no_grad()
 def _heard(subject: Subject, piece: torch.Tensor, cache: Any) -> torch.Tensor:
-    inputs = {"input_values": piece, "use_cache": True, subject.cache_name: cache}
+    inputs = {"input_values": piece, "use_cache": True, str(subject.cache_name): cache}
     return main_output(subject.model(**inputs))
 
 
@@ -313,14 +314,15 @@ def saved_with_its_processor(subject: Subject) -> str:
     for name, value in before.items():
         if not torch.equal(value, after[name]):
             raise Violation(f"a loaded processor gives other {name}")
-    outputs = [subject.run(model=one, **dict(after)) for one in (again, model)]
-    return f"{type(loaded).__name__}, {assert_same(*outputs, 'the loaded model gives other outputs', 1e-6)}"
+    got, expected = (subject.run(model=one, **dict(after)) for one in (again, model))
+    return f"{type(loaded).__name__}, {assert_same(got, expected, 'the loaded model gives other outputs', 1e-6)}"
 
 
 def _auto_processor(subject: Subject) -> str | None:
     if len(subject.modalities) > 1:
         return "AutoProcessor"
-    return {("vision",): "AutoImageProcessor", ("audio",): "AutoFeatureExtractor"}.get(tuple(subject.modalities))
+    names = {"vision": "AutoImageProcessor", "audio": "AutoFeatureExtractor"}
+    return names.get("".join(subject.modalities))
 
 
 def _processor(subject: Subject, auto: str) -> Any:

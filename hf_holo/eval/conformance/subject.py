@@ -260,14 +260,14 @@ class Subject:
         if start is None:
             return ROUNDED
         steps = {name: self._tiny_step(x) for name, x in start.items() if x.is_floating_point()}
-        first, second, third = (
-            self.run(**{name: x + n * steps[name] if name in steps else x for name, x in start.items()})
-            for n in range(3)
-        )
+        moved: list[dict[str, Any]] = [
+            {name: x + n * steps[name] if name in steps else x for name, x in start.items()} for n in range(3)
+        ]
+        first, second, third = (self.run(**inputs) for inputs in moved)
         bend = (third - 2 * second + first).norm() / first.norm()
         return EXACT if bend < 1e-12 else ROUNDED
 
-    def _continuous_inputs(self) -> dict[str, torch.Tensor] | None:
+    def _continuous_inputs(self) -> dict[str, Any] | None:
         """Inputs some of which can be moved a little, None if there are none."""
         if not self._takes_text:
             inputs = self.inputs()

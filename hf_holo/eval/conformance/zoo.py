@@ -1,0 +1,291 @@
+"""The zoo: every causal language model class of the installed transformers under the kit, as a tiny random model.
+
+`hf-holo check --transformers [NAME ...]` builds each class, runs the quick checks in a process of its own with a time
+limit, and tells in one table what came of it. A failed check is a reason to look, not a verdict on a model: what the
+kit says is confirmed in plain transformers before it is published.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ...errors import HoloError, first_line, unknown
+from ...files import write_text
+from ...registry import architectures
+from ..markdown import markdown_table
+from .checks import run_check, select
+from .quiet import quiet
+from .subject import Subject
+
+LIMIT = 120.0  # seconds for a class
+LARGEST = 3_000_000  # parameters of a model that counts as tiny
+# Fields of configs by their usual names, and what a tiny model has there. Only those that a config has are given.
+TINY: Mapping[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "d_model": 32,
+    "n_embd": 32,
+    "embedding_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "encoder_ffn_dim": 48,
+    "d_ff": 48,
+    "d_inner": 48,
+    "num_hidden_layers": 2,
+    "n_layer": 2,
+    "n_layers": 2,
+    "num_layers": 2,
+    "decoder_layers": 2,
+    "encoder_layers": 2,
+    "num_decoder_layers": 2,
+    "num_attention_heads": 4,
+    "n_head": 4,
+    "n_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4,
+    "num_decoder_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 1024,
+    "n_positions": 1024,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+ALWAYS = {"is_decoder": True, "is_encoder_decoder": False}  # encoders with a causal head look back only as decoders
+COLUMNS: Mapping[str, tuple[str, ...]] = {  # of the table, and the checks or groups that it sums up
+    "sees no later token": ("causality",),
+    "cache": (
+        "any chunking",
+        "greedy decoding",
+        "sampling from the cache",
+        "continuation from a returned cache",
+        "generation from embeddings",
+    ),
+    "beams": ("beam search from the cache",),
+    "taking back": ("assisted decoding", "prompt lookup", "taking tokens back"),
+    "padding": (
+        "left padding",
+        "right padding",
+        "padding anywhere",
+        "rows with different padding",
+        "continuation after padding",
+        "second turns of different length",
+        "left padded batch",
+    ),
+    "precision": ("half precision", "autocast", "precision of the state"),
+    "saving": ("persistence",),
+}
+
+
+@dataclass(frozen=True)
+class Animal:
+    """What came of a class.
+
+    Attributes:
+        model_type, model_class: its names.
+        parameters: of the tiny model; 0 if it was not built.
+        results: records of the checks, see [`Result`](checks.Result).
+        trouble: why it could not be built or was not finished; empty if all went well.
+    """
+
+    model_type: str
+    model_class: str
+    parameters: int = 0
+    results: list[dict[str, Any]] = field(default_factory=list)
+    trouble: str = ""
+
+    def failed(self, column: str) -> list[str]:
+        """Names of the failed checks of a column."""
+        return [r["check"] for r in self._of(column) if r["status"] == "failed"]
+
+    def cell(self, column: str) -> str:
+        """✓ if all that apply have passed, the failed checks, or – if none applies."""
+        failed = self.failed(column)
+        if failed:
+            return "✗ " + ", ".join(failed)
+        return "✓" if any(r["status"] == "passed" for r in self._of(column)) else "–"
+
+    def _of(self, column: str) -> list[dict[str, Any]]:
+        wanted = COLUMNS[column]
+        return [r for r in self.results if r["check"] in wanted or r["group"] in wanted]
+
+
+def classes() -> dict[str, str]:
+    """The model types of transformers with a causal language model, and the names of its classes."""
+    own, public = architectures(), set(dir(transformers))  # which imports nothing
+    named = ((kind, names) for kind, names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if kind not in own)
+    single = {kind: names if isinstance(names, str) else names[0] for kind, names in named}
+    return {kind: name for kind, name in single.items() if name in public}
+
+
+def chosen(names: Sequence[str]) -> dict[str, str]:
+    """Those of the classes that are named by model type or class; all without names.
+
+    Raises:
+        HoloError: there is none of a name.
+    """
+    known = classes()
+    for name in names:
+        if name not in known and name not in known.values():
+            raise unknown("model of transformers", name, [*known, *known.values()])
+    return {kind: name for kind, name in known.items() if not names or kind in names or name in names}
+
+
+def visit(names: Sequence[str], folder: Path, limit: float = LIMIT) -> Iterator[Animal]:
+    """Check classes one after another, each in a process of its own; what is in the folder is not done again.
+
+    Args:
+        names: model types or classes; all if empty.
+        folder: of the records, one file for each class; those of another transformers belong elsewhere.
+        limit: seconds for a class.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tqdm(chosen(names).items(), desc="classes", unit="class", leave=False) as progress:
+        for kind, name in progress:
+            progress.set_postfix_str(name)
+            record = folder / f"{kind}.jsonl"
+            lines = _lines(record)
+            if not lines or "finished" not in lines[-1]:
+                lines = _in_own_process(kind, record, limit)
+            yield _animal(kind, name, lines)
+
+
+def _in_own_process(kind: str, record: Path, limit: float) -> list[dict[str, Any]]:
+    """Let a process write its results line by line, so that those before its end are known whatever ends it."""
+    record.unlink(missing_ok=True)
+    command = [sys.executable, "-m", __name__, kind, str(record)]
+    trouble = ""
+    try:
+        process = subprocess.run(command, timeout=limit, capture_output=True, text=True, check=False)
+        if process.returncode:
+            last = process.stderr.strip().rpartition("\n")[2]
+            trouble = f"its process ended with status {process.returncode}: {last}"
+    except subprocess.TimeoutExpired:
+        trouble = f"not finished in {limit:.0f} s"
+    with record.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"finished": not trouble, "trouble": trouble}) + "\n")
+    return _lines(record)
+
+
+def _lines(record: Path) -> list[dict[str, Any]]:
+    if not record.is_file():
+        return []
+    return [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+
+
+def _animal(kind: str, name: str, lines: list[dict[str, Any]]) -> Animal:
+    results = [line for line in lines if "check" in line]
+    parameters = next((line["parameters"] for line in lines if "parameters" in line), 0)
+    trouble = next((line["trouble"] for line in lines if line.get("trouble")), "")
+    return Animal(kind, name, parameters, results, trouble)
+
+
+# In the process of one class ------------------------------------------------------------------------------------------
+def tiny_config(kind: str) -> PretrainedConfig:
+    """A config of this model type whose sizes are tiny, its parts for text included."""
+    config_class = CONFIG_MAPPING[kind]
+    return _tiny(config_class, config_class())
+
+
+def _tiny(config_class: type[PretrainedConfig], usual: PretrainedConfig) -> PretrainedConfig:
+    arguments = {name: value for name, value in TINY.items() if getattr(usual, name, None) is not None}
+    part = getattr(usual, "text_config", None)
+    if isinstance(part, PretrainedConfig):
+        arguments["text_config"] = _tiny(type(part), part).to_dict()
+    return config_class(**arguments, **ALWAYS)
+
+
+def tiny_model(kind: str) -> PreTrainedModel:
+    """A model of this type with random weights.
+
+    Raises:
+        HoloError: it cannot be built, or not that small.
+    """
+    model_class = getattr(transformers, classes()[kind])
+    try:
+        config = tiny_config(kind)
+        with torch.device("meta"):
+            size = sum(p.numel() for p in model_class(config).parameters())
+        if size > LARGEST:
+            raise HoloError(f"{size:,} parameters with tiny sizes: its config names more of them than we know")
+        torch.manual_seed(0)
+        return model_class(config).eval()
+    except HoloError:
+        raise
+    except Exception as error:
+        raise HoloError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def check_class(kind: str, record: Path) -> None:
+    """Build a model and write what each check says of it, a line each."""
+    with record.open("w", encoding="utf-8", buffering=1) as file:
+
+        def write(**values: Any) -> None:
+            file.write(json.dumps(values) + "\n")
+
+        try:
+            with quiet():
+                model = tiny_model(kind)
+                subject = Subject(model)
+        except HoloError as error:
+            write(trouble=f"not built: {error}")
+            return
+        write(parameters=sum(p.numel() for p in model.parameters()))
+        for check in select(None, quick=True):
+            result = run_check(check, subject)
+            write(check=result.check, group=result.group, status=result.status, detail=result.detail)
+
+
+# What is told ---------------------------------------------------------------------------------------------------------
+def table(animals: Sequence[Animal]) -> str:
+    """One row for each class."""
+    rows = [(f"`{a.model_class}`", *map(a.cell, COLUMNS), a.trouble) for a in animals]
+    return markdown_table(("class", *COLUMNS, "remark"), rows)
+
+
+def summary(animals: Sequence[Animal]) -> str:
+    """How many were checked, and how many failed in each column."""
+    built = [a for a in animals if a.results]
+    counts = ", ".join(f"{column} {sum(bool(a.failed(column)) for a in built)}" for column in COLUMNS)
+    return (
+        f"{len(built)} of {len(animals)} classes of transformers {transformers.__version__} checked; failed: {counts}."
+    )
+
+
+def write_page(animals: Sequence[Animal], page: Path) -> None:
+    """Put the table of this major version of transformers between its marks on a page.
+
+    Raises:
+        HoloError: the page has no such marks.
+    """
+    major = transformers.__version__.partition(".")[0]
+    begin, end = f"<!-- transformers-{major}: begin -->", f"<!-- transformers-{major}: end -->"
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    if begin not in text or end not in text:
+        raise HoloError(f"page: {str(page)!r} has no marks {begin} and {end}")
+    head, tail = text.partition(begin)[0], text.partition(end)[2]
+    write_text(page, f"{head}{begin}\n{summary(animals)}\n\n{table(animals)}\n{end}{tail}")
+
+
+if __name__ == "__main__":
+    check_class(sys.argv[1], Path(sys.argv[2]))

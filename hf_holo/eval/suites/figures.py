@@ -1,0 +1,48 @@
+"""Pictures of the suites: lines of one measure over another, one line for each model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...files import replacing
+from .run import Row
+
+
+def draw_lines(
+    rows: Sequence[Row],
+    x: str,
+    y: str,
+    path: Path,
+    title: str,
+    labels: tuple[str, str],
+    by: str = "model",
+    log_y: bool = False,
+) -> None:
+    """Draw a PNG with a line for each value of `by`.
+
+    Args:
+        rows: with the columns `x`, `y` and `by`; those whose `y` is None are left out.
+        x, y: names of columns; the axis of `x` has steps of two.
+        path: of the picture.
+        title: above it.
+        labels: of both axes.
+        by: name of the column that tells lines apart.
+        log_y: whether the other axis is logarithmic.
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.subplots()
+    for name in dict.fromkeys(row[by] for row in rows):
+        points = sorted((row[x], row[y]) for row in rows if row[by] == name and row.get(y) is not None)
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", markersize=4, linewidth=1.4, label=name)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    if log_y:
+        axes.set_yscale("log")
+    axes.set(xlabel=labels[0], ylabel=labels[1], title=title)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

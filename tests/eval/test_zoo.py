@@ -1,0 +1,70 @@
+"""The zoo: classes of transformers, tiny, each in a process of its own; the table says what was found."""
+
+import json
+
+import pytest
+import transformers
+
+from hf_holo import HoloError, cli
+from hf_holo.eval.conformance import zoo
+
+FEW = ("llama", "mamba", "gpt2")
+
+
+@pytest.mark.parametrize("kind", [*FEW, "mixtral", "bert", "bart", "gemma3_text"])
+def test_tiny_models_are_built(kind):
+    model = zoo.tiny_model(kind)
+    assert 0 < sum(p.numel() for p in model.parameters()) <= zoo.LARGEST
+    assert not model.config.is_encoder_decoder
+
+
+def test_names_are_model_types_or_classes():
+    assert zoo.chosen(["llama", "GPT2LMHeadModel"]) == {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
+    assert len(zoo.chosen([])) >= 100 and not {"hsn", "holo", "resonance"} & set(zoo.chosen([]))
+    with pytest.raises(HoloError, match="unknown model of transformers 'lama': did you mean 'llama'"):
+        zoo.chosen(["lama"])
+
+
+def test_three_classes_one_of_them_out_of_time(tmp_path, capsys):
+    page = tmp_path / "zoo.md"
+    major = transformers.__version__.partition(".")[0]
+    page.write_text(f"a\n<!-- transformers-{major}: begin -->\nold\n<!-- transformers-{major}: end -->\nz\n", "utf-8")
+    records = tmp_path / "records"
+    records.mkdir()
+    done = [
+        {"parameters": 9},
+        {"check": "suffix exchange", "group": "causality", "status": "failed", "detail": "looks"},
+    ]
+    for kind in FEW[:2]:  # as processes have left them
+        lines = [*map(json.dumps, done), json.dumps({"finished": True, "trouble": ""})]
+        (records / f"{kind}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    words = ["--transformers", *FEW, "--records", str(records), "--page", str(page), "--limit", "0.05"]
+    assert cli.main(["check", *words]) == 0
+    assert "2 of 3 classes" in capsys.readouterr().out
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("a\n") and text.endswith("\nz\n") and "old" not in text
+    assert "| `LlamaForCausalLM` | ✗ suffix exchange | – |" in text
+    (last,) = [line for line in text.splitlines() if line.startswith("| `GPT2LMHeadModel`")]
+    assert "not finished in 0 s" in last
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FEW)
+def test_a_class_is_checked_in_a_process_of_its_own(tmp_path, kind):
+    (animal,) = zoo.visit([kind], tmp_path, limit=280)
+    assert animal.trouble == "" and animal.parameters > 0
+    assert animal.cell("sees no later token") == "✓", animal.results
+    assert len(animal.results) > 30
+
+
+def test_what_cannot_be_built_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "tiny_config", lambda kind: (_ for _ in ()).throw(KeyError("width")))
+    zoo.check_class("llama", tmp_path / "llama.jsonl")
+    assert json.loads((tmp_path / "llama.jsonl").read_text(encoding="utf-8")) == {
+        "trouble": "not built: KeyError: 'width'"
+    }
+
+
+def test_a_page_without_marks_is_refused(tmp_path):
+    with pytest.raises(HoloError, match="has no marks"):
+        zoo.write_page([], tmp_path / "missing.md")
