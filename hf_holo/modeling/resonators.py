@@ -21,7 +21,7 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from .filters import short_causal_conv
 from .kept import Kept
-from .layers import at_least_float32, init_copy_
+from .layers import at_least_float32, faded, init_copy_
 from .phases import drift_angles, home_of_float64, turn_halves, turning
 from .recording import exporting, levels_to_reach, single_token
 from .validation import check_divides, check_frequencies, check_positive
@@ -175,9 +175,7 @@ def modal_powers(damping: torch.Tensor, omega: torch.Tensor, steps: torch.Tensor
     """
     angle = drift_angles(omega[None], steps.to(omega.device))[:, 0].T  # [K, L]
     cos, sin = (x.to(damping.dtype).to(damping.device) for x in (angle.cos(), angle.sin()))
-    # what has faded far below rounding is zero: denormal numbers would slow down all that they meet
-    exponent, least = -damping[..., None] * steps.to(damping.device), 0.5 * math.log(torch.finfo(damping.dtype).tiny)
-    envelope = exponent.clamp_min(least).exp() * (exponent > least)
+    envelope = faded(-damping[..., None] * steps.to(damping.device))
     return torch.cat([envelope * cos, envelope * sin], 1)
 
 
