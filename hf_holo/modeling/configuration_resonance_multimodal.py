@@ -57,7 +57,7 @@ class ResonanceMultimodalConfig(PretrainedConfig):
 
     model_type = "resonance_multimodal"
     has_no_defaults_at_init = True  # two modalities are needed
-    sub_configs = _PresentConfigs()  # type: ignore[assignment]  # transformers declares a dict
+    sub_configs = _PresentConfigs()
 
     def __init__(
         self,

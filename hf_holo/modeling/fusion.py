@@ -39,8 +39,8 @@ def superpose_products(parts: list[torch.Tensor]) -> torch.Tensor:
 def superpose_products_naive(parts: list[torch.Tensor]) -> torch.Tensor:
     """Twin of [`superpose_products`]: the sum over all sets of parts, each bound in complex numbers."""
     numbers = [torch.complex(*part.chunk(2, -1)) for part in parts]
-    sets = (chosen for size in range(1, len(parts) + 1) for chosen in combinations(numbers, size))
-    total = sum(torch.stack(chosen).prod(0) for chosen in sets)
+    sets = [chosen for size in range(1, len(parts) + 1) for chosen in combinations(numbers, size)]
+    total = torch.stack([torch.stack(chosen).prod(0) for chosen in sets]).sum(0)
     return torch.cat([total.real, total.imag], -1)
 
 

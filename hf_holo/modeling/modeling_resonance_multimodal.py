@@ -342,7 +342,7 @@ class ResonanceMultimodalForSequenceClassification(ResonanceMultimodalPreTrained
         hidden = F.gelu(self.dense(self.dropout(self.norm(fused.to(self.norm.weight.dtype)))))
         logits = self.score(self.dropout(hidden))
         loss = None if labels is None else classification_loss(self, logits, labels, **of_loss)
-        result = SequenceClassifierOutput(loss, logits)
+        result = SequenceClassifierOutput(loss, logits)  # type: ignore[arg-type]  # as in heads.py
         return result if wants_dict(self.config, return_dict) else result.to_tuple()
 
 
