@@ -133,11 +133,11 @@ class Fusion(nn.Module):
     def unbind(self, fused: torch.Tensor, name: str) -> torch.Tensor:
         """`[..., F]` to `[..., D]`, see [`ResonanceMultimodalModel.unbind`]."""
         if name not in self.modalities:
-            raise ValueError(f"modality={name!r} is unknown; this model has {', '.join(self.modalities)}")
+            raise ValueError(f"modality: {name!r} is unknown; this model has {', '.join(self.modalities)}")
         if self.kind == "concatenation":
             return fused.chunk(len(self.modalities), -1)[self.modalities.index(name)]
         if self.roles is None:
-            raise ValueError("fusion='superposition' binds to no role by which a modality could be read back")
+            raise ValueError("fusion: 'superposition' binds to no role by which a modality could be read back")
         return rotate_pairs(fused, -self.role(name))
 
 

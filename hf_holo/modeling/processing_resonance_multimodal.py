@@ -94,7 +94,7 @@ class ResonanceProcessor(ProcessorMixin):
         for name in self.attributes:
             part, kind = getattr(self, name), PARTS[name].kind
             if not isinstance(part, kind):
-                raise TypeError(f"{name} is a {type(part).__name__}; give a {kind.__name__} of transformers")
+                raise TypeError(f"{name}: a {type(part).__name__}; give a {kind.__name__} of transformers")
         if len(self.attributes) < 2:
             has = f"only {self.attributes[0]}" if self.attributes else "none"
             raise ValueError(f"{', '.join(PARTS)}: {has} is given; two are needed, or all three")
