@@ -55,7 +55,11 @@ def headlines(folder: Path = RESULTS) -> str:
 
 
 def own_table(names: Iterable[str], folder: Path = RESULTS) -> str:
+    """What a script shows of its results on a page."""
     first, *_ = names
+    for name in names:
+        if not (folder / f"{name}.json").exists():
+            return f"Not measured yet: `{SUITE[name].command}`."
     return SUITE[first].module.table(*(read_report(name, folder) for name in names))
 
 

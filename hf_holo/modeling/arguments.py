@@ -35,6 +35,8 @@ SPARE = {
     "output_attentions": Spare(_unset, "these models give no attention weights"),
     "output_router_logits": Spare(_unset, "these models have no routers"),
     "use_cache": Spare(_unset, "this model continues from nothing"),
+    "inputs_embeds": Spare(_unset, "this model takes no embeddings in the place of its inputs"),
+    "output_hidden_states": Spare(_unset, "this model gives no hidden states, but its encoders do"),
     "token_type_ids": Spare(lambda ids: ids is None or not bool(ids.any()), "these models know no segments"),
 }
 

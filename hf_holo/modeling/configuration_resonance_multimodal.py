@@ -9,7 +9,7 @@ from .configuration_base import WIDEST
 from .configuration_resonance import ResonanceConfig
 from .configuration_resonance_audio import ResonanceAudioConfig
 from .configuration_resonance_vision import ResonanceVisionConfig
-from .validation import check_choice, check_divides, check_positive, check_probability
+from .validation import check_choice, check_positive, check_probability
 
 # The modalities in the order in which everything names them, and the config of the encoder of each.
 ENCODER_CONFIGS: dict[str, type[PretrainedConfig]] = {
@@ -57,7 +57,7 @@ class ResonanceMultimodalConfig(PretrainedConfig):
 
     model_type = "resonance_multimodal"
     has_no_defaults_at_init = True  # two modalities are needed
-    sub_configs = _PresentConfigs()  # type: ignore[assignment]  # transformers declares a dict
+    sub_configs = _PresentConfigs()
 
     def __init__(
         self,
@@ -94,7 +94,8 @@ class ResonanceMultimodalConfig(PretrainedConfig):
         """Raise ValueError where an argument is out of range."""
         check_choice("fusion", self.fusion, FUSIONS)
         check_positive(WIDEST, hidden_size=self.hidden_size, projection_dim=self.projection_dim)
-        check_divides("2", 2, "hidden_size", self.hidden_size)
+        if self.hidden_size % 2:
+            raise ValueError(f"hidden_size: {self.hidden_size} is odd, but a phasor is two numbers")
         check_probability(modality_dropout=self.modality_dropout, classifier_dropout=self.classifier_dropout)
 
     @property
@@ -128,7 +129,7 @@ def _encoder_config(name: str, given: Any) -> PretrainedConfig:
     elif isinstance(given, config_class):
         config = copy.deepcopy(given)
     else:
-        raise ValueError(f"{name}_config is a {type(given).__name__}; give a {config_class.__name__}, or its arguments")
+        raise ValueError(f"{name}_config: a {type(given).__name__}; give a {config_class.__name__}, or its arguments")
     if name == "text":
         if config.causal:
             raise ValueError("text_config: causal=True, but the text encoder reads both ways; give causal=False")

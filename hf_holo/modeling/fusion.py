@@ -39,8 +39,8 @@ def superpose_products(parts: list[torch.Tensor]) -> torch.Tensor:
 def superpose_products_naive(parts: list[torch.Tensor]) -> torch.Tensor:
     """Twin of [`superpose_products`]: the sum over all sets of parts, each bound in complex numbers."""
     numbers = [torch.complex(*part.chunk(2, -1)) for part in parts]
-    sets = (chosen for size in range(1, len(parts) + 1) for chosen in combinations(numbers, size))
-    total = sum(torch.stack(chosen).prod(0) for chosen in sets)
+    sets = [chosen for size in range(1, len(parts) + 1) for chosen in combinations(numbers, size)]
+    total = torch.stack([torch.stack(chosen).prod(0) for chosen in sets]).sum(0)
     return torch.cat([total.real, total.imag], -1)
 
 
@@ -133,11 +133,11 @@ class Fusion(nn.Module):
     def unbind(self, fused: torch.Tensor, name: str) -> torch.Tensor:
         """`[..., F]` to `[..., D]`, see [`ResonanceMultimodalModel.unbind`]."""
         if name not in self.modalities:
-            raise ValueError(f"modality={name!r} is unknown; this model has {', '.join(self.modalities)}")
+            raise ValueError(f"modality: {name!r} is unknown; this model has {', '.join(self.modalities)}")
         if self.kind == "concatenation":
             return fused.chunk(len(self.modalities), -1)[self.modalities.index(name)]
         if self.roles is None:
-            raise ValueError("fusion='superposition' binds to no role by which a modality could be read back")
+            raise ValueError("fusion: 'superposition' binds to no role by which a modality could be read back")
         return rotate_pairs(fused, -self.role(name))
 
 

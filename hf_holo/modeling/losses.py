@@ -92,7 +92,7 @@ def language_loss_naive(
 
 
 def classification_loss(
-    model: nn.Module,
+    model: Any,
     logits: torch.Tensor,
     labels: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,

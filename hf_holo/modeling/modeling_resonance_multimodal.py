@@ -189,7 +189,7 @@ class _Encoders(ResonanceMultimodalPreTrainedModel):
             return given.expand(values.shape[0], -1)
         if modality_mask.dim() != 2 or modality_mask.shape[1] != len(names):
             raise ValueError(
-                f"modality_mask of shape {tuple(modality_mask.shape)}: give [batch, {len(names)}], with a column for "
+                f"modality_mask: shape {tuple(modality_mask.shape)}; give [batch, {len(names)}], with a column for "
                 f"each of {', '.join(names)}"
             )
         present = modality_mask.bool() & given
@@ -342,7 +342,7 @@ class ResonanceMultimodalForSequenceClassification(ResonanceMultimodalPreTrained
         hidden = F.gelu(self.dense(self.dropout(self.norm(fused.to(self.norm.weight.dtype)))))
         logits = self.score(self.dropout(hidden))
         loss = None if labels is None else classification_loss(self, logits, labels, **of_loss)
-        result = SequenceClassifierOutput(loss, logits)
+        result = SequenceClassifierOutput(loss, logits)  # type: ignore[arg-type]  # as in heads.py
         return result if wants_dict(self.config, return_dict) else result.to_tuple()
 
 
@@ -377,7 +377,8 @@ class ResonanceMultimodalForContrastive(_Encoders):
     def _project(
         self, name: str, values: torch.Tensor, mask: torch.Tensor | None, present: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return self.projections[name](self.encode(name, values, mask, present))
+        pooled = self.encode(name, values, mask, present)
+        return self.projections[name](pooled)
 
     def forward(
         self,

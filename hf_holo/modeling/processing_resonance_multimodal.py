@@ -74,9 +74,9 @@ class ResonanceProcessor(ProcessorMixin):
 
     # transformers 4.57 asks for these
     attributes = list(PARTS)
-    tokenizer_class = "AutoTokenizer"
-    image_processor_class = "AutoImageProcessor"
-    feature_extractor_class = "AutoFeatureExtractor"
+    tokenizer_class: Any = "AutoTokenizer"
+    image_processor_class: Any = "AutoImageProcessor"
+    feature_extractor_class: Any = "AutoFeatureExtractor"
     _auto_class = "AutoProcessor"
 
     def __init__(
@@ -94,7 +94,7 @@ class ResonanceProcessor(ProcessorMixin):
         for name in self.attributes:
             part, kind = getattr(self, name), PARTS[name].kind
             if not isinstance(part, kind):
-                raise TypeError(f"{name} is a {type(part).__name__}; give a {kind.__name__} of transformers")
+                raise TypeError(f"{name}: a {type(part).__name__}; give a {kind.__name__} of transformers")
         if len(self.attributes) < 2:
             has = f"only {self.attributes[0]}" if self.attributes else "none"
             raise ValueError(f"{', '.join(PARTS)}: {has} is given; two are needed, or all three")
@@ -166,12 +166,10 @@ class ResonanceProcessor(ProcessorMixin):
             sizes = ", ".join(f"{name} has {size}" for name, size in lengths.items())
             raise ValueError(f"the numbers of examples differ: {sizes}; None takes the place of what is missing")
         size = next(iter(lengths.values()))
-        present = {
-            part: np.array(
-                [given[part] is not None and given[part][row] is not None for row in range(size)], dtype=bool
-            )
-            for part in self.attributes
-        }
+        present = {}
+        for part in self.attributes:
+            examples = given[part] or [None] * size
+            present[part] = np.array([example is not None for example in examples])
         empty = np.flatnonzero(~np.any([*present.values()], 0)).tolist()
         if empty:
             raise ValueError(f"the examples {empty} have nothing at all: neither {' nor '.join(lengths)}")
@@ -191,7 +189,9 @@ class ResonanceProcessor(ProcessorMixin):
         code = {"auto_map": {self._auto_class: reference(type(self))}} if self._auto_class is not None else {}
         return {"processor_class": type(self).__name__, "parts": self.attributes, **parts, **code}
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+    def save_pretrained(  # type: ignore[override]  # there is one form
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
         """Write the tokenizer and a `processor_config.json`, with the code of the processors.
 
         Args:
@@ -204,7 +204,8 @@ class ResonanceProcessor(ProcessorMixin):
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        travelling = [part for part in (self, self.image_processor, self.feature_extractor) if _travels(part)]
+        parts: tuple[Any, ...] = (self, self.image_processor, self.feature_extractor)
+        travelling = [part for part in parts if getattr(part, "_auto_class", None) is not None]
         for part in travelling:
             custom_object_save(part, folder, config=part)
         complete_code(folder, [type(part) for part in travelling])
@@ -219,7 +220,9 @@ class ResonanceProcessor(ProcessorMixin):
         return [str(file)]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "ResonanceProcessor":
+    def from_pretrained(  # type: ignore[override]  # it hands all on
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> "ResonanceProcessor":
         """The processor in a folder or on the Hub, from either major of transformers.
 
         Raises:
@@ -230,11 +233,6 @@ class ResonanceProcessor(ProcessorMixin):
         return cls(
             **{name: PARTS[name].loader.from_pretrained(pretrained_model_name_or_path, **kwargs) for name in parts}
         )
-
-
-def _travels(part: Any) -> bool:
-    """Whether the code of a part goes with it."""
-    return getattr(part, "_auto_class", None) is not None
 
 
 def _listed(examples: Any) -> list | None:

@@ -37,11 +37,11 @@ def inputs():
         if "vision" in modalities:
             given["pixel_values"] = torch.randn(rows, 3, 12, 16, generator=random)
             given["pixel_mask"] = torch.ones(rows, 12, 16, dtype=torch.long)
-            given["pixel_mask"][1, :, 8:] = 0
+            given["pixel_mask"][-1, :, 8:] = 0
         if "audio" in modalities:
             given["input_values"] = torch.randn(rows, 2000, generator=random)
             given["audio_attention_mask"] = torch.ones(rows, 2000, dtype=torch.long)
-            given["audio_attention_mask"][2, 1200:] = 0
+            given["audio_attention_mask"][rows // 2, 1200:] = 0
         return given
 
     return inputs

@@ -105,7 +105,7 @@ def test_of_random_features_the_share_remains_that_theory_says():
 def test_what_cannot_be_read_back_is_refused(make):
     with pytest.raises(ValueError, match="'smell' is unknown; this model has text, vision, audio"):
         make().unbind(torch.zeros(1, 48), "smell")
-    with pytest.raises(ValueError, match="fusion='superposition' binds to no role"):
+    with pytest.raises(ValueError, match="fusion: 'superposition' binds to no role"):
         make(variant="superposition").unbind(torch.zeros(1, 48), "text")
 
 

@@ -82,7 +82,7 @@ def test_what_is_wrong_is_named(processor, pictures, sounds):
         (two, {"audio": sounds}, "audio: this processor has no feature_extractor; it has tokenizer, image_processor"),
         (processor, {"text": TEXTS, "audio": sounds[:1]}, "numbers of examples differ: text has 2, audio has 1"),
         (processor, {"text": [None, "even"], "images": [None, pictures[0]]}, r"the examples \[0\] have nothing at all"),
-        (processor, {"audio": sounds, "sampling_rate": 16000}, "sampling_rate=16000"),
+        (processor, {"audio": sounds, "sampling_rate": 16000}, "sampling_rate: 16000"),
         (processor, {"text": []}, "empty list"),
     ]
     for chosen, arguments, message in wrong:
@@ -90,7 +90,7 @@ def test_what_is_wrong_is_named(processor, pictures, sounds):
             chosen(**arguments)
     with pytest.raises(TypeError, match="video"):
         processor(video=pictures)
-    with pytest.raises(TypeError, match="image_processor is a HoloTokenizer; give a BaseImageProcessor"):
+    with pytest.raises(TypeError, match="image_processor: a HoloTokenizer; give a BaseImageProcessor"):
         ResonanceProcessor(processor.tokenizer, processor.tokenizer)
     with pytest.raises(ValueError, match="only tokenizer is given; two are needed"):
         ResonanceProcessor(processor.tokenizer)
