@@ -11,7 +11,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 # Optimum's exporter holds these at the versions of transformers 4.57.
 ONLY_4 := transformers|huggingface_hub|tokenizers|optimum|optimum-onnx
 
-.PHONY: setup setup-5x quickstart test test-all test-5x benchmarks lint format clean
+.PHONY: setup setup-5x quickstart test test-all test-5x benchmarks docs lint format help-texts clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.stamp
@@ -38,6 +38,10 @@ test-5x: setup-5x
 benchmarks: setup
 	$(VENV)/bin/python benchmarks/run.py $(SUITE) $(if $(RESULTS),--results $(RESULTS))
 
+# The site, in build/site: start at build/site/index.html.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
+
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -46,6 +50,10 @@ lint: setup
 format: setup
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# What `hf-holo VERB --help` says; a test compares it with the parsers.
+help-texts: setup
+	$(VENV)/bin/python tests/help_texts.py
 
 clean:
 	rm -rf $(VENV) $(VENV5)
@@ -59,5 +67,5 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 $(VENV5)/.stamp: pyproject.toml constraints.txt
 	test -x $(VENV5)/bin/pip || $(PYTHON) -m venv $(VENV5)
 	grep -vE '^($(ONLY_4))==' constraints.txt > $(VENV5)/constraints.txt
-	$(VENV5)/bin/pip install -q -U -c $(VENV5)/constraints.txt -e '.[eval,dev]' 'transformers>=5,<6'
+	$(VENV5)/bin/pip install -q -U -c $(VENV5)/constraints.txt -e '.[eval,dev,serve]' 'transformers>=5,<6'
 	touch $@

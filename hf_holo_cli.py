@@ -7,11 +7,15 @@ without them.
 import importlib
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 
 # Every module has a function `main(argv)` and is imported only when its verb is used.
 VERBS = {
     "train": ("hf_holo.training.train", "train a model; without arguments the recipe `quickstart`"),
     "generate": ("hf_holo.generate", "write text with a trained model"),
+    "chat": ("hf_holo.chat", "talk with a trained model; the history is in its state"),
+    "serve": ("hf_holo.serve", "the server of transformers, which speaks the OpenAI protocol, for all families"),
     "check": ("hf_holo.eval.conformance.command", "test that a model does what it claims: causality, caches, saving"),
     "eval": ("hf_holo.eval.command", "measure models: language, zero-shot, recall, long context, speed; one report"),
     "convert": (
@@ -44,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     if verb == "--version":
         print(f"hf-holo {version('hf-holo')}")
         return 0
+    if verb in VERBS and rest in (["-h"], ["--help"]) and (text := written_help(verb)):
+        print(text, end="")
+        return 0
     try:
         return _run(verb, rest)
     except KeyboardInterrupt:
@@ -62,6 +69,14 @@ def _run(verb: str, argv: list[str]) -> int:
         print(f"hf-holo: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def written_help(verb: str) -> str | None:
+    """What the parser of a verb would say, from a file: to import it takes seconds. (`make help-texts` writes them.)"""
+    package = find_spec("hf_holo")
+    folder = next(iter(package.submodule_search_locations or ()), None) if package else None
+    file = Path(folder or "", "help", f"{verb}.txt")
+    return file.read_text(encoding="utf-8") if folder and file.is_file() else None
 
 
 def usage() -> str:

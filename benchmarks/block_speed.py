@@ -1,10 +1,12 @@
-"""Forward and backward of one HSN block against one Llama block of the same width, MLP and (nearly) parameters.
+"""Forward and backward of an HSN and a Resonance block against a Llama block of the same width, MLP and (nearly)
+parameters.
 
     python benchmarks/block_speed.py
+    python benchmarks/block_speed.py --compile
 
-Both run eagerly in one process and take turns; the figures are medians, and freed memory is kept for reuse. Llama's
-block is that of transformers, with causal scaled_dot_product_attention. The last table is the HSN block alone: its time
-per token must not grow.
+All run in one process and take turns; the figures are medians, and freed memory is kept for reuse. Llama's block is
+that of transformers, with causal scaled_dot_product_attention. With `--compile` all blocks are compiled by
+torch.compile. The last table is the HSN block alone: its time per token must not grow.
 """
 
 import argparse
@@ -17,7 +19,8 @@ from common.report import RESULTS, interleaved_medians, keep_freed_memory, print
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from hf_holo import HoloSpectralBlock, HsnConfig
+from hf_holo import HoloSpectralBlock, HsnConfig, ResonanceConfig
+from hf_holo.modeling.modeling_resonance import ResonanceBlock
 
 SHAPES = ((16, 256, 128), (16, 256, 256), (16, 256, 512), (1, 4096, 256), (1, 4096, 512))  # rows, tokens, width
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
@@ -30,6 +33,10 @@ def hsn_config(width: int, **options) -> HsnConfig:
 
 def hsn_block(width: int, **options) -> torch.nn.Module:
     return HoloSpectralBlock(hsn_config(width, **options), 0)
+
+
+def resonance_block(width: int) -> torch.nn.Module:
+    return ResonanceBlock(ResonanceConfig(vocab_size=VOCAB_SIZE, hidden_size=width, num_hidden_layers=1), 0)
 
 
 def llama_block(width: int) -> tuple[torch.nn.Module, LlamaRotaryEmbedding]:
@@ -46,13 +53,16 @@ def llama_block(width: int) -> tuple[torch.nn.Module, LlamaRotaryEmbedding]:
     return LlamaDecoderLayer(config, layer_idx=0), LlamaRotaryEmbedding(config)
 
 
-def training_step(block: torch.nn.Module, rows: int, tokens: int, width: int, **inputs) -> Callable[[], None]:
+def training_step(
+    block: torch.nn.Module, rows: int, tokens: int, width: int, compiled: bool = False, **inputs
+) -> Callable[[], None]:
     """One forward and backward over fixed random input, as a function without arguments."""
     x = torch.randn(rows, tokens, width, generator=torch.Generator().manual_seed(0)).requires_grad_()
     block.train()
+    run = torch.compile(block, fullgraph=True, dynamic=False) if compiled else block
 
     def step() -> None:
-        output = block(x, **inputs)
+        output = run(x, **inputs)
         output = output[0] if isinstance(output, tuple) else output
         output.sum().backward()
         block.zero_grad()
@@ -65,14 +75,16 @@ def parameters(block: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in block.parameters())
 
 
-def compare(rows: int, tokens: int, width: int, repeats: int) -> dict[str, float]:
-    hsn = hsn_block(width)
+def compare(rows: int, tokens: int, width: int, repeats: int, compiled: bool = False) -> dict[str, float]:
+    hsn, resonance = hsn_block(width), resonance_block(width)
     llama, rotary = llama_block(width)
     positions = rotary(torch.empty(1, tokens, width), torch.arange(tokens)[None])
+    size = rows, tokens, width, compiled
     medians = interleaved_medians(
         {
-            "hsn": training_step(hsn, rows, tokens, width),
-            "llama": training_step(llama, rows, tokens, width, position_embeddings=positions, attention_mask=None),
+            "hsn": training_step(hsn, *size),
+            "resonance": training_step(resonance, *size),
+            "llama": training_step(llama, *size, position_embeddings=positions, attention_mask=None),
         },
         repeats,
     )
@@ -82,7 +94,9 @@ def compare(rows: int, tokens: int, width: int, repeats: int) -> dict[str, float
         "width": width,
         "hsn_ms": 1e3 * medians["hsn"],
         "llama_ms": 1e3 * medians["llama"],
+        "resonance_ms": 1e3 * medians["resonance"],
         "time_ratio": medians["hsn"] / medians["llama"],
+        "resonance_time_ratio": medians["resonance"] / medians["llama"],
         "parameter_ratio": parameters(hsn) / parameters(llama),
     }
 
@@ -100,15 +114,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="tokens, for the time per token")
     parser.add_argument("--length_width", type=int, default=256, help="width of the block in the time per token")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=None, help="of torch; default: its own")
+    parser.add_argument("--compile", action="store_true", help="compile all blocks, into a report of its own")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args(argv)
 
+    if args.threads:
+        torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     keep_freed_memory()
     start = time.perf_counter()
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes] if args.shapes else SHAPES
-    comparison = [compare(*shape, args.repeats) for shape in shapes]
+    comparison = [compare(*shape, args.repeats, args.compile) for shape in shapes]
     print_table(comparison)
+    if args.compile:
+        seconds, figures = time.perf_counter() - start, {"against_llama": comparison, "compiled": True}
+        report = write_report("block_speed_compiled", figures, seed=0, seconds=seconds, folder=args.results)
+        return print_footer(report, seconds)
     print()
     growth = time_per_token(args.length_width, args.lengths, args.repeats)
     print_table(growth)
@@ -120,6 +142,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def sentence(result: dict) -> str:
     f = result["figures"]
     rows = [f"{r['time_ratio']:.2f} ({r['tokens']:,} tokens, width {r['width']})" for r in f["against_llama"]]
+    if all("resonance_time_ratio" in r for r in f["against_llama"]):
+        of_resonance = ", ".join(f"{r['resonance_time_ratio']:.2f}" for r in f["against_llama"])
+        rows[-1] += f"; of a Resonance block {of_resonance}"
+    if f.get("compiled"):
+        return f"time of a compiled training step of one block, compiled Llama's being 1: {', '.join(rows)}; medians"
     growth = [row["relative"] for row in f["time_per_token"]]
     lengths = [row["tokens"] for row in f["time_per_token"]]
     return (

@@ -22,7 +22,7 @@ from hf_holo import hsn_small
 from hf_holo.data.documents import split_documents
 from hf_holo.errors import HoloError
 from hf_holo.export.command import export
-from hf_holo.export.formats import FORMATS, Source
+from hf_holo.export.formats import FORMATS, SavedModel
 
 
 def row_of(name: str, record: dict) -> dict[str, object]:
@@ -40,7 +40,7 @@ def row_of(name: str, record: dict) -> dict[str, object]:
     return row if perplexity is None else row | {"perplexity_rise": perplexity["exported"] / perplexity["float32"] - 1}
 
 
-def measured(source: Source, formats: Sequence[str], text: str | None, folder: Path) -> list[dict[str, object]]:
+def measured(source: SavedModel, formats: Sequence[str], text: str | None, folder: Path) -> list[dict[str, object]]:
     """A row for every format that is installed here."""
     rows = []
     for name in (progress := tqdm(formats, desc="exporting", unit="format", leave=False)):
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             text = split_documents([args.text.read_text(encoding="utf-8")], 0.1)[1][0]
         else:
             hsn_small(vocab_size=4096).save_pretrained(model)
-        source = Source(model)
+        source = SavedModel(model)
         rows = measured(source, args.formats, text, Path(folder))
     print_table(rows)
     size = {row["format"]: row["bytes"] for row in rows}

@@ -34,7 +34,7 @@ from hf_holo.conversion.surgery.calibration import (
     collect,
     factorise,
     find_sites,
-    install,
+    install_all,
     stacked_weight,
     surgery_plan,
 )
@@ -123,9 +123,7 @@ def finish(
     ranks: Sequence[int | None],
     pivoted: bool,
 ) -> None:
-    for site, fitted, rank in zip(sites, factors, ranks, strict=True):
-        if rank is not None:
-            install(student, site, fitted, rank, pivoted)
+    install_all(student, sites, ranks, factors, pivoted)
     student.config.quantization_config = surgery_with(sites, ranks, pivoted)
 
 

@@ -17,6 +17,9 @@ from .hub.saving import write_missing_card
 from .modeling.configuration_holo import HoloConfig
 from .modeling.configuration_hsn import HsnConfig
 from .modeling.configuration_resonance import ResonanceConfig
+from .modeling.configuration_resonance_audio import ResonanceAudioConfig
+from .modeling.configuration_resonance_multimodal import ResonanceMultimodalConfig
+from .modeling.configuration_resonance_vision import ResonanceVisionConfig
 from .modeling.remote_code import card_writers
 from .modeling.tokenization_holo import HoloTokenizer
 from .modeling.versions import REMEDY, VERSION, in_use, is_newer_than_tested
@@ -26,6 +29,22 @@ __version__ = VERSION
 if is_newer_than_tested():
     warnings.warn(f"{in_use()}: a later release than any tested; if something is wrong, {REMEDY}", stacklevel=2)
 
+IMAGE_HEADS = {
+    "AutoModelForImageClassification": "ForImageClassification",
+    "AutoModel": "Model",
+    "AutoBackbone": "Backbone",
+}
+AUDIO_HEADS = {
+    "AutoModelForAudioClassification": "ForAudioClassification",
+    "AutoModel": "Model",
+    "AutoModelForAudioFrameClassification": "ForAudioFrameClassification",
+    "AutoModelForPreTraining": "Autoencoder",
+}
+MULTIMODAL_HEADS = {
+    "AutoModelForSequenceClassification": "ForSequenceClassification",
+    "AutoModel": "Model",
+    "AutoModelForZeroShotImageClassification": "ForContrastive",
+}
 HEADS = ("Model", "ForCausalLM", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
 
 
@@ -42,15 +61,49 @@ def _register_text_family(name: str, config: type) -> None:
     )
 
 
+def _register_sense(name: str, config: type, heads: dict[str, str], **parts: Any) -> None:
+    """Register a family of pictures, sounds or several senses.
+
+    Args:
+        heads: names of Auto classes to what its models are called behind the name of the family; the first is what
+            presets are made into.
+        parts: arguments of [`register_architecture`] for what prepares inputs, by their names in the processing file.
+    """
+    module, processing = (f"{__name__}.modeling.{kind}_{name}" for kind in ("modeling", "processing"))
+    prefix = config.__name__.removesuffix("Config")
+    own: dict[str, Any] = {part: f"{processing}:{name_of_class}" for part, name_of_class in parts.items()}
+    register_architecture(
+        name=name,
+        config=config,
+        models={auto: f"{module}:{prefix}{head}" for auto, head in heads.items()},
+        presets=PRESETS / name,
+        variants=VARIANTS / f"{name}.json",
+        **own,
+    )
+
+
 def install() -> None:
     """Tell transformers and PEFT what is in this package: all that its import changes elsewhere. Twice is as once."""
     _register_text_family("hsn", HsnConfig)
     _register_text_family("holo", HoloConfig)
     _register_text_family("resonance", ResonanceConfig)
+    _register_sense("resonance_vision", ResonanceVisionConfig, IMAGE_HEADS, image_processor="ResonanceImageProcessor")
+    _register_sense("resonance_audio", ResonanceAudioConfig, AUDIO_HEADS, feature_extractor="ResonanceFeatureExtractor")
+    _register_sense(
+        "resonance_multimodal",
+        ResonanceMultimodalConfig,
+        MULTIMODAL_HEADS,
+        processor="ResonanceProcessor",
+    )
 
     peft_defaults.offer_adapters("hsn", outputs=["k_proj", "v_proj"], inputs=["up_proj", "down_proj"])
     peft_defaults.offer_adapters("holo", outputs=["k_proj", "v_proj"], inputs=["down_proj"])
     peft_defaults.offer_adapters("resonance", outputs=["in_proj"], inputs=["up_proj", "down_proj"])
+    peft_defaults.offer_adapters("resonance_vision", outputs=["gate_proj"], inputs=["down_proj"])
+    peft_defaults.offer_adapters("resonance_audio", outputs=["in_proj"], inputs=["up_proj", "down_proj"])
+    peft_defaults.offer_adapters(
+        "resonance_multimodal", outputs=["in_proj", "gate_proj"], inputs=["up_proj", "down_proj"]
+    )
     peft_defaults.install()
     moved.install()
 
@@ -94,12 +147,15 @@ _LAZY = {
         "fft_circular_conv",
         "fft_circular_corr",
     ],
+    "modeling.modeling_resonance_multimodal": ["unbinding_fidelity"],
     "modeling.phases": ["PhaseDrift", "RotaryEmbedding"],
     "modeling.pretrained": ["FamilyPreTrainedModel"],
     "modeling.scans": ["cancelling_scan", "interference_scan"],
-    "modeling.resonators": ["ChunkContext", "ResonatorBank"],
+    "modeling.chunks": ["ChunkContext"],
+    "modeling.resonators": ["ResonatorBank"],
     "modeling.vocabulary": ["AdaptiveEmbedding", "FrequencyCompressedEmbedding", "HashEmbedding"],
     "peft_defaults": ["offer_adapters"],
+    "prefix": ["Prefix"],
     "registry": ["Architecture", "Preset", "get_architecture", "preset_config", "presets"],
     "training.callbacks": ["CausalityCallback"],
     "training.optim": ["MuonAdamW", "WhitenedAdamW"],

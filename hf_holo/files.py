@@ -114,5 +114,5 @@ def output_folder(name: str, argument: str = "output_dir") -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise HoloError(f"{argument}={name!r} cannot be a folder: {error.strerror}") from error
+        raise HoloError(f"{argument}: {name!r} cannot be a folder: {error.strerror}") from error
     return folder

@@ -11,7 +11,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 TABLES = "peft.utils.constants"
-IN_BLOCKS = r"(.*\.)?layers\.\d+\..*_proj"  # every linear layer in the blocks, of all families
+IN_BLOCKS = r"(.*\.)?(layers|blocks|decoder)\.\d+\..*_proj"  # every linear layer in the blocks, of all families
 
 _SCALED: dict[str, tuple[Sequence[str], Sequence[str]]] = {}  # by family: what IA3 scales
 

@@ -5,6 +5,7 @@ is derived from here. Third-party packages add their own through the entry-point
 """
 
 import importlib
+import inspect
 import json
 import warnings
 from collections import UserDict
@@ -18,6 +19,7 @@ import transformers
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
@@ -25,27 +27,39 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from .errors import HoloError, unknown
 
 ENTRY_POINT_GROUP = "hf_holo.architectures"
 PRESETS = Path(__file__).parent / "presets"  # one folder for each family of this package
+PROCESSOR_MAPPINGS = {"AutoFeatureExtractor": FEATURE_EXTRACTOR_MAPPING, "AutoProcessor": PROCESSOR_MAPPING}
 VARIANTS = Path(__file__).parent / "variants"  # one JSON file for each family of this package
 
 
 class Classes(UserDict):
     """Keys to classes, where a class may also be written "module:Class"; such a one is imported when it is looked up.
 
-    That keeps `import hf_holo` fast: no modeling file is read before one of its models is needed.
+    That keeps `import hf_holo` fast: no modeling file is read before one of its models is needed. A value may also be a
+    tuple or a dictionary of classes, as transformers has them for image processors.
     """
 
-    def __getitem__(self, key: Any) -> type:
-        value = self.data[key]
-        if not isinstance(value, str):
-            return value
-        module, _, name = value.partition(":")
-        return getattr(importlib.import_module(module), name)
+    def __getitem__(self, key: Any) -> Any:
+        return _imported(self.data[key])
+
+
+def _imported(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_imported, value))
+    if isinstance(value, dict):
+        return {key: _imported(part) for key, part in value.items()}
+    if not isinstance(value, str):
+        return value
+    module, _, name = value.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 @dataclass(frozen=True)
@@ -58,8 +72,8 @@ class Architecture:
         models: names of Auto classes ("AutoModel", "AutoModelForCausalLM", ...) to model classes.
         presets: names to config arguments.
         variants: names to config arguments of small models that the conformance kit checks.
-        tokenizer: the tokenizer class, if the family has one of its own.
-        processor: the processor class, if it has one.
+        preprocessors: "AutoTokenizer", "AutoImageProcessor", "AutoFeatureExtractor" and "AutoProcessor" to the classes
+            that the family has of its own.
         declared_capabilities: flags given on registration; None leaves it to the model classes.
     """
 
@@ -68,9 +82,28 @@ class Architecture:
     models: Classes
     presets: Mapping[str, dict[str, Any]]
     variants: Mapping[str, dict[str, Any]]
-    tokenizer: type | None = None
-    processor: type | None = None
+    preprocessors: Classes
     declared_capabilities: frozenset[str] | None = None
+
+    @property
+    def tokenizer(self) -> type | None:
+        """The tokenizer class of its own, if it has one."""
+        return self.preprocessors.get("AutoTokenizer")
+
+    @property
+    def image_processor(self) -> Any:
+        """The image processor class of its own, if it has one."""
+        return self.preprocessors.get("AutoImageProcessor")
+
+    @property
+    def feature_extractor(self) -> Any:
+        """The feature extractor class of its own, if it has one."""
+        return self.preprocessors.get("AutoFeatureExtractor")
+
+    @property
+    def processor(self) -> Any:
+        """The processor class of its own, if it has one."""
+        return self.preprocessors.get("AutoProcessor")
 
     @property
     def capabilities(self) -> frozenset[str]:
@@ -108,10 +141,13 @@ def register_architecture(
     presets: Mapping[str, dict[str, Any]] | Path | None = None,
     variants: Mapping[str, dict[str, Any]] | Path | None = None,
     tokenizer: type[PreTrainedTokenizerBase] | None = None,
-    processor: type | None = None,
+    processor: type | str | None = None,
     capabilities: Iterable[str] | None = None,
+    image_processor: type | str | None = None,
+    feature_extractor: type | str | None = None,
 ) -> Architecture:
-    """Register a family with hf_holo and with AutoConfig, the AutoModel classes, AutoTokenizer and AutoProcessor.
+    """Register a family with hf_holo and with AutoConfig, the AutoModel classes, AutoTokenizer, AutoImageProcessor,
+    AutoFeatureExtractor and AutoProcessor.
 
     Registering the same thing twice is fine. Nothing is registered when an error is raised.
 
@@ -125,9 +161,11 @@ def register_architecture(
             with them: what `hf-holo check` and the tests run over. The first gives the sizes, each of the others says
             what it changes. Default: the smallest preset.
         tokenizer: the tokenizer class of the family; default: none.
-        processor: the processor class of the family; default: none.
+        processor: the class that joins the ones above and below, or a string "module:Class"; default: none.
         capabilities: flags such as "causal", "bidirectional", "constant_state", "packing", "rollback"; default: the
             attribute `capabilities` of the model classes.
+        image_processor: the image processor class of the family, or a string "module:Class"; default: none.
+        feature_extractor: the class that prepares sounds, or a string "module:Class"; default: none.
 
     Returns:
         The registered family.
@@ -139,18 +177,19 @@ def register_architecture(
     if name != config.model_type:
         raise HoloError(f"name: {name!r} differs from {config.__name__}.model_type={config.model_type!r}: use one name")
     _check_models(models, config)
-    if tokenizer is not None:
-        _check_class("tokenizer", tokenizer, PreTrainedTokenizerBase)
-    if processor is not None:
-        _check_class("processor", processor, transformers.ProcessorMixin)
+    preprocessors = {
+        "AutoTokenizer": _check_part("tokenizer", tokenizer, "PreTrainedTokenizerBase"),
+        "AutoImageProcessor": _check_part("image_processor", image_processor, "ImageProcessingMixin"),
+        "AutoFeatureExtractor": _check_part("feature_extractor", feature_extractor, "FeatureExtractionMixin"),
+        "AutoProcessor": _check_part("processor", processor, "ProcessorMixin"),
+    }
     architecture = Architecture(
         name=name,
         config=config,
         models=Classes(models),
         presets=_read_presets(presets),
         variants=_read_variants(variants),
-        tokenizer=tokenizer,
-        processor=processor,
+        preprocessors=Classes({name: part for name, part in preprocessors.items() if part is not None}),
         declared_capabilities=None if capabilities is None else frozenset(capabilities),
     )
     if _ARCHITECTURES.get(name) == architecture:
@@ -203,7 +242,7 @@ def preset_config(preset: str, **overrides: Any) -> PretrainedConfig:
     try:
         return architecture.config(**{**kwargs, **overrides})
     except ValueError as error:
-        raise HoloError(f"preset {preset!r}: {error}") from error
+        raise HoloError(f"preset: {preset!r}: {error}") from error
 
 
 def preset_model(preset: str, **overrides: Any) -> PreTrainedModel:
@@ -245,13 +284,20 @@ def load_plugins() -> None:
 
 def _check_class(argument: str, value: Any, base: type) -> type[Any]:
     if not (isinstance(value, type) and issubclass(value, base)):
-        raise HoloError(f"{argument}={value!r} must be a subclass of {base.__name__}")
+        raise HoloError(f"{argument}: {value!r} is not a subclass of {base.__name__}")
     return value
+
+
+def _check_part(argument: str, value: type | str | None, base: str) -> type | str | None:
+    """A class that prepares inputs; `base`: the class of transformers that it must be of."""
+    if value is None or (isinstance(value, str) and ":" in value):
+        return value
+    return _check_class(argument, value, getattr(transformers, base))
 
 
 def _check_models(models: Mapping[str, type[PreTrainedModel] | str], config: type[PretrainedConfig]) -> None:
     if not models:
-        raise HoloError(f"models: {models!r} must name at least one model class")
+        raise HoloError(f"models: {models!r} does not name a model class; at least one is needed")
     for auto_name, model in models.items():
         if not hasattr(getattr(transformers, auto_name, None), "_model_mapping"):
             raise HoloError(f"models: {auto_name!r} is not an Auto class for models; one is 'AutoModelForCausalLM'")
@@ -282,10 +328,10 @@ def _read_variants(source: Mapping[str, dict[str, Any]] | Path | None) -> dict[s
 
 def _check_mappings(argument: str, source: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(source, Mapping):
-        raise HoloError(f"{argument}={source!r} must be a mapping of names to config arguments")
+        raise HoloError(f"{argument}: {source!r} is not a mapping of names to config arguments")
     for name, kwargs in source.items():
         if not isinstance(kwargs, Mapping):
-            raise HoloError(f"{argument}: {name!r} is {kwargs!r}, but must be a mapping of config arguments")
+            raise HoloError(f"{argument}: {name!r} is {kwargs!r}, not a mapping of config arguments")
     return dict(source)
 
 
@@ -298,13 +344,13 @@ def _read_json(path: Path) -> Any:
 
 def _check_clashes(new: Architecture) -> None:
     if new.name in _ARCHITECTURES:
-        raise HoloError(f"architecture {new.name!r} is already registered with other parts; choose another name")
+        raise HoloError(f"name: {new.name!r} is already registered with other parts; choose another name")
     if new.name in CONFIG_MAPPING and CONFIG_MAPPING[new.name] is not new.config:
         taken = CONFIG_MAPPING[new.name].__name__
-        raise HoloError(f"architecture {new.name!r} is taken by {taken} in transformers; choose another name")
+        raise HoloError(f"name: {new.name!r} is taken by {taken} in transformers; choose another name")
     for preset, (owner, _) in presets().items():
         if preset in new.presets:
-            raise HoloError(f"preset {preset!r} of {new.name!r} is taken by architecture {owner.name!r}; rename it")
+            raise HoloError(f"presets: {preset!r} of {new.name!r} is taken by architecture {owner.name!r}; rename it")
 
 
 def _register_with_transformers(architecture: Architecture) -> None:
@@ -312,20 +358,34 @@ def _register_with_transformers(architecture: Architecture) -> None:
     AutoConfig.register(architecture.name, config, exist_ok=True)
     for auto_name, model in architecture.models.data.items():
         _register_model(getattr(transformers, auto_name), config, model)
-    if architecture.tokenizer is not None:
-        fast = issubclass(architecture.tokenizer, PreTrainedTokenizerFast)
-        kind = "fast_tokenizer_class" if fast else "slow_tokenizer_class"
-        AutoTokenizer.register(config, **{kind: architecture.tokenizer}, exist_ok=True)
-    if architecture.processor is not None:
-        transformers.AutoProcessor.register(config, architecture.processor, exist_ok=True)
+    for auto_name, part in architecture.preprocessors.data.items():
+        if auto_name == "AutoTokenizer":
+            fast = issubclass(part, PreTrainedTokenizerFast)
+            kind = "fast_tokenizer_class" if fast else "slow_tokenizer_class"
+            AutoTokenizer.register(config, **{kind: part}, exist_ok=True)
+        elif auto_name == "AutoImageProcessor":
+            _register_lazily(IMAGE_PROCESSOR_MAPPING, config, _by_backend(part))
+        else:
+            _register_lazily(PROCESSOR_MAPPINGS[auto_name], config, part)
+
+
+def _by_backend(image_processor: type | str) -> Any:
+    """An image processor as transformers keeps it: (slow, fast) in 4.57, by the name of its backend in 5."""
+    if "image_processor_classes" in inspect.signature(AutoImageProcessor.register).parameters:
+        return {"pil": image_processor}
+    return image_processor, None
 
 
 def _register_model(auto_class: Any, config: type[PretrainedConfig], model: type | str) -> None:
     """What `auto_class.register` does, for classes that are still to be imported too."""
-    mapping = auto_class._model_mapping
-    if not isinstance(mapping._extra_content, Classes):
-        mapping._extra_content = Classes(mapping._extra_content)
-    mapping.register(config, model, exist_ok=True)
+    _register_lazily(auto_class._model_mapping, config, model)
     if auto_class is AutoModelForCausalLM:  # Trainer shifts the labels of label smoothing for the classes named here
         name = model.rpartition(":")[2] if isinstance(model, str) else model.__name__
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type] = name
+
+
+def _register_lazily(mapping: Any, config: type[PretrainedConfig], value: Any) -> None:
+    """Register with a mapping of transformers what may still have to be imported."""
+    if not isinstance(mapping._extra_content, Classes):
+        mapping._extra_content = Classes(mapping._extra_content)
+    mapping.register(config, value, exist_ok=True)

@@ -2,11 +2,14 @@
 
 import csv
 import importlib
+import io
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -199,6 +202,19 @@ def test_decode_speed(run):
     assert [row["context"] for row in report["figures"]["rows"]] == [4, 70]
 
 
+def test_saved_prefix(run):
+    report, _ = run("saved_prefix", "--preset", "hsn-tiny", "--tokens", 40, "--repeats", 2)
+    assert report["figures"]["tokens"] == 40 and report["figures"]["first_ms"] > 0
+
+
+def test_generation_speed(run):
+    argv = ("--contexts", 4, "--tokens", 2, "--repeats", 1, "--width", 32, "--depth", 1)
+    report, _ = run("generation_speed", *argv)
+    operations = {row["model"]: row["operations_per_token"] for row in report["figures"]["models"]}
+    assert operations.keys() == {"hsn", "resonance", "holo", "llama", "gpt2", "mamba"}
+    assert all(row["ms_per_token"] > 0 for row in report["figures"]["rows"])
+
+
 def test_stepwise_loss(run, text, tmp_path, monkeypatch):
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -266,6 +282,118 @@ def test_python_code(run, tmp_path, monkeypatch):
     assert trained == [filling, completion]
     assert len(classified["accuracies"]) == 3 and report["seconds"] >= classified["seconds"] > 0
     assert f"{filling['parameters']:,}" in importlib.import_module("python_code").table(report)
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """A folder of tables as those of CIFAR-10, with noise of one colour for each class in place of photographs."""
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageColumn
+    from PIL import Image
+
+    folder, random = tmp_path / "photographs", np.random.default_rng(0)
+    folder.mkdir()
+    for split, rows in (("train", 40), ("test", 12)):
+        labels = [row % 10 for row in range(rows)]
+        pixels = [(random.random((32, 32, 3)) * [25 * n, 128, 250 - 25 * n]).astype(np.uint8) for n in labels]
+        features = Features({"image": ImageColumn(), "label": ClassLabel(10)})
+        table = {"image": [Image.fromarray(p) for p in pixels], "label": labels}
+        Dataset.from_dict(table, features).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def test_vision(run, photographs, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    argv = (photographs, "--epochs", 1, "--rows", 8, "--sides", 16, 32, "--seeds", 0)
+    report, _ = run("vision", *argv, "--models", "resonance", "--learning_rates", 0.002, report="vision_cifar10")
+    report, _ = run("vision", *argv, "--learning_rates", 0.002, report="vision_cifar10")
+    runs = report["figures"]["runs"]
+    assert [r["model"] for r in runs] == ["resonance", "plain", "vit", "mixer"]  # the first was kept
+    sizes = [r["parameters"] for r in runs]
+    assert all(abs(size / sizes[0] - 1) < 0.05 for size in sizes)
+    assert all(0 <= r["accuracy"] <= 1 for r in runs) and set(report["figures"]["speed"]) == {"16", "32"}
+    vision = importlib.import_module("vision")
+    assert "MLP-Mixer" in vision.table(report) and "ViT" in vision.sentence(report)
+
+
+def test_augmented_pictures_are_shifted_and_mirrored(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    vision = importlib.import_module("vision")
+    ramp = torch.arange(1.0, 257).view(1, 1, 16, 16)
+    for channels, turns in ((1, {1.0}), (3, {1.0, -1.0})):
+        got = vision.augmented(ramp.expand(64, channels, 16, 16), torch.Generator().manual_seed(0))
+        middle = got[:, 0, 8]
+        assert set((middle[:, 9] - middle[:, 8]).tolist()) == turns
+        assert len(set(middle[:, 8].tolist())) > 10 and got.shape == (64, channels, 16, 16)
+
+
+@pytest.fixture
+def spoken(tmp_path):
+    """A folder of tables as those of the Free Spoken Digit Dataset, with short tones in place of digits."""
+    from datasets import Audio, ClassLabel, Dataset
+
+    soundfile, folder = pytest.importorskip("soundfile"), tmp_path / "spoken"
+    folder.mkdir()
+    for split, takes in (("train", 4), ("test", 1)):
+        rows = []
+        for speaker in ("george", "jackson", "lucas", "nicolas", "theo", "yweweler"):
+            for label in range(takes):
+                content = io.BytesIO()
+                tone = torch.sin(torch.arange(1200 + 400 * label) * (0.1 + 0.2 * label)).numpy()
+                soundfile.write(content, tone, 8000, format="WAV")
+                row = {"audio": {"bytes": content.getvalue(), "path": "digit.wav"}, "label": label, "speaker": speaker}
+                rows.append(row)
+        table = Dataset.from_list(rows).cast_column("audio", Audio(sampling_rate=8000, decode=False))
+        table.cast_column("label", ClassLabel(10)).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def test_audio(run, spoken, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    audio = importlib.import_module("audio")
+    monkeypatch.setattr(audio, "speed", partial(audio.speed, width=16, depth=1))
+    argv = (spoken, "--epochs", 1, "--rows", 4, "--width", 32, "--depth", 1, "--left_out", "theo")
+    report, _ = run("audio", *argv, "--models", "resonance", "--learning_rates", 0.002, 0.004)
+    report, _ = run("audio", *argv, "--learning_rates", 0.004)
+    runs = report["figures"]["runs"]
+    told = [(r["model"], r["learning_rate"], r["held_out"]) for r in runs]
+    assert len(set(told)) == len(told) == 7  # what was there is kept and not repeated
+    assert max(r["parameters"] for r in runs) < 1.11 * min(r["parameters"] for r in runs)
+    assert all(0 <= r["accuracy"] <= 1 for r in runs) and report["figures"]["speed"]["minute"] > 0
+    assert "Spectrogram Transformer" in audio.table(report) and "one seed" in audio.sentence(report)
+
+
+def test_batches_of_sounds_hold_similar_lengths_and_every_recording_once(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    lengths = [(17 * n) % 100 for n in range(100)]
+    batches = importlib.import_module("audio").batches(lengths, 4, np.random.default_rng(0))
+    assert sorted(index for batch in batches for index in batch) == list(range(100))
+    spreads = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches]
+    assert sum(spreads) / len(spreads) < 30  # of random ones it is 60
+
+
+@pytest.mark.parametrize("task", ["digit", "sum", "new_pairs"])
+def test_multimodal(run, shared_data, task):
+    sizes = ("--train_size", 40, "--test_size", 40, "--steps", 1, "--rows", 4, "--seeds", 0, "--learning_rates", 0.001)
+    argv = (shared_data / "mnist", shared_data / "fsdd", "--task", task, *sizes)
+    run("multimodal", *argv, "--fusions", "binding", report=f"multimodal_{task}")
+    alone = ("--alone",) if task == "digit" else ()
+    report, _ = run("multimodal", *argv, *alone, report=f"multimodal_{task}")
+    runs = report["figures"]["runs"]
+    told = [(r["fusion"], r["senses"]) for r in runs]
+    assert len(set(told)) == len(told) == (10 if task == "digit" else 4)  # what was there is kept and not repeated
+    whole = [r for r in runs if r["senses"] == runs[0]["senses"]]
+    assert max(r["parameters"] for r in whole) < 1.05 * min(r["parameters"] for r in whole)
+    assert all(0 <= share <= 1 for r in runs for share in r["right"].values())
+    script = importlib.import_module("multimodal")
+    assert "averaging" in script.table(report) and "one seed" in script.sentence(report)
+    assert ("alone" in script.table(report)) == (task == "digit")
+
+
+def test_pairs_of_digits_are_held_out_of_every_row_and_column(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    held_out = importlib.import_module("multimodal").held_out_pairs()
+    assert held_out.sum(0).tolist() == held_out.sum(1).tolist() == [2] * 10
 
 
 def test_the_readme_shows_what_the_reports_say(run, tmp_path, monkeypatch):

@@ -170,8 +170,8 @@ def test_a_checkpoint_of_a_head_is_checked_with_its_head(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "name at least one TARGET, or give --all or --transformers alone"),
-        (["hsn", "--all"], "name at least one TARGET, or give --all or --transformers alone"),
+        ([], "TARGET: name at least one, or give --all or --transformers alone"),
+        (["hsn", "--all"], "TARGET: name at least one, or give --all or --transformers alone"),
         (["hsm"], "unknown family or preset 'hsm': did you mean 'hsn'?"),
         (["no/such/model"], "'no/such/model' is not a checkpoint that can be loaded"),
         (["hsn", "--checks", "causalty"], "unknown check 'causalty': did you mean 'causality'?"),

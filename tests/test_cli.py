@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from help_texts import help_of
 
 import hf_holo
 import hf_holo_cli
@@ -31,10 +32,15 @@ def test_help_and_version(capsys):
     assert hf_holo.__version__ in output(capsys, "--version")
 
 
-@pytest.mark.parametrize("argument", ["--help", "--version"])
+@pytest.mark.parametrize("verb", hf_holo_cli.VERBS)
+def test_the_written_help_is_that_of_the_parser(verb):
+    assert hf_holo_cli.written_help(verb) == help_of(verb), "run `make help-texts`"
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version", "train --help"])
 def test_help_and_version_take_no_time(argument):
     """The script reads the verb before torch is imported: CPU time, and the best of three, as others work here too."""
-    code = f"import sys, hf_holo_cli; hf_holo_cli.main([{argument!r}]); sys.exit('hf_holo' in sys.modules)"
+    code = f"import sys, hf_holo_cli; hf_holo_cli.main({argument.split()!r}); sys.exit('hf_holo' in sys.modules)"
     times = []
     while len(times) < 3 and min(times, default=1) > 0.4:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -56,10 +62,10 @@ def test_the_script_is_the_quick_module():
         (["trian"], f"unknown command 'trian': did you mean 'train'? known are {', '.join(sorted(cli.VERBS))}"),
         (["info", "hsn-tyni"], "unknown preset 'hsn-tyni': did you mean 'hsn-tiny'? known are"),
         (["info", "no/such/folder"], "'no/such/folder' has no config.json"),
-        (["info", "hsn-tiny", "--lengths", "0"], "lengths: [0] must all be at least 1"),
+        (["info", "hsn-tiny", "--lengths", "0"], "lengths: [0] are not all at least 1"),
         (["info"], "the following arguments are required: PRESET|PATH"),
         (["list", "--jsno"], "unrecognized arguments: --jsno"),
-        (["list", "--vocab_size", "0"], "preset 'hsn-base': vocab_size=0 must be a positive integer"),
+        (["list", "--vocab_size", "0"], "preset: 'hsn-base': vocab_size: 0 is not a positive integer"),
     ],
 )
 def test_errors_are_one_line_and_status_2(capsys, argv, message):
@@ -114,7 +120,7 @@ def test_info_of_a_checkpoint(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"model_type": "hsn", "format_version": 99}', "format_version=99 was written by a newer hf_holo"),
+        ('{"model_type": "hsn", "format_version": 99}', "format_version: 99 was written by a newer hf_holo"),
         ('{"model_type": "llama"}', "unknown architecture 'llama'"),
         ('{"model_type": "no-such-type"}', "no-such-type"),
         ("{", "not a valid JSON"),
@@ -129,7 +135,8 @@ def test_info_of_a_bad_checkpoint(capsys, tmp_path, content, message):
 
 def test_info_prints_a_table(capsys):
     text = output(capsys, "info", "hsn-tiny", "--lengths", "16")
-    assert "parameters" in text and "per sequence, at any length" in text
+    assert "parameters" in text and "per sequence, at any length" in text and "scan              " in text
+    assert "scan    " not in output(capsys, "info", "holo-tiny", "--lengths", "16")
 
 
 def test_flops_are_those_of_the_matrix_products():

@@ -60,6 +60,26 @@ def test_generate_text_starts_with_its_prompt():
     assert generate_text(model, tokenizer, "a\n b", 4).startswith("a\n b")
 
 
+@pytest.mark.parametrize("family", ["hsn", "llama"])
+def test_a_text_is_read_once_and_continued(tmp_path, capsys, family):
+    path, text, prefix = save(tmp_path / "model", family), tmp_path / "text", str(tmp_path / "prefix")
+    text.write_text("abc abc gfe\n")
+    main([path, "--prompt_file", str(text), "--save_prefix", prefix])
+    out, err = capsys.readouterr()
+    assert out == "" and re.match(
+        r"(Loading.*)?12 tokens in .*prefix, in [\d.]+ s\n$", err.splitlines(keepends=True)[-1]
+    )
+    greedy = ["--temperature", "0", "--max_new_tokens", "9"]
+    main([path, "--prompt", "abc abc gfe\nfa", *greedy])
+    whole = capsys.readouterr().out
+    main([path, "--prefix", prefix, "--prompt", "fa", *greedy])
+    assert "abc abc gfe\n" + capsys.readouterr().out == whole
+    main([path, "--prefix", prefix, "--prompt", "fa", "--save_prefix", prefix])  # a longer one in its place
+    capsys.readouterr()
+    main([path, "--prefix", prefix, *greedy])
+    assert "abc abc gfe\nfa" + capsys.readouterr().out == whole
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -69,6 +89,14 @@ def test_generate_text_starts_with_its_prompt():
         ("{path} --top_p 2", "top_p: 2.0"),
         ("{path} --num_beams 0", "num_beams: 0"),
         ("{path} --top_k x", "invalid int value"),
+        ("{path} --prefix no/such", "prefix: 'no/such' is not a file"),
+        ("{path} --prefix {path}/config.json", "prefix: .*config.json' is not a complete safetensors file"),
+        ("{path} --prefix {path}/model.safetensors", "prefix: .*model.safetensors' is not the state after a text"),
+        ("{path} --prefix x --num_beams 2", "num_beams: 2 does not go with --prefix"),
+        ("{path} --prompt a --save_prefix no/such", "save_prefix: 'no/such' is in a folder that does not exist"),
+        ("{path} --prompt_file no/such", "prompt_file: 'no/such' cannot be read as a text"),
+        ("{path} --prompt_file {path}/model.safetensors", "prompt_file: .* cannot be read as a text in UTF-8"),
+        ("{path} --prompt a --prompt_file b", "not allowed with argument"),
         ("{path} --nonsense", "unrecognized arguments"),
         ("", "path"),
     ],

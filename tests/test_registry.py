@@ -6,7 +6,10 @@ import sys
 import pytest
 from transformers import (
     AutoConfig,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
     AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     BertModel,
     LlamaConfig,
@@ -14,7 +17,9 @@ from transformers import (
     LlamaModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
+    SequenceFeatureExtractor,
 )
+from transformers.image_processing_utils import BaseImageProcessor
 
 import hf_holo
 from hf_holo import HoloError, registry
@@ -50,6 +55,14 @@ class ToyProcessor(ProcessorMixin):
     attributes = ()
 
 
+class ToyImageProcessor(BaseImageProcessor):
+    model_input_names = ["pixel_values"]
+
+
+class ToyFeatureExtractor(SequenceFeatureExtractor):
+    model_input_names = ["input_values"]
+
+
 MODELS = {"AutoModel": ToyModel, "AutoModelForCausalLM": ToyForCausalLM}
 TOY = {"name": "toy-registry", "config": ToyConfig, "models": MODELS, "presets": {"toy-small": SIZES}}
 
@@ -79,6 +92,27 @@ def test_the_tokenizer_is_found_by_its_name(tmp_path):
         tmp_path
     )
     assert type(AutoTokenizer.from_pretrained(tmp_path)) is ToyTokenizer
+
+
+@pytest.mark.parametrize("by_path", [False, True])
+def test_processors_of_pictures_and_sounds_are_found_by_their_names(tmp_path, by_path):
+    sys.modules.setdefault(__name__, sys.modules[ToyConfig.__module__])
+    parts = {"image_processor": ToyImageProcessor, "feature_extractor": ToyFeatureExtractor}
+    given = {name: f"{__name__}:{part.__name__}" if by_path else part for name, part in parts.items()}
+    registered = register_architecture(**TOY, **given)
+    assert (registered.image_processor, registered.feature_extractor) == tuple(parts.values())
+    ToyConfig(**SIZES).save_pretrained(tmp_path)
+    ToyImageProcessor().save_pretrained(tmp_path)
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is ToyImageProcessor
+    ToyFeatureExtractor(1, 8000, 0.0).save_pretrained(tmp_path)
+    assert type(AutoFeatureExtractor.from_pretrained(tmp_path)) is ToyFeatureExtractor
+    assert AutoFeatureExtractor.from_pretrained(tmp_path).sampling_rate == 8000
+
+
+def test_a_processor_is_found_through_the_config(tmp_path):
+    register_architecture(**TOY, processor=ToyProcessor)
+    ToyConfig(**SIZES).save_pretrained(tmp_path)
+    assert type(AutoProcessor.from_pretrained(tmp_path)) is ToyProcessor
 
 
 def test_the_same_thing_twice_is_fine():
@@ -120,7 +154,7 @@ def test_variants_come_from_a_json_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("variants", "message"),
-    [([SIZES], "must be a mapping of names"), ({"base": 3}, "variants: 'base' is 3, but must be a mapping")],
+    [([SIZES], "is not a mapping of names"), ({"base": 3}, "variants: 'base' is 3, not a mapping")],
 )
 def test_bad_variants_are_refused(variants, message):
     with pytest.raises(HoloError, match=message):
@@ -171,22 +205,24 @@ class LlamaAsLlama(LlamaForCausalLM):
 
 BAD = {
     "name": ({"name": "other"}, "name: 'other' differs from ToyConfig.model_type='toy-registry'"),
-    "config": ({"config": dict}, "config=<class 'dict'> must be a subclass of"),
-    "no models": ({"models": {}}, "models: {} must name at least one"),
+    "config": ({"config": dict}, "config: <class 'dict'> is not a subclass of"),
+    "no models": ({"models": {}}, "models: {} does not name a model class"),
     "auto class": ({"models": {"AutoModelForMagic": ToyModel}}, "'AutoModelForMagic' is not an Auto class"),
-    "model type": ({"models": {"AutoModel": dict}}, "models\\['AutoModel'\\]=<class 'dict'> must be a subclass"),
+    "model type": ({"models": {"AutoModel": dict}}, "models\\['AutoModel'\\]: <class 'dict'> is not a subclass"),
     "model config": ({"models": {"AutoModel": BertModel}}, "BertModel.config_class must be ToyConfig"),
-    "tokenizer": ({"tokenizer": dict}, "tokenizer=<class 'dict'> must be a subclass of PreTrainedTokenizerBase"),
-    "processor": ({"processor": dict}, "processor=<class 'dict'> must be a subclass of ProcessorMixin"),
-    "preset": ({"presets": {"toy-small": 3}}, "'toy-small' is 3, but must be a mapping"),
-    "preset taken": ({"presets": {"hsn-tiny": SIZES}}, "preset 'hsn-tiny' of 'toy-registry' is taken by .*'hsn'"),
+    "tokenizer": ({"tokenizer": dict}, "tokenizer: <class 'dict'> is not a subclass of PreTrainedTokenizerBase"),
+    "processor": ({"processor": dict}, "processor: <class 'dict'> is not a subclass of ProcessorMixin"),
+    "image processor": ({"image_processor": dict}, "image_processor: <class 'dict'> is not a subclass of ImageProc"),
+    "feature extractor": ({"feature_extractor": dict}, "feature_extractor: <class 'dict'> is not a subclass of"),
+    "preset": ({"presets": {"toy-small": 3}}, "'toy-small' is 3, not a mapping"),
+    "preset taken": ({"presets": {"hsn-tiny": SIZES}}, "presets: 'hsn-tiny' of 'toy-registry' is taken by .*'hsn'"),
     "taken here": (
         {"name": "hsn", "config": NamedAsHsn, "models": {"AutoModelForCausalLM": LlamaAsHsn}},
-        "architecture 'hsn' is already registered",
+        "name: 'hsn' is already registered",
     ),
     "taken in transformers": (
         {"name": "llama", "config": NamedAsLlama, "models": {"AutoModelForCausalLM": LlamaAsLlama}},
-        "architecture 'llama' is taken by LlamaConfig in transformers",
+        "name: 'llama' is taken by LlamaConfig in transformers",
     ),
 }
 
@@ -199,7 +235,7 @@ def test_bad_registrations_are_refused(changes, message):
     assert before == (architectures(), type(AutoConfig.for_model("llama")), type(AutoConfig.for_model("hsn")))
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "not valid JSON"), ("[1]", "must be a mapping")])
+@pytest.mark.parametrize(("content", "message"), [("{", "not valid JSON"), ("[1]", "not a mapping")])
 def test_bad_preset_files_are_named(tmp_path, content, message):
     (tmp_path / "toy-bad.json").write_text(content)
     with pytest.raises(HoloError, match=f"toy-bad.*{message}"):

@@ -15,15 +15,15 @@ ROOT = Path(hf_holo.__file__).parent
 FLOORS = (
     {"errors", "files", "moved", "peft_defaults"},
     {"modeling"},
-    {"registry", "data", "recipes"},
+    {"registry", "data", "recipes", "prefix"},
     {"eval"},
-    {"conversion", "training", "export", "hub", "generate", "testing"},
+    {"conversion", "training", "export", "hub", "generate", "chat", "serve", "testing"},
     {"hf_holo"},  # __init__: what is public
     {"cli"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # modeling/ goes along with checkpoints: it needs what transformers needs, and nothing else.
-ALLOWED_IN_MODELING = {"torch", "numpy", "transformers", "safetensors", *sys.stdlib_module_names}
+ALLOWED_IN_MODELING = {"torch", "numpy", "transformers", "safetensors", "PIL", *sys.stdlib_module_names}
 
 
 def room_of(module: str) -> str:

@@ -38,13 +38,15 @@ class Fit:
             raise ValueError(f"give either steps or seconds, got steps={self.steps} and seconds={self.seconds}")
 
 
-def make_optimizer(name: str, model: torch.nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+def make_optimizer(
+    name: str, model: torch.nn.Module, learning_rate: float, weight_decay: float = 0.1
+) -> torch.optim.Optimizer:
     if name == "muon":
-        return MuonAdamW.for_model(model, lr=learning_rate)
+        return MuonAdamW.for_model(model, lr=learning_rate, weight_decay=weight_decay)
     if name == "adamw":
         parameters = split_parameters(model)
         groups = [
-            {"params": parameters["hidden"] + parameters["matrices"], "weight_decay": 0.1},
+            {"params": parameters["hidden"] + parameters["matrices"], "weight_decay": weight_decay},
             {"params": parameters["rest"], "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))

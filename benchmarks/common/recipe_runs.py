@@ -39,7 +39,7 @@ def figures(run: Path) -> dict[str, float | int]:
         last = list(csv.DictReader(file))[-1]
     steps, batch = int(last["step"]), "per_device_train_batch_size"
     sizes = {
-        "parameters": TASKS[recipe.get("task", "causal")].from_pretrained(run).num_parameters(),
+        "parameters": TASKS[recipe.get("task", "causal")].auto_class.from_pretrained(run).num_parameters(),
         "steps": steps,
         "tokens": steps * recipe.get(batch, getattr(TrainingArguments, batch)) * recipe["block_size"],
         "window": recipe["block_size"],

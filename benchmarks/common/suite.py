@@ -28,6 +28,9 @@ INPUTS = {
     "SMOLLM2": Input("folder of SmolLM2-135M-Instruct, or of another small Llama, with its tokenizer"),
     "REVIEWS_TRAIN": Input("`train.parquet`, movie reviews with the columns `text` and `label`"),
     "REVIEWS_TEST": Input("`test.parquet`, likewise"),
+    "CIFAR10": Input("folder of small photographs, `train.parquet` and `test.parquet` with `image` and `label`"),
+    "MNIST": Input("folder of handwritten digits, `train.parquet` and `test.parquet` with `image` and `label`"),
+    "FSDD": Input("folder of spoken digits, likewise with `audio` and `label` (Free Spoken Digit Dataset)"),
     "SHAKESPEARE_RUN": Input("the model that `shakespeare` trains", "runs/shakespeare-char-hsn"),
     "STUDENTS": Input("the models that `surgery` converts", "runs/students"),
 }
@@ -82,6 +85,12 @@ GROUPS: dict[str, dict[str, Benchmark]] = {
         "python_code": Benchmark("python_code"),
         "infilling": Benchmark("infilling"),
         "movie_reviews": Benchmark("movie_reviews", "REVIEWS_TRAIN REVIEWS_TEST --cpu"),
+        "vision_cifar10": Benchmark("vision", "CIFAR10"),
+        "vision_mnist": Benchmark("vision", "MNIST --data mnist"),
+        "audio": Benchmark("audio", "FSDD"),
+        "multimodal_digit": Benchmark("multimodal", "MNIST FSDD --task digit --alone"),
+        "multimodal_sum": Benchmark("multimodal", "MNIST FSDD --task sum"),
+        "multimodal_new_pairs": Benchmark("multimodal", "MNIST FSDD --task new_pairs --weight_decays 0.1 1.0"),
     },
     "recall": {
         "pair_recall": Benchmark("pair_recall"),
@@ -89,7 +98,10 @@ GROUPS: dict[str, dict[str, Benchmark]] = {
     },
     "speed": {
         "block_speed": Benchmark("block_speed", quick=True),
+        "block_speed_compiled": Benchmark("block_speed", "--compile"),
         "decode_speed": Benchmark("decode_speed", quick=True),
+        "saved_prefix": Benchmark("saved_prefix"),
+        "generation_speed": Benchmark("generation_speed", "--threads 1"),
         "static_speed": Benchmark("static_speed", quick=True),
         "holo_speed": Benchmark("holo_speed", quick=True),
         "long_context": Benchmark("long_context", "--repeats 3"),
@@ -134,6 +146,11 @@ TABLES = {  # of the pages in docs, by page and mark, likewise
     ("code", "recipes"): ("python_code",),
     ("code", "measured"): ("infilling",),
     ("memory", "measured"): ("memory_recall",),
+    ("vision", "cifar10"): ("vision_cifar10",),
+    ("vision", "mnist"): ("vision_mnist",),
+    ("multimodal", "digit"): ("multimodal_digit",),
+    ("multimodal", "sum"): ("multimodal_sum",),
+    ("multimodal", "new pairs"): ("multimodal_new_pairs",),
 }
 
 

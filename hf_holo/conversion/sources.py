@@ -157,22 +157,15 @@ def load_weights(
         raise HoloError(f"{argument}: cannot load {name!r}: {first_line(error)}") from None
 
 
-def load_tokenizer(
-    teacher: str, needed: bool = True, argument: str = "TEACHER", trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of the teacher; None if there is none and it is not `needed`.
+def load_tokenizer(teacher: str, argument: str = "TEACHER", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of the teacher.
 
     Raises:
         HoloError: there is none.
     """
-    try:
-        tokenizer = saved_tokenizer(teacher, argument, trust_remote_code=trust_remote_code)
-        if not tokenizer("text", add_special_tokens=False).input_ids:
-            raise HoloError(f"{argument}: {teacher!r} has no tokenizer that turns the text into tokens")
-    except HoloError:
-        if needed:
-            raise
-        return None
+    tokenizer = saved_tokenizer(teacher, argument, trust_remote_code=trust_remote_code)
+    if not tokenizer("text", add_special_tokens=False).input_ids:
+        raise HoloError(f"{argument}: {teacher!r} has no tokenizer that turns the text into tokens")
     return tokenizer
 
 

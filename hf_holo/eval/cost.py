@@ -23,13 +23,18 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from ..data.processors import SECONDS, input_sizes
 from ..errors import HoloError, Parser
 from ..modeling.cache import CACHE_NAME
 from ..modeling.hashing import HashEmbedding, collisions
+from ..modeling.kernels import backend
+from ..modeling.modeling_hsn import HolographicMixer
 from ..modeling.vocabulary import vocabulary_parameters
 from ..registry import get_architecture, preset_config, presets
 
 USUAL_LENGTHS = (128, 512, 2048)
+USUAL_SIDES, USUAL_SECONDS = (32, 224, 512), (1, 10, 60)  # of pictures in pixels, of sounds
+TOKENS = 128  # of the text that a model of several senses is given
 
 
 @dataclass(frozen=True)
@@ -47,16 +52,21 @@ def main(argv: list[str]) -> None:
     """Print what a preset or a checkpoint costs."""
     parser = Parser(prog="hf-holo info", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="PRESET|PATH", help="a preset (see `hf-holo list`) or a checkpoint folder")
-    parser.add_argument("--lengths", type=int, nargs="+", default=USUAL_LENGTHS, help="sequence lengths in tokens")
+    lengths = "lengths of texts in tokens, of sounds in seconds, or sides of pictures in pixels"
+    parser.add_argument("--lengths", type=int, nargs="+", default=None, help=lengths)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
-    if min(args.lengths) < 1:
-        raise HoloError(f"lengths: {args.lengths} must all be at least 1")
-    record = info(find_config(args.model), args.lengths)
+    if args.lengths and min(args.lengths) < 1:
+        raise HoloError(f"lengths: {args.lengths} are not all at least 1")
+    config = find_config(args.model)
+    reads = getattr(config, "vocab_size", None) is not None
+    record = info(config, args.lengths or USUAL_LENGTHS) if reads else sensing_info(config, args.lengths)
     if args.json:
         print(json.dumps(record, indent=2))
-    else:
+    elif reads:
         _print_record(args.model, record)
+    else:
+        _print_sensing_record(args.model, record)
 
 
 def find_config(model: str) -> PretrainedConfig:
@@ -84,8 +94,9 @@ def info(config: PretrainedConfig, lengths: Sequence[int] = USUAL_LENGTHS) -> di
 
     Returns:
         `model_type`, `vocab_size`, `vocabulary` (see [`vocabulary_record`]), `parameters`, `parameter_bytes`,
-        `state_bytes` (see [`state_bytes`]), `decode_flops` (one more token) and `costs` (a record for each length, see
-        [`Cost`]). A model that fills masks does not decode: its `state_bytes` and `decode_flops` are None.
+        `state_bytes` (see [`state_bytes`]), `decode_flops` (one more token), `scan` (what scans on this machine, see
+        [`scan_backend`]) and `costs` (a record for each length, see [`Cost`]). A model that fills masks does not
+        decode: its `state_bytes` and `decode_flops` are None.
     """
     with FakeTensorMode():
         model = get_architecture(config.model_type).model_for(config)(config)
@@ -98,8 +109,64 @@ def info(config: PretrainedConfig, lengths: Sequence[int] = USUAL_LENGTHS) -> di
             "parameter_bytes": sum(p.nbytes for p in model.parameters()),
             "state_bytes": state_bytes(model) if generates else None,
             "decode_flops": _run(model, 1)[0] if generates else None,
+            "scan": scan_backend(model),
             "costs": [asdict(_cost(model, length)) for length in lengths],
         }
+
+
+def sensing_info(config: PretrainedConfig, lengths: Sequence[int] | None = None) -> dict[str, Any]:
+    """All figures for a model of pictures, sounds or several senses.
+
+    Args:
+        config: config of a registered family.
+        lengths: sides of pictures in pixels, or sounds in seconds; default: the usual ones. A model of several senses
+            is given what its config is made for, and a text of 128 tokens.
+
+    Returns:
+        `model_type`, `parameters`, `parameter_bytes`, `state_bytes` (of a causal one, else None) and `costs`: for each
+        input its `size` in words, `flops`, and `inference_bytes` and `training_bytes` as in [`Cost`].
+    """
+    with FakeTensorMode():
+        model = get_architecture(config.model_type).model_for(config)(config)
+        keeps_state = getattr(config, "is_causal", False)
+        return {
+            "model_type": config.model_type,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameter_bytes": sum(p.nbytes for p in model.parameters()),
+            "state_bytes": state_bytes(model) if keeps_state else None,
+            "costs": [_sensing_cost(model, size, given) for size, given in _given_inputs(config, lengths)],
+        }
+
+
+def _given_inputs(config: PretrainedConfig, lengths: Sequence[int] | None) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Inputs of one example, and their size in words."""
+    sizes = input_sizes(config)
+    if hasattr(config, "modalities"):
+        made = {
+            "text": ("input_ids", torch.zeros(1, TOKENS, dtype=torch.long), f"{TOKENS} tokens"),
+            "vision": ("pixel_values", torch.zeros(1, *sizes.get("pixel_values", ())), "a picture"),
+            "audio": ("input_values", torch.zeros(1, *sizes.get("input_values", ())), f"{SECONDS:g} s of sound"),
+        }
+        chosen = [made[name] for name in config.modalities]
+        yield ", ".join(words for *_, words in chosen), {name: x for name, x, _ in chosen}
+    elif "pixel_values" in sizes:
+        for side in lengths or USUAL_SIDES:
+            yield f"{side} × {side} pixels", {"pixel_values": torch.zeros(1, sizes["pixel_values"][0], side, side)}
+    else:
+        for seconds in lengths or USUAL_SECONDS:
+            yield f"{seconds} s", {"input_values": torch.zeros(1, seconds * config.sampling_rate)}
+
+
+def _sensing_cost(model: PreTrainedModel, size: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as flops, LiveBytes() as live:
+        model(**inputs)
+    model.train()
+    with LiveBytes() as training:
+        model(**inputs).logits.sum().backward()
+    model.zero_grad()
+    figures = {"inference_bytes": live.peak, "training_bytes": training.peak}
+    return {"size": size, "flops": flops.get_total_flops(), **figures}
 
 
 def state_bytes(model: PreTrainedModel) -> int | None:
@@ -109,6 +176,14 @@ def state_bytes(model: PreTrainedModel) -> int | None:
     model_class: Any = type(model)
     shapes = [shape for layer in model_class.state_spec(model.config) for shape in layer.values()]
     return torch.float32.itemsize * sum(map(math.prod, shapes))
+
+
+def scan_backend(model: PreTrainedModel) -> str | None:
+    """What scans in the holographic mixers of a model on this machine, "fla-core triton" or "torch" with the reason;
+    None if it has none."""
+    features = [2 * m.phases if m.dynamic else 1 for m in model.modules() if isinstance(m, HolographicMixer)]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return backend(device, torch.float32, max(features)) if features else None
 
 
 def vocabulary_record(model: PreTrainedModel) -> dict[str, Any]:
@@ -204,12 +279,29 @@ def _print_record(name: str, record: dict[str, Any]) -> None:
         console.print(f"recurrent state   {_size(record['state_bytes'])} per sequence, at any length")
     if record["decode_flops"] is not None:
         console.print(f"decoding          {record['decode_flops']:,} FLOPs per token")
+    if record["scan"] is not None:
+        console.print(f"scan              {record['scan']}")
     table = Table()
     for title in ("tokens", "FLOPs per token", "cache", "memory, inference", "memory, training"):
         table.add_column(title, justify="right")
     for cost in record["costs"]:
         sizes = (_size(cost[key]) for key in ("cache_bytes", "inference_bytes", "training_bytes"))
         table.add_row(f"{cost['length']:,}", f"{cost['flops_per_token']:,.0f}", *sizes)
+    console.print(table)
+
+
+def _print_sensing_record(name: str, record: dict[str, Any]) -> None:
+    console = Console()
+    console.print(f"{name} ({record['model_type']})")
+    console.print(f"parameters        {record['parameters']:,} ({_size(record['parameter_bytes'])})")
+    if record["state_bytes"] is not None:
+        console.print(f"recurrent state   {_size(record['state_bytes'])} per sound, at any length")
+    table = Table()
+    for title in ("input", "FLOPs", "memory, inference", "memory, training"):
+        table.add_column(title, justify="right")
+    for cost in record["costs"]:
+        sizes = (_size(cost[key]) for key in ("inference_bytes", "training_bytes"))
+        table.add_row(cost["size"], f"{cost['flops']:,}", *sizes)
     console.print(table)
 
 

@@ -134,6 +134,35 @@ class LanguageScores:
         return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": hits / tokens, **per_character}
 
 
+class ClassScores:
+    """Loss, accuracy and F1 of a classifier of pictures, sounds or whole texts, to be used as [`LanguageScores`] is."""
+
+    def reduce(self, logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
+        """The scores of the classes `[B, classes]`, without what else a model gives."""
+        return only_logits(logits).float()
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        logits, labels = np.asarray(prediction.predictions, np.float64), np.asarray(prediction.label_ids)
+        losses = F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels), reduction="none")
+        confusion = confusion_matrix(logits.argmax(-1), labels, logits.shape[-1])
+        accuracy = float(confusion.trace() / confusion.sum())
+        return {"loss": losses.mean().item(), "accuracy": accuracy, "f1": macro_f1(confusion)}
+
+
+def confusion_matrix(predictions: np.ndarray, references: np.ndarray, classes: int) -> np.ndarray:
+    """How many examples of each class (row) were taken for each (column): `[classes, classes]`."""
+    confusion = np.zeros((classes, classes), dtype=int)
+    np.add.at(confusion, (references, predictions), 1)
+    return confusion
+
+
+def macro_f1(confusion: np.ndarray) -> float:
+    """The mean of F1 over the classes that occur, in the examples or in the predictions; 0 where none is right."""
+    counted = confusion.sum(0) + confusion.sum(1)  # examples and predictions of each class
+    occurs = counted > 0
+    return float((2 * confusion.diagonal()[occurs] / counted[occurs]).mean())
+
+
 @dataclass(frozen=True)
 class TextScores:
     """Metrics of texts for a language model, to be used as [`LanguageScores`] is.

@@ -178,7 +178,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     for name in ("dimensions", "pairs", "codes", "rounds", "reads"):
         value = getattr(args, name)
         if min(value if isinstance(value, Sequence) else [value]) < 1:
-            raise HoloError(f"{name}={value} must be at least 1")
+            raise HoloError(f"{name}: {value} is not at least 1")
     if not 0 <= args.seed < 2**63:
-        raise HoloError(f"seed: {args.seed} must be in [0, 2^63)")
+        raise HoloError(f"seed: {args.seed} is not in [0, 2^63)")
     return args

@@ -184,7 +184,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1000, help="training steps of each network")
     args = parser.parse_args(argv)
     if args.steps < 1:
-        raise HoloError(f"steps: {args.steps} must be at least 1")
+        raise HoloError(f"steps: {args.steps} is not at least 1")
     if not 0 <= args.seed < 2**63 - 1:
-        raise HoloError(f"seed: {args.seed} must be in [0, 2^63 - 1)")
+        raise HoloError(f"seed: {args.seed} is not in [0, 2^63 - 1)")
     return args

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from ..errors import HoloError, Parser, first_line, unknown
 from ..files import output_folder, replacing_folder
 from . import standalone_script
-from .formats import FORMATS, Format, Source, continues
+from .formats import FORMATS, Format, SavedModel, continues
 from .graph import GENERATION, TASKS, folded
 from .report import held_out, measure, summary, write_report
 
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     args = _parse(argv)
     text = None if args.text is None else _read(args.text)
     out = output_folder(args.out, "out")
-    source = Source(args.model, args.task)
+    source = SavedModel(args.model, args.task)
     _check_text(source, args.text, text)
     failures = {}
     for name in (progress := tqdm(args.format, desc="exporting", unit="format", leave=False)):
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
         raise SystemExit(1)
 
 
-def export(source: Source, name: str, folder: Path, text: str | None = None) -> dict:
+def export(source: SavedModel, name: str, folder: Path, text: str | None = None) -> dict:
     """Export to one format; `folder` appears complete or not at all, and replaces an older one.
 
     Args:
@@ -84,7 +84,7 @@ def export(source: Source, name: str, folder: Path, text: str | None = None) -> 
     return record
 
 
-def _check_folder(source: Source, form: Format, folder: Path) -> None:
+def _check_folder(source: SavedModel, form: Format, folder: Path) -> None:
     """Raise HoloError if the new folder would take the place of something that is not an older export."""
     if Path(source.folder).resolve().is_relative_to(folder.resolve()):
         raise HoloError(f"{str(folder)!r} is where the model is saved, and would be replaced; give another `out`")
@@ -102,7 +102,7 @@ def _without_code(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _check_text(source: Source, file: str | None, text: str | None) -> None:
+def _check_text(source: SavedModel, file: str | None, text: str | None) -> None:
     """Raise HoloError before the work if what is to be read cannot be: by a damaged tokenizer, or for a perplexity."""
     tokenizer = source.processor
     if text is None:

@@ -26,7 +26,7 @@ PROCESSOR_FILES = ("tokenizer*.json", "*processor_config.json")
 Program = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]  # inputs and states to output and new states
 
 
-class Source:
+class SavedModel:
     """A saved model that is to be exported.
 
     Args:
@@ -102,7 +102,7 @@ class Format:
     """
 
     file: str
-    write: Callable[[Source, Path], None]
+    write: Callable[[SavedModel, Path], None]
     load: Callable[[Path, Graph], Program]
     exact: bool = True
     modules: tuple[str, ...] = ()
@@ -131,14 +131,14 @@ def _installed(module: str) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------- ONNX
-def write_onnx(source: Source, folder: Path) -> None:
+def write_onnx(source: SavedModel, folder: Path) -> None:
     from .onnx_numbers import share_numbers
 
     _copy_files(source.onnx_folder, folder)
     share_numbers(folder / "model.onnx")
 
 
-def write_onnx_int8(source: Source, folder: Path) -> None:
+def write_onnx_int8(source: SavedModel, folder: Path) -> None:
     """Weights of matrix products and embeddings in int8, activations quantized as they come."""
     from .onnx_int8 import quantize
 
@@ -179,11 +179,11 @@ def load_onnx(file: Path, graph: Graph) -> Program:
 
 
 # ---------------------------------------------------------------------------------------------- PyTorch
-def write_torch_export(source: Source, folder: Path) -> None:
+def write_torch_export(source: SavedModel, folder: Path) -> None:
     _save_exported(source.graph, source.model, folder / "model.pt2")
 
 
-def write_torchao_int8(source: Source, folder: Path) -> None:
+def write_torchao_int8(source: SavedModel, folder: Path) -> None:
     """Weights of linear layers in int8, one scale for every row."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -240,7 +240,7 @@ def load_torchao(file: Path, graph: Graph) -> Program:
     return load_torch_export(file, graph)
 
 
-def write_torchscript(source: Source, folder: Path) -> None:
+def write_torchscript(source: SavedModel, folder: Path) -> None:
     example = tuple(source.graph.example().values())
     with torch.no_grad(), quiet_tracer():
         traced = torch.jit.trace(GraphModule(source.graph, source.model).eval(), example, check_trace=False)
@@ -270,6 +270,6 @@ FORMATS = {
 }
 
 
-def continues(source: Source) -> bool:
+def continues(source: SavedModel) -> bool:
     """Whether the exported model generates text from a state."""
     return source.task == GENERATION

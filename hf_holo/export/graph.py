@@ -21,6 +21,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from ..data.processors import input_sizes
 from ..errors import HoloError, unknown
 from ..modeling.cache import CACHE_NAME, PADDING, RecurrentCache, RecurrentLayer
 from ..modeling.harmonics import HoloLinear
@@ -36,6 +37,7 @@ TASKS = {
     "token-classification": "AutoModelForTokenClassification",
     "image-classification": "AutoModelForImageClassification",
     "audio-classification": "AutoModelForAudioClassification",
+    "audio-frame-classification": "AutoModelForAudioFrameClassification",
 }
 POOLED = ("text-classification", "image-classification", "audio-classification")  # one output for a whole input
 WITH_PAST = "-with-past"  # Optimum's suffix of a task whose graph continues from a state
@@ -49,7 +51,14 @@ MEDIA = {
     "input_values": {0: BATCH, 1: "audio_length"},
     "input_features": {0: BATCH, 1: "audio_frames"},
 }
-INPUTS = {"input_ids": {0: BATCH, 1: TOKENS}, "attention_mask": {0: BATCH, 1: TOKENS}} | MEDIA
+OF_ANY_SIZE = {2: "height", 3: "width"}  # further axes of pictures, for models that take a mask of them
+TEXT = {"input_ids": {0: BATCH, 1: TOKENS}, "attention_mask": {0: BATCH, 1: TOKENS}}
+INPUTS = TEXT | MEDIA | {"audio_attention_mask": {0: BATCH, 1: "audio_length"}}
+SENSES = {  # inputs of models with several senses, whose configs say which of them they have
+    "text": ("input_ids", "attention_mask"),
+    "vision": ("pixel_values",),
+    "audio": ("input_values", "audio_attention_mask"),
+}
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,9 @@ class Graph:
         self.task, self.config, self.dtype = task.removesuffix(WITH_PAST), config, dtype
         self.with_past = task.endswith(WITH_PAST)
         self.model_class = head_for(task, config)
-        self.output = "last_hidden_state" if self.task == "feature-extraction" else "logits"
+        self.modalities: list[str] | None = getattr(config, "modalities", None)  # of a model with several senses
+        hidden = "last_hidden_state" if self.modalities is None else "pooler_output"
+        self.output = hidden if self.task == "feature-extraction" else "logits"
         # Transformers' own decoders have to be told the positions, for they would count padding; these families don't.
         self.counts_positions = self.task == "text-generation" and config.model_type not in architectures()
 
@@ -125,8 +136,11 @@ class Graph:
         Raises:
             HoloError: `forward` does not name what the graph needs.
         """
-        axes = {name: dict(axes) for name, axes in INPUTS.items() if name in self.arguments}
-        needed = [{self.model_class.main_input_name}]
+        known = INPUTS if self.modalities is None else [name for sense in self.modalities for name in SENSES[sense]]
+        axes = {name: dict(INPUTS[name]) for name in known if name in self.arguments}
+        if "pixel_values" in axes and "pixel_mask" in self.arguments:
+            axes["pixel_values"] |= OF_ANY_SIZE
+        needed = [{self.main_input}]
         if self.with_past:
             needed += [{"attention_mask"}, {"past_key_values", "cache"}]  # the latter is its name since 5.24
         if missing := [" or ".join(sorted(names)) for names in needed if not names & self.arguments.keys()]:
@@ -137,6 +151,11 @@ class Graph:
         if self.with_past:
             axes["attention_mask"][1] = TOTAL
         return axes
+
+    @property
+    def main_input(self) -> str:
+        """The input that tells how many examples there are."""
+        return self.model_class.main_input_name if self.modalities is None else SENSES[self.modalities[0]][0]
 
     @cached_property
     def arguments(self) -> Mapping[str, inspect.Parameter]:
@@ -156,7 +175,7 @@ class Graph:
     @property
     def output_axes(self) -> dict[str, dict[int, str]]:
         """All outputs in order, with their axes of variable size."""
-        first = {0: BATCH} if self.task in POOLED else {0: BATCH, 1: TOKENS}
+        first = {0: BATCH} if self.task in POOLED or self.output == "pooler_output" else {0: BATCH, 1: TOKENS}
         return {self.output: first} | {state.output_name: state.axes(TOTAL) for state in self.states}
 
     @cached_property
@@ -166,7 +185,7 @@ class Graph:
 
     @cached_property
     def media(self) -> dict[str, tuple[int, ...]]:
-        """Sizes of one image or sound, from the `dummy_inputs` of the model.
+        """Sizes of one image or sound, from the `dummy_inputs` of the model or, where it has none, from its config.
 
         Raises:
             HoloError: they lack one that `forward` takes.
@@ -174,6 +193,9 @@ class Graph:
         names = [name for name in self.inputs if name in MEDIA]
         if not names:
             return {}
+        told = input_sizes(self.config)
+        if self.model_class.dummy_inputs is PreTrainedModel.dummy_inputs and told.keys() >= set(names):
+            return {name: told[name] for name in names}
         with FakeTensorMode():  # tensors without data
             dummies = self.model_class._from_config(self.config).dummy_inputs
         if missing := [name for name in names if name not in dummies]:
@@ -182,20 +204,35 @@ class Graph:
 
     def example(self, batch: int = 2, tokens: int = 16, past: int = 8, seed: int = 0) -> dict[str, torch.Tensor]:
         """Inputs of a text of `tokens` tokens whose first row has padding in front; after a state, `past` tokens long
-        where that grows, in a graph that has one. Images are noise, and so is a sound, which is longer by `tokens`
-        than that of the model's `dummy_inputs`."""
+        where that grows, in a graph that has one. Images and sounds are noise, larger by `tokens` than those of
+        [`media`] where their size may vary; the first sound has padding at its end."""
         generator = torch.Generator().manual_seed(seed)
         past = past if any(None in state.shape for state in self.states) else 0
         made = {}
         for name, sizes in self.media.items():
-            longer = (size + tokens if axis in MEDIA[name] else size for axis, size in enumerate(sizes, 1))
-            made[name] = torch.randn(batch, *longer, generator=generator)
+            larger = (
+                size + self._more(axis, tokens) * (axis in self.inputs[name]) for axis, size in enumerate(sizes, 1)
+            )
+            made[name] = torch.randn(batch, *larger, generator=generator)
         if self.reads_text:
-            made["input_ids"] = torch.randint(self.config.vocab_size, (batch, tokens), generator=generator)
-        length = tokens if self.reads_text else made[self.model_class.main_input_name].shape[1]
-        made["attention_mask"] = torch.ones(batch, past + length, dtype=torch.long)
-        made["attention_mask"][0, : past + length // 4] = 0
+            vocabulary = self.config.get_text_config().vocab_size
+            made["input_ids"] = torch.randint(vocabulary, (batch, tokens), generator=generator)
+            made["attention_mask"] = torch.ones(batch, past + tokens, dtype=torch.long)
+            made["attention_mask"][0, : past + tokens // 4] = 0
+        heard = "audio_attention_mask" if self.reads_text or self.modalities else "attention_mask"
+        sound = next((made[name] for name in ("input_values", "input_features") if name in made), None)
+        if heard in self.inputs and sound is not None:
+            made[heard] = torch.ones(sound.shape[:2], dtype=torch.long)
+            made[heard][0, sound.shape[1] - sound.shape[1] // 4 :] = 0
         return {name: made[name] for name in self.inputs} | {s.input_name: s.zeros(batch, past) for s in self.states}
+
+    def _more(self, axis: int, tokens: int) -> int:
+        """By how much an axis of an image or sound is larger: height and width by pixels, not by as many, and a sound
+        by steps of the model, where it has such."""
+        if axis > 1:
+            return tokens // (axis - 1)
+        heard = getattr(self.config, "audio_config", None) or self.config
+        return tokens * getattr(heard, "samples_per_step", 1)
 
     def again(self, tensors: Sequence[torch.Tensor], states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Inputs that read the text of `tensors` once more, after itself: from the states that it has led to."""

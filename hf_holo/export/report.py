@@ -20,7 +20,7 @@ from ..data.windows import Windows, encode, scoring_windows
 from ..errors import HoloError
 from ..files import write_text
 from ..modeling.cache import RecurrentLayer, given_cache
-from .formats import Format, Program, Source, continues
+from .formats import Format, Program, SavedModel, continues
 from .graph import PAST, TOTAL, Graph, State, held_by, make_cache
 
 LENGTHS, BATCHES = (1, 16, 17, 65, 250), (1, 3)
@@ -31,7 +31,7 @@ REPEATS = 20
 WARM_UP = 2  # calls of a block that are not counted
 
 
-def measure(source: Source, form: Format, folder: Path, text: str | None = None) -> dict[str, Any]:
+def measure(source: SavedModel, form: Format, folder: Path, text: str | None = None) -> dict[str, Any]:
     """Everything that the report says of an export.
 
     Args:
@@ -59,7 +59,7 @@ def measure(source: Source, form: Format, folder: Path, text: str | None = None)
 
 
 @torch.no_grad()
-def parity(source: Source, program: Program) -> list[dict[str, float]]:
+def parity(source: SavedModel, program: Program) -> list[dict[str, float]]:
     """Maximum and mean difference of all outputs against PyTorch's, one record for each length and batch size: of a
     text and, where there is a state, of the same text once more after it. An image has one length.
 
@@ -83,33 +83,33 @@ def parity(source: Source, program: Program) -> list[dict[str, float]]:
     return rows
 
 
-def _lengths(source: Source) -> list[int]:
+def _lengths(source: SavedModel) -> list[int]:
     if all(axes.keys() == {0} for axes in source.graph.inputs.values()):
         return [1]
     return [length for length in LENGTHS if 2 * length <= _most_tokens(source)]
 
 
-def _most_tokens(source: Source) -> int:
+def _most_tokens(source: SavedModel) -> int:
     """As many as the model was made for: those with a table of positions fail beyond."""
     return getattr(source.model.config, "max_position_embeddings", None) or sys.maxsize
 
 
-def _window(source: Source) -> int:
+def _window(source: SavedModel) -> int:
     return min(WINDOW, _most_tokens(source))
 
 
-def _new_tokens(source: Source) -> int:
+def _new_tokens(source: SavedModel) -> int:
     return min(NEW_TOKENS, _most_tokens(source) - PROMPT)
 
 
 def _compare(
-    graph: Graph, source: Source, program: Program, tensors: list[torch.Tensor]
+    graph: Graph, source: SavedModel, program: Program, tensors: list[torch.Tensor]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """What PyTorch and what the program make of these inputs."""
     return list(zip(graph.call(source.model, tensors), program(tensors), strict=True))
 
 
-def generation(source: Source, program: Program) -> dict[str, float]:
+def generation(source: SavedModel, program: Program) -> dict[str, float]:
     """Share of equal tokens in what both write after two prompts, one of them padded: greedily and with 4 beams."""
     model: Any = source.model  # that generates
     ids, new = source.graph.example(2, PROMPT, past=0)["input_ids"], _new_tokens(source)
@@ -168,7 +168,7 @@ def computed_by(model: PreTrainedModel, graph: Graph, program: Program) -> Itera
 
 
 @torch.no_grad()
-def perplexities(source: Source, program: Program, text: str) -> dict[str, float]:
+def perplexities(source: SavedModel, program: Program, text: str) -> dict[str, float]:
     """exp of the mean loss in nats a token on a text, PyTorch's and the program's, in windows of `WINDOW` tokens."""
     nats = {"float32": 0.0, "exported": 0.0}
     runs: dict[str, Program] = {"float32": functools.partial(source.graph.call, source.model), "exported": program}
@@ -183,7 +183,7 @@ def perplexities(source: Source, program: Program, text: str) -> dict[str, float
     return {name: torch.tensor(value / tokens).exp().item() for name, value in nats.items()}
 
 
-def held_out(source: Source, text: str) -> Windows:
+def held_out(source: SavedModel, text: str) -> Windows:
     """The windows of a text that a perplexity is measured on, cut as those of `hf-holo train`: every token but the
     first is predicted once.
 
@@ -198,7 +198,7 @@ def held_out(source: Source, text: str) -> Windows:
     return scoring_windows(ids, width)
 
 
-def latencies(source: Source, program: Program) -> dict[str, dict[str, float]]:
+def latencies(source: SavedModel, program: Program) -> dict[str, dict[str, float]]:
     """Median milliseconds of a call, eager PyTorch's and the program's: for a text of `WINDOW` tokens (or as
     many as the model was made for) or another input and, if there is a state, for one token more."""
     eager = functools.partial(source.graph.call, source.model)
@@ -224,7 +224,7 @@ def _medians(runs: Mapping[str, Callable], tensors: list[torch.Tensor]) -> dict[
 
 
 # ---------------------------------------------------------------------------------------------- what is written
-def write_report(record: Mapping[str, Any], source: Source, name: str, form: Format, folder: Path) -> None:
+def write_report(record: Mapping[str, Any], source: SavedModel, name: str, form: Format, folder: Path) -> None:
     """Write report.json and README.md into the folder of an export."""
     write_text(folder / "report.json", json.dumps(record, indent=2) + "\n")
     write_text(folder / "README.md", model_card(record, source, name, form))
@@ -246,11 +246,12 @@ def summary(record: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def model_card(record: Mapping[str, Any], source: Source, name: str, form: Format) -> str:
+def model_card(record: Mapping[str, Any], source: SavedModel, name: str, form: Format) -> str:
     """The model card of an export: what it is, how it is used, and the measured figures."""
     worst = max(record["parity"], key=lambda row: row["max"])
     lengths = sorted({row["length"] for row in record["parity"]})
-    shapes = (f"lengths {_list(lengths)}, " if source.graph.reads_text else "") + f"batches {_list(BATCHES)}"
+    sizes = "lengths" if source.graph.reads_text else "sizes larger by"
+    shapes = (f"{sizes} {_list(lengths)}, " if len(lengths) > 1 else "") + f"batches {_list(BATCHES)}"
     calls = {"text": f"{_window(source)} tokens", "token": "one token", "input": "one input"}
     lines = [
         "---",
@@ -293,7 +294,7 @@ def model_card(record: Mapping[str, Any], source: Source, name: str, form: Forma
     return "\n".join(lines)
 
 
-def _usage(source: Source, name: str) -> str:
+def _usage(source: SavedModel, name: str) -> str:
     if name.startswith("onnx") and continues(source):
         return "`python generate.py PROMPT` writes text; it needs numpy, onnxruntime and tokenizers only."
     if name.startswith("onnx"):

@@ -4,6 +4,7 @@ import csv
 import platform
 import re
 import struct
+from collections.abc import Container
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -30,11 +31,37 @@ PIPELINES = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
     "AutoModel": "feature-extraction",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForAudioClassification": "audio-classification",
+    "AutoBackbone": "image-feature-extraction",
 }
-SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+PREPARERS = {  # what a card loads beside the model: the first that the family has of its own
+    "AutoProcessor": "processor",
+    "AutoImageProcessor": "image_processor",
+    "AutoFeatureExtractor": "feature_extractor",
+    "AutoTokenizer": "tokenizer",
+}
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "num_channels",
+    "image_size",
+    "patch_size",
+    "sampling_rate",
+    "num_mel_bins",
+)
+CLASSES_NAMED = 20  # on a card
 METRICS = {  # columns of metrics.csv: name and unit
     "validation_loss": ("validation loss", "nats per token"),
     "validation_bits_per_character": ("validation loss", "bits per character"),
+}
+CLASS_METRICS = {  # the same for classifiers, which have a column of F1
+    "validation_loss": ("validation loss", "nats"),
+    "validation_accuracy": ("accuracy", "of the held-out examples"),
+    "validation_f1": ("F1", "mean of the classes"),
 }
 RECIPE = {  # of what a card says in words: whether a value is one
     "dataset_name": lambda value: isinstance(value, str),
@@ -81,10 +108,10 @@ CARD = """---
 {versions}
 """
 LOADING = """```python
-{first}from transformers import {auto_class}, AutoTokenizer
+{first}from transformers import {auto_class}, {preparer}
 
 model = {auto_class}.from_pretrained("{name}"{trust})
-tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
+{variable} = {preparer}.from_pretrained("{name}"{trust})
 ```"""
 
 
@@ -121,7 +148,7 @@ def make_card(
     auto_class = auto_class_of(config)
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag=PIPELINES.get(auto_class),
+        pipeline_tag=None if preparer_of(config) == "AutoProcessor" else PIPELINES.get(auto_class),
         license=license,
         tags=[TAG, str(config.get("model_type"))],
         model_name=name,
@@ -134,7 +161,7 @@ def make_card(
         facts="\n".join(f"| {what} | {value} |" for what, value in _facts(folder, config).items()),
         data=_data(recipe),
         results=_results(scores),
-        causality=_causality(causality),
+        causality=_causality(causality, config),
         loading=_loading(folder, config, auto_class, name),
         recipe=f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```" if recipe else "No recipe came with it.",
         versions=_versions(config),
@@ -194,20 +221,29 @@ def auto_class_of(config: dict[str, Any]) -> str:
     return heads.get(name, "AutoModel")
 
 
+def preparer_of(config: dict[str, Any]) -> str:
+    """The Auto class of what prepares inputs for the model in a config.json."""
+    architecture = architectures().get(config.get("model_type", ""))
+    own = () if architecture is None else architecture.preprocessors
+    return next((name for name in PREPARERS if name in own), "AutoTokenizer")
+
+
 def _loading(folder: Path, config: dict[str, Any], auto_class: str, name: str) -> str:
     """How the model is loaded: with the package that has its classes and, if code goes along, without."""
     package, needed, parts = package_of(config), needed_packages(folder, config), []
+    preparer = preparer_of(config)
+    facts = {"auto_class": auto_class, "name": name, "preparer": preparer, "variable": PREPARERS[preparer]}
     if package is not None:
         names = "hf_holo" if package == "hf_holo" else f"hf_holo and `{package}`"
-        first = LOADING.format(first="import hf_holo\n", auto_class=auto_class, name=name, trust="")
+        first = LOADING.format(first="import hf_holo\n", trust="", **facts)
         parts = [f"With {names} installed:", first]
     if needed is not None:
         without = "Here" if package is None else f"Without {'hf_holo' if package == 'hf_holo' else f'`{package}`'}"
         needs = f", which needs {', '.join(needed)} installed" if needed else ""
-        second = LOADING.format(first="", auto_class=auto_class, name=name, trust=", trust_remote_code=True")
+        second = LOADING.format(first="", trust=", trust_remote_code=True", **facts)
         parts += [f"{without}, the code in this repository is used{needs}; read it before you trust it:", second]
     if not parts:
-        parts = [LOADING.format(first="", auto_class=auto_class, name=name, trust="")]
+        parts = [LOADING.format(first="", trust="", **facts)]
     return "\n\n".join(parts)
 
 
@@ -224,6 +260,10 @@ def _facts(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     if any(folder.glob("*.safetensors")):
         facts["values in the checkpoint"] = f"{_numbers(folder):,}"
     facts |= {name.replace("_", " "): f"{config[name]:,}" for name in SIZES if isinstance(config.get(name), int)}
+    names = list(map(str, (config.get("id2label") or {}).values()))
+    if names and preparer_of(config) != "AutoTokenizer":
+        rest = f" and {len(names) - CLASSES_NAMED} more" if len(names) > CLASSES_NAMED else ""
+        facts["classes"] = ", ".join(names[:CLASSES_NAMED]) + rest
     return facts
 
 
@@ -288,7 +328,8 @@ def _data_name(recipe: dict[str, Any]) -> str | None:
     """The data set or the files of `hf-holo train` or `hf-holo distill`."""
     files = recipe.get("train_file") or recipe.get("train_files") or []  # the latter by earlier versions
     several = ", ".join(files if isinstance(files, list) else [files])
-    return recipe.get("dataset_name") or several or None
+    digits = " and ".join(filter(None, (recipe.get("image_data"), recipe.get("audio_data"))))
+    return recipe.get("dataset_name") or several or digits or None
 
 
 def _data(recipe: dict[str, Any]) -> str:
@@ -313,16 +354,23 @@ def _scores(folder: Path) -> dict[str, float]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        found = {column: [float(row[column]) for row in rows if row.get(column)] for column in METRICS}
+        known = metrics_of(rows[0] if rows else {})
+        found = {column: [float(row[column]) for row in rows if row.get(column)] for column in known}
     except (ValueError, csv.Error) as error:
         raise HoloError(f"DIR: {str(path)!r} is not a table of metrics: {first_line(error)}") from None
     return {column: values[-1] for column, values in found.items() if values}
 
 
+def metrics_of(columns: Container[str]) -> dict[str, tuple[str, str]]:
+    """Name and unit of what is measured where there are these columns."""
+    return CLASS_METRICS if "validation_f1" in columns else METRICS
+
+
 def _results(scores: dict[str, float]) -> str:
     if not scores:
         return "Nothing was measured."
-    lines = [f"| {METRICS[column][0]} | {value:.4f} {METRICS[column][1]} |" for column, value in scores.items()]
+    names = metrics_of(scores)
+    lines = [f"| {names[column][0]} | {value:.4f} {names[column][1]} |" for column, value in scores.items()]
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
@@ -330,20 +378,23 @@ def _eval_results(auto_class: str, data_name: str | None, scores: dict[str, floa
     """The scores for the header; None where there is nothing to compare."""
     if not scores or auto_class not in PIPELINES or data_name is None:
         return None
+    names = metrics_of(scores)
     return [
         EvalResult(
             task_type=PIPELINES[auto_class],
             dataset_type=data_name,
             dataset_name=f"held-out part of {data_name}",
             metric_type=column.removeprefix("validation_"),
-            metric_name=" in ".join(METRICS[column]),
+            metric_name=", ".join(names[column]) if names is CLASS_METRICS else " in ".join(names[column]),
             metric_value=round(value, 4),
         )
         for column, value in scores.items()
     ]
 
 
-def _causality(report: CausalityReport | None) -> str:
+def _causality(report: CausalityReport | None, config: dict[str, Any]) -> str:
+    if report is None and preparer_of(config) != "AutoTokenizer":
+        return "It predicts no tokens. `hf-holo check PATH` checks what applies to it."
     if report is None:
         return "Not judged here. `hf-holo check PATH` judges it."
     losses = report.teacher_forced_loss, report.stepwise_loss

@@ -4,6 +4,7 @@ Models of this package take their code along when they are saved. Converted mode
 layers) and the families of other packages are classes that know nothing of it: [`add_code`] completes their folders.
 """
 
+import hashlib
 import json
 import sys
 import warnings
@@ -21,6 +22,8 @@ CONVERTED = Path(remote_code.__file__).with_name("converted.py")
 PRESENT = {"huggingface_hub", "numpy", "safetensors", "tokenizers", "torch", "transformers"}  # where any model runs
 # Of what this package reads in a config.json.
 CONFIG_TYPES = {"model_type": str, "architectures": list, "auto_map": dict, "quantization_config": dict}
+
+_KNOWN_IMPORTS: dict[bytes, list[str]] = {}  # by the digest of a file
 
 
 def add_code(folder: str | Path) -> list[str]:
@@ -86,10 +89,18 @@ def needed_packages(folder: Path, config: dict[str, Any]) -> list[str] | None:
     if not files:
         return None
     try:
-        imported = {name for file in files for name in get_imports(file)}
+        imported = {name for file in files for name in _imports(file)}
     except (OSError, ValueError, SyntaxError) as error:
         raise HoloError(f"DIR: the code in {str(folder)!r} cannot be read: {first_line(error)}") from None
     return sorted(imported - PRESENT - sys.stdlib_module_names)
+
+
+def _imports(file: Path) -> list[str]:
+    """What [`get_imports`] finds; once for all copies of a file, of which every checkpoint has some."""
+    content = hashlib.sha256(file.read_bytes()).digest()
+    if content not in _KNOWN_IMPORTS:
+        _KNOWN_IMPORTS[content] = get_imports(file)
+    return _KNOWN_IMPORTS[content]
 
 
 def _code_in(folder: Path, config: dict[str, Any]) -> list[Path]:

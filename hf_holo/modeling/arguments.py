@@ -31,6 +31,7 @@ def _unset(value: Any) -> bool:
 
 SPARE = {
     "cache_position": Spare(lambda value: True, ""),  # the cache counts its tokens itself
+    "tokenizer": Spare(lambda value: True, ""),  # generate() finds stop_strings by it, and hands it on to every model
     "output_attentions": Spare(_unset, "these models give no attention weights"),
     "output_router_logits": Spare(_unset, "these models have no routers"),
     "use_cache": Spare(_unset, "this model continues from nothing"),
@@ -90,11 +91,11 @@ def check_mask(mask: torch.Tensor | None, tokens: int, seen: int) -> None:
         return
     if mask.dim() != 2:
         raise ValueError(
-            f"attention_mask of shape {tuple(mask.shape)}: give [batch, tokens] with 1 at real tokens and 0 at padding;"
+            f"attention_mask: shape {tuple(mask.shape)}; give [batch, tokens] with 1 at real tokens and 0 at padding;"
             " which token sees which is the model's own, and documents are told apart by position_ids or seq_idx"
         )
     if not exporting() and mask.shape[1] not in (tokens, seen + tokens):
         or_all = f", or {seen + tokens} with those in the cache" if seen else ""
         raise ValueError(
-            f"attention_mask of shape {tuple(mask.shape)}: {tokens} columns are needed for {tokens} tokens{or_all}"
+            f"attention_mask: shape {tuple(mask.shape)}; {tokens} columns are needed for {tokens} tokens{or_all}"
         )

@@ -19,11 +19,74 @@ from .recording import exporting
 from .vocabulary import make_embedding
 
 
-class Backbone(FamilyPreTrainedModel):
+class BlockStack(FamilyPreTrainedModel):
+    """Blocks and a last norm, and what they continue from.
+
+    A subclass says what it continues from ([`new_cache`], [`check_cache`]).
+    """
+
+    layers: nn.ModuleList
+    norm: nn.Module
+    gradient_checkpointing: bool
+
+    def make_blocks(self, config: PretrainedConfig) -> nn.ModuleList:
+        """New blocks, one for each layer."""
+        return nn.ModuleList([self.block_class(config, index) for index in range(config.num_hidden_layers)])
+
+    def new_cache(self) -> Cache:
+        """The cache of a text that begins."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it continues from")
+
+    def check_cache(self, cache: Cache) -> None:
+        """Raise ValueError if this is not a cache that the model continues from."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it continues from")
+
+    def run_blocks(self, x: torch.Tensor, cache: Cache | None, keep_all: bool, **arguments) -> list[torch.Tensor]:
+        """The hidden states after the last norm, `[B, T, D]`; with `keep_all`, first those that enter each block."""
+        hidden_states = []
+        for block in self.layers[: self.config.num_hidden_layers]:  # fewer while they draft (assistant_early_exit)
+            if keep_all:
+                hidden_states.append(x)
+            # by position: under gradient checkpointing transformers takes a cache away that comes by name
+            x = block(x, *arguments.values(), cache)
+        return [*hidden_states, self.norm(x)]
+
+    def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
+        """What to continue from and to update: what is given, or something new where the state is wanted."""
+        checkpoints = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if given is not None:
+            if not self.config.is_causal:
+                raise ValueError("past_key_values: a bidirectional model continues from nothing; leave it out")
+            if checkpoints:
+                raise ValueError(
+                    "past_key_values: gradient checkpointing computes every block twice, and would update the cache "
+                    "twice; turn one of the two off"
+                )
+            self.check_cache(given)
+            return given
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        return self.new_cache() if use_cache and self.config.is_causal and not checkpoints else None
+
+
+class RecurrentStack(BlockStack):
+    """Blocks that keep a state. They are called as `block(x, layout, cache)`."""
+
+    def new_cache(self) -> RecurrentCache:
+        return RecurrentCache(self.config)
+
+    def check_cache(self, cache: Cache) -> None:
+        if not isinstance(cache, RecurrentCache):
+            raise ValueError(
+                f"past_key_values: a {type(cache).__name__}; a recurrent model continues from the RecurrentCache "
+                "that it returned, or from RecurrentCache(config)"
+            )
+
+
+class Backbone(BlockStack):
     """Embeddings, blocks and a last norm.
 
-    A subclass says what its blocks are called with ([`prepare`]) and what it continues from ([`new_cache`],
-    [`check_cache`]).
+    A subclass says what its blocks are called with ([`prepare`]).
     """
 
     _auto_class = "AutoModel"
@@ -39,10 +102,6 @@ class Backbone(FamilyPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def make_blocks(self, config: PretrainedConfig) -> nn.ModuleList:
-        """New blocks, one for each layer."""
-        return nn.ModuleList([self.block_class(config, index) for index in range(config.num_hidden_layers)])
-
     def train_head(self, mode: bool) -> None:
         """Whether the values train that a compressed vocabulary keeps for its head alone."""
         if isinstance(self.embed_tokens, CompressedEmbedding):
@@ -54,14 +113,6 @@ class Backbone(FamilyPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embed_tokens = value
-
-    def new_cache(self) -> Cache:
-        """The cache of a text that begins."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what it continues from")
-
-    def check_cache(self, cache: Cache) -> None:
-        """Raise ValueError if this is not a cache that the model continues from."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what it continues from")
 
     def prepare(
         self,
@@ -122,16 +173,6 @@ class Backbone(FamilyPreTrainedModel):
         output = BaseModelOutputWithPast(hidden_states[-1], cache, kept)  # type: ignore[arg-type]
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
 
-    def run_blocks(self, x: torch.Tensor, cache: Cache | None, keep_all: bool, **arguments) -> list[torch.Tensor]:
-        """The hidden states after the last norm, `[B, T, D]`; with `keep_all`, first those that enter each block."""
-        hidden_states = []
-        for block in self.layers[: self.config.num_hidden_layers]:  # fewer while they draft (assistant_early_exit)
-            if keep_all:
-                hidden_states.append(x)
-            # by position: under gradient checkpointing transformers takes a cache away that comes by name
-            x = block(x, *arguments.values(), cache)
-        return [*hidden_states, self.norm(x)]
-
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         if input_ids is not None and inputs_embeds is None:
             _check_tokens("input_ids", input_ids)
@@ -142,36 +183,9 @@ class Backbone(FamilyPreTrainedModel):
             return inputs_embeds
         raise ValueError("give exactly one of input_ids and inputs_embeds")
 
-    def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
-        """What to continue from and to update: what is given, or something new where the state is wanted."""
-        checkpoints = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        if given is not None:
-            if not self.config.is_causal:
-                raise ValueError("past_key_values: a bidirectional model continues from nothing; leave it out")
-            if checkpoints:
-                raise ValueError(
-                    "past_key_values: gradient checkpointing computes every block twice, and would update the cache "
-                    "twice; turn one of the two off"
-                )
-            self.check_cache(given)
-            return given
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        return self.new_cache() if use_cache and self.config.is_causal and not checkpoints else None
 
-
-class RecurrentBackbone(Backbone):
-    """A backbone whose blocks keep a state. They are called as `block(x, layout, cache)`."""
-
-    def new_cache(self) -> RecurrentCache:
-        return RecurrentCache(self.config)
-
-    def check_cache(self, cache: Cache) -> None:
-        if not isinstance(cache, RecurrentCache):
-            raise ValueError(
-                f"past_key_values is a {type(cache).__name__}; a recurrent model continues from the RecurrentCache "
-                "that it returned, or from RecurrentCache(config)"
-            )
+class RecurrentBackbone(RecurrentStack, Backbone):
+    """A backbone whose blocks keep a state."""
 
     def prepare(  # type: ignore[override]  # check_cache has refused all others
         self,
@@ -193,7 +207,7 @@ class RecurrentBackbone(Backbone):
 
 def _check_tokens(name: str, given: torch.Tensor) -> None:
     if not exporting() and 0 in given.shape:
-        raise ValueError(f"{name} of shape {tuple(given.shape)} has no tokens; give at least one row of one")
+        raise ValueError(f"{name}: shape {tuple(given.shape)} has no tokens; give at least one row of one")
 
 
 def wants_dict(config: PretrainedConfig, return_dict: bool | None) -> bool:

@@ -69,3 +69,24 @@ def _dft_tables(n: int) -> tuple[np.ndarray, np.ndarray]:
     weight = np.where((frequency == 0) | (2 * frequency == n), 1.0, 2.0)[:, None] / n  # both halves of a spectrum
     to_spectrum = np.concatenate([np.cos(angle), -np.sin(angle)], 1)
     return to_spectrum, np.concatenate([weight * np.cos(angle).T, -weight * np.sin(angle).T])
+
+
+def bind_phasors(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Holographic binding in the frequency domain: the product of complex numbers that are stored as real vectors.
+
+    It is [`bind`] of the vectors whose spectra these are, without their parts that do not turn.
+
+    Args:
+        a, b: `[..., 2P]`, real parts first, broadcast against each other.
+
+    Returns:
+        `[..., 2P]`. Products with zeros are zeros, those with unit phasors turn.
+    """
+    (a_real, a_imaginary), (b_real, b_imaginary) = a.chunk(2, -1), b.chunk(2, -1)
+    return torch.cat([a_real * b_real - a_imaginary * b_imaginary, a_real * b_imaginary + a_imaginary * b_real], -1)
+
+
+def bind_phasors_naive(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Twin of [`bind_phasors`], in complex numbers."""
+    product = torch.complex(*a.chunk(2, -1)) * torch.complex(*b.chunk(2, -1))
+    return torch.cat([product.real, product.imag], -1)

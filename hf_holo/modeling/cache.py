@@ -1,13 +1,16 @@
 """The cache of recurrent models: a few tensors of constant size per layer, with exact roll-back."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .state_file import SavedStates, read_states, write_states
 
 # What transformers calls that which a model continues from: an argument of forward and a field of its output. Renamed
 # in 5.24; our models take both names in every release, and give it under the release's own.
@@ -37,7 +40,7 @@ class _Write(NamedTuple):
 
     before: torch.Tensor | None
     tokens: int
-    replay: Callable[[int], torch.Tensor]
+    replay: Callable[[int], torch.Tensor] | None
 
 
 class RecurrentLayer(CacheLayerMixin):
@@ -67,8 +70,11 @@ class RecurrentLayer(CacheLayerMixin):
         """The state `name`, or None before the first token."""
         return self.states.get(name)
 
-    def put(self, name: str, state: torch.Tensor, tokens: int, replay: Callable[[int], torch.Tensor]) -> None:
-        """Replace the state `name` after `tokens` more tokens; `replay(n)` is the state after the first n of them."""
+    def put(
+        self, name: str, state: torch.Tensor, tokens: int = 1, replay: Callable[[int], torch.Tensor] | None = None
+    ) -> None:
+        """Replace the state `name` after `tokens` more tokens; `replay(n)` is the state after the first n of them, for
+        which a single token has no use."""
         if self.recording:
             self.journal.setdefault(name, []).append(_Write(self.states.get(name), tokens, replay))
         self.states[name] = state
@@ -93,7 +99,7 @@ class RecurrentLayer(CacheLayerMixin):
 
     def _rewind(self, name: str, drop: int) -> torch.Tensor | None:
         for write in reversed(self.journal.get(name, [])):
-            if drop < write.tokens:
+            if drop < write.tokens and write.replay is not None:
                 return write.replay(write.tokens - drop)
             drop -= write.tokens
             if not drop:
@@ -115,9 +121,10 @@ class RecurrentLayer(CacheLayerMixin):
         return {**self.states, SEEN: torch.full((rows,), self.seen)}
 
     def fill(self, rows: dict[str, torch.Tensor]) -> None:
-        """Take over what [`as_rows`] has given."""
+        """Take over what [`as_rows`] has given, or states alone."""
         self.states = {name: state for name, state in rows.items() if name != SEEN}
-        self.seen = int(rows[SEEN][0]) if len(rows[SEEN]) else 0
+        seen = rows.get(SEEN)
+        self.seen = int(seen[0]) if seen is not None and len(seen) else 0
         self.is_initialized = bool(self.states)
 
     def keep(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -157,6 +164,17 @@ class RecurrentLayer(CacheLayerMixin):
         return -1
 
 
+def _joined(name: str, states: list[torch.Tensor | None]) -> torch.Tensor:
+    """States `[B_i, ...]` of one name as `[ΣB, ...]`."""
+    given = [x for x in states if x is not None]
+    if len(given) < len(states) or len({x.shape[1:] for x in given}) > 1:
+        raise ValueError(
+            f"caches: the states {name!r} differ in shape, as the keys of attention do after texts of different "
+            "lengths; stack caches that have seen equally many tokens"
+        )
+    return torch.cat(given)
+
+
 class RecurrentCache(Cache):
     """What a recurrent model continues from (`past_key_values` or `cache`): one [`RecurrentLayer`] per hidden layer.
 
@@ -191,6 +209,60 @@ class RecurrentCache(Cache):
         for layer in self.layers:
             layer.keep(torch.Tensor.detach)
         return self
+
+    def copy(self) -> "RecurrentCache":
+        """A branch: states of its own, which can be continued apart from these."""
+        return RecurrentCache({name: x.clone() for name, x in states.items()} for states in self)
+
+    @classmethod
+    def stack(cls, caches: Sequence["RecurrentCache"]) -> "RecurrentCache":
+        """The rows of several caches in one, which counts the tokens of the longest: the others are as if they had been
+        padded on the left, and what continues them needs the attention mask that says so.
+
+        Raises:
+            ValueError: there are none, or their layers or states differ, as those of attention do by their length.
+        """
+        if len({len(cache.layers) for cache in caches}) != 1 or any(cache.is_empty for cache in caches):
+            raise ValueError("caches: give at least one, each of the same model and after at least one token")
+        seen = max(cache.get_seq_length() for cache in caches)
+        layers: list[dict[str, torch.Tensor]] = []
+        for rows in zip(*([layer.as_rows() for layer in cache.layers] for cache in caches), strict=True):
+            for states in rows:
+                if PADDING in states:
+                    states[PADDING] = states[PADDING] + seen - states[SEEN].to(states[PADDING].device)
+                states[SEEN] = torch.full_like(states[SEEN], seen)
+            layers.append({name: _joined(name, [states.get(name) for states in rows]) for name in rows[0]})
+        return cls(layers)
+
+    def save(self, path: str | os.PathLike, model: PreTrainedModel) -> None:
+        """Write the states to a file in the format safetensors, complete or not at all.
+
+        Args:
+            path: the file; its folder must exist.
+            model: that has read the text: the file carries a fingerprint of its config and weights.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        layers = [layer.states for layer in self.layers]
+        write_states(path, model, layers, self.get_seq_length())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, model: PreTrainedModel) -> "RecurrentCache":
+        """What [`save`] has written, on the device of `model`.
+
+        Raises:
+            OSError: there is no such file, or it is damaged.
+            ValueError: it is something else, or was saved by a model with another config or other weights.
+        """
+        return cls.restored(read_states(path, model))
+
+    @classmethod
+    def restored(cls, saved: SavedStates) -> "RecurrentCache":
+        """The cache whose states a file held."""
+        cache = cls(saved.layers)
+        cache.advance(saved.tokens)
+        return cache
 
     def advance(self, tokens: int) -> None:
         for layer in self.layers:

@@ -22,7 +22,7 @@ class FamilyConfig(PretrainedConfig):
     The names of HoloSpectralNet are understood too: `dim`, `depth`, `max_seq_len` and `tie_weights`.
 
     Args:
-        vocab_size: number of tokens.
+        vocab_size: number of tokens; None: the model reads no text.
         hidden_size: width D of the residual stream.
         num_hidden_layers: number of blocks.
         causal: whether a token sees only the past. None: what the head needs (masked LM: False, all others: True).
@@ -53,7 +53,7 @@ class FamilyConfig(PretrainedConfig):
 
     def __init__(
         self,
-        vocab_size: int = 32000,
+        vocab_size: int | None = 32000,
         hidden_size: int = 256,
         num_hidden_layers: int = 6,
         causal: bool | None = None,
@@ -72,10 +72,11 @@ class FamilyConfig(PretrainedConfig):
     ) -> None:
         if format_version > FORMAT:
             raise ValueError(
-                f"format_version={format_version} was written by a newer hf_holo; this release reads up to {FORMAT}: "
+                f"format_version: {format_version} was written by a newer hf_holo; this release reads up to {FORMAT}: "
                 "upgrade with `pip install -U hf-holo`"
             )
-        check_positive(vocab_size=vocab_size)
+        if vocab_size is not None:
+            check_positive(vocab_size=vocab_size)
         check_positive(WIDEST, hidden_size=hidden_size, num_labels=kwargs.get("num_labels") or 2)
         check_positive(DEEPEST, num_hidden_layers=num_hidden_layers)
         check_choice("causal", causal, (None, True, False))
@@ -109,7 +110,7 @@ class FamilyConfig(PretrainedConfig):
         for name, value in arguments.items():
             known = self.attribute_map.get(name, name)
             if own.setdefault(known, value) != value:
-                raise ValueError(f"{name}={value!r} is another name of {known}={own[known]!r}: give one of them")
+                raise ValueError(f"{name}: {value!r} is another name of {known}={own[known]!r}: give one of them")
         return own
 
     def check(self) -> None:
@@ -119,7 +120,7 @@ class FamilyConfig(PretrainedConfig):
         """Go over to the present format; `changed` says what a model saved by an older release computes differently."""
         if self.format_version < FORMAT and changed is not None:
             logger.warning_once(  # type: ignore[attr-defined]  # transformers gives loggers this method
-                f"format_version={self.format_version}: saved by an older hf_holo. {changed}"
+                f"format_version: {self.format_version}, saved by an older hf_holo. {changed}"
             )
         self.format_version = FORMAT
 

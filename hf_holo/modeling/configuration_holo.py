@@ -88,14 +88,17 @@ class HoloConfig(FamilyConfig):
         check_divides("num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
         check_divides("num_key_value_heads", self.num_key_value_heads, "num_attention_heads", self.num_attention_heads)
         if self.head_dim % 2:
-            raise ValueError(f"hidden_size / num_attention_heads = {self.head_dim} must be even for rotary positions")
+            raise ValueError(
+                f"num_attention_heads: {self.num_attention_heads} gives heads of odd width {self.head_dim}; rotary "
+                "positions need an even one"
+            )
         check_choice("basis", self.basis, BASES)
         check_choice("attention_projections", self.attention_projections, PROJECTIONS)
         check_choice("mlp_projections", self.mlp_projections, PROJECTIONS)
         check_choice("activation", self.activation, ACTIVATIONS)
         if self.harmonics > self.hidden_size:
-            raise ValueError(f"harmonics={self.harmonics} is more than hidden_size={self.hidden_size}")
+            raise ValueError(f"harmonics: {self.harmonics} is more than hidden_size={self.hidden_size}")
         if not isinstance(self.rotary_base, (int, float)) or not self.rotary_base > 1:
-            raise ValueError(f"rotary_base={self.rotary_base!r} must be a number above 1")
+            raise ValueError(f"rotary_base: {self.rotary_base!r} is not a number above 1")
         if not self.sine_frequency > 0:
-            raise ValueError(f"sine_frequency={self.sine_frequency} must be positive")
+            raise ValueError(f"sine_frequency: {self.sine_frequency} is not positive")

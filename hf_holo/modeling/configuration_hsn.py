@@ -104,31 +104,31 @@ class HsnConfig(FamilyConfig):
             check_choice("mixer_types", name, ("holographic", "attention"))
         if len(self.mixer_types) != self.num_hidden_layers:
             raise ValueError(
-                f"mixer_types has {len(self.mixer_types)} entries, but num_hidden_layers={self.num_hidden_layers}: "
+                f"mixer_types: {len(self.mixer_types)} entries, but num_hidden_layers={self.num_hidden_layers}; "
                 "give one entry for every layer"
             )
         if self.binding == "static" and self.format_version < 2:
             raise ValueError(
-                f"format_version={self.format_version} with binding='static': two keys have taken the place of the "
+                f"format_version: {self.format_version} with binding='static'; two keys have taken the place of the "
                 "mixer's projections since, so this checkpoint cannot be read; train the model again"
             )
         if self.binding == "static" and self.write == "cancel":
-            raise ValueError("write='cancel' needs binding='dynamic'; static binding accepts write='bundle'")
+            raise ValueError("write: 'cancel' needs binding='dynamic'; static binding accepts write='bundle'")
         if self.binding == "static" and self.num_key_heads != self.num_heads and "attention" not in self.mixer_types:
             raise ValueError(
-                f"num_key_heads={self.num_key_heads} needs binding='dynamic' or attention; static binding has no "
+                f"num_key_heads: {self.num_key_heads} needs binding='dynamic' or attention; static binding has no "
                 f"queries that could share keys: leave it at num_heads={self.num_heads}"
             )
         if not self.is_causal and self.rotary_base is None and "holographic" not in self.mixer_types:
             raise ValueError(
-                "causal=False: attention without positions in all layers cannot tell before from after; set "
+                "causal: False; attention without positions in all layers cannot tell before from after; set "
                 "rotary_base (10000.0), or keep a holographic layer"
             )
         if self.drift_base < 1:
-            raise ValueError(f"drift_base={self.drift_base} must be at least 1")
+            raise ValueError(f"drift_base: {self.drift_base} is not at least 1")
         if self.rotary_base is not None and (self.rotary_base <= 1 or self.head_dim % 2):
             raise ValueError(
-                f"rotary_base={self.rotary_base} must be above 1, and the width of a head ({self.head_dim}) even"
+                f"rotary_base: {self.rotary_base} is not above 1, or the width of a head ({self.head_dim}) not even"
             )
 
 

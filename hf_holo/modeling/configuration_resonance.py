@@ -1,46 +1,31 @@
 """Config of Resonance."""
 
-import math
+from typing import Any
 
-from .configuration_base import WIDEST, FamilyConfig, default_heads, default_intermediate
+from .configuration_base import WIDEST
+from .configuration_resonators import ResonatorConfig
 from .configuration_vocabulary import lay_out_vocabulary
-from .validation import check_choice, check_divides, check_frequencies, check_positive
-
-BANK_WIDTH = 8  # channels that share one damping, unless the config says otherwise
+from .validation import check_positive
 
 
-class ResonanceConfig(FamilyConfig):
+class ResonanceConfig(ResonatorConfig):
     """Config of the Resonance models for text (`ResonanceModel` and its heads).
 
     Args:
-        num_banks: banks of resonators G, a divisor of `hidden_size`; the channels of a bank share its damping.
-            Default: banks of the smallest width that divides `hidden_size` and is at least 8.
-        num_modes: damped modes K per bank, the first of which does not turn.
-        lowest_frequency, highest_frequency: of the other modes, in radians per token; they are spread between the two,
-            evenly in the logarithm. Default: one turn in 512 tokens, and one turn in two.
-        interference: whether the output gate hears all resonators, so that modes multiply modes, or the input alone.
-        chunk_length: tokens of a chunk of the hierarchical context; None: no such context.
-        memory_dimension: phasors of the memory of every layer, a [`PersistentMemory`]; None: no memory.
-        memory_chunk_length: tokens after which what they have written can be read from that memory.
         segment_length: where no gradients are recorded, a causal model reads a longer text in segments of this
             many tokens, which bounds the memory and changes no result. A bidirectional one hears every text from both
             ends at once: its memory grows with the length.
-        gate_taps: length K of the spectral gate before the mixer's projections, in tokens; a bidirectional one hears
-            K // 2 tokens on each side.
-        channel_mix: `"gated"` (SwiGLU) or `"factorized"` (D → rank → D with GELU).
-        intermediate_size: inner width of the gated channel mix; default: 8/3 hidden_size, a multiple of 8.
-        rank: inner width of the factorized channel mix; default: hidden_size / 8.
         embedding_strategy: how tokens are stored: `"standard"`, `"frequency_compressed"`, `"adaptive"` or `"hash"`.
             Default: by the size of the vocabulary, see [`lay_out_vocabulary`].
         embedding_options: sizes of the tables of a compressed vocabulary that differ from the defaults, see there.
         max_position_embeddings: information only, there is no limit; the length that has been measured.
         num_attention_heads: changes nothing: there are none, but PEFT asks every config for soft prompts.
-        kwargs: what all families share, see [`FamilyConfig`] (`vocab_size`, `hidden_size`, `num_hidden_layers`,
-            `causal`, ...), and arguments of [`~transformers.PretrainedConfig`].
+        kwargs: arguments of the blocks, see [`ResonatorConfig`] (`num_banks`, `num_modes`, `chunk_length`, ...), and
+            what all families share, see [`FamilyConfig`] (`vocab_size`, `hidden_size`, `num_hidden_layers`, `causal`,
+            ...).
 
     Raises:
-        ValueError: a size is not positive or does not divide what it must, a choice is unknown, the tables do not fit
-            the vocabulary, or the frequencies are not numbers, not positive, not in order or above π.
+        ValueError: as in [`ResonatorConfig`], or the tables do not fit the vocabulary.
     """
 
     model_type = "resonance"
@@ -48,43 +33,20 @@ class ResonanceConfig(FamilyConfig):
     def __init__(
         self,
         *,
-        num_banks: int | None = None,
-        num_modes: int = 16,
-        lowest_frequency: float = 2 * math.pi / 512,
-        highest_frequency: float = math.pi,
-        interference: bool = False,
-        chunk_length: int | None = None,
-        memory_dimension: int | None = None,
-        memory_chunk_length: int = 256,
         segment_length: int = 4096,
-        gate_taps: int = 4,
-        channel_mix: str = "gated",
-        intermediate_size: int | None = None,
-        rank: int | None = None,
         embedding_strategy: str | None = None,
         embedding_options: dict | None = None,
         max_position_embeddings: int = 262_144,
         num_attention_heads: int = 1,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**{"max_position_embeddings": max_position_embeddings} | self.own_names(kwargs))
         self.num_attention_heads = num_attention_heads
-        hidden_size = self.hidden_size
-        self.num_banks = default_heads(hidden_size, least=BANK_WIDTH) if num_banks is None else num_banks
-        self.num_modes = num_modes
-        self.lowest_frequency = lowest_frequency
-        self.highest_frequency = highest_frequency
-        self.interference = interference
-        self.chunk_length = chunk_length
-        self.memory_dimension = memory_dimension
-        self.memory_chunk_length = memory_chunk_length
         self.segment_length = segment_length
-        self.gate_taps = gate_taps
-        self.channel_mix = channel_mix
-        self.intermediate_size = default_intermediate(hidden_size) if intermediate_size is None else intermediate_size
-        self.rank = max(1, hidden_size // 8) if rank is None else rank
         self.embedding_strategy, self.embedding_options = lay_out_vocabulary(
-            self.vocab_size, embedding_strategy, embedding_options
+            self.vocab_size,  # type: ignore[arg-type]  # None where a model reads no text, which this one does
+            embedding_strategy,
+            embedding_options,
         )
         self.check()
         lopsided = not self.is_causal and self.gate_taps % 2 == 0
@@ -92,21 +54,6 @@ class ResonanceConfig(FamilyConfig):
         self.take_over_format(changed if lopsided else None)
 
     def check(self) -> None:
-        check_positive(
-            WIDEST,
-            num_banks=self.num_banks,
-            num_modes=self.num_modes,
-            gate_taps=self.gate_taps,
-            intermediate_size=self.intermediate_size,
-            rank=self.rank,
-            num_attention_heads=self.num_attention_heads,
-        )
-        check_positive(memory_chunk_length=self.memory_chunk_length, segment_length=self.segment_length)
-        if self.chunk_length is not None:
-            check_positive(chunk_length=self.chunk_length)
-        if self.memory_dimension is not None:
-            check_positive(WIDEST, memory_dimension=self.memory_dimension)
-        check_divides("num_banks", self.num_banks, "hidden_size", self.hidden_size)
-        check_choice("channel_mix", self.channel_mix, ("gated", "factorized"))
-        check_choice("interference", self.interference, (True, False))
-        check_frequencies(lowest_frequency=self.lowest_frequency, highest_frequency=self.highest_frequency)
+        super().check()
+        check_positive(WIDEST, num_attention_heads=self.num_attention_heads)
+        check_positive(segment_length=self.segment_length)

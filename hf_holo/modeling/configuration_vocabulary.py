@@ -42,7 +42,7 @@ def lay_out_vocabulary(
         strategy = next(name for name in STRATEGIES if vocab_size <= LARGEST[name])
     check_choice("embedding_strategy", strategy, STRATEGIES)
     if options is not None and not isinstance(options, Mapping):
-        raise ValueError(f"embedding_options={options!r} must be a dict of sizes by name, or None")
+        raise ValueError(f"embedding_options: {options!r} is not a dict of sizes by name, or None")
     options = dict(options or {})
     known = _LAYOUTS[strategy](vocab_size, options)
     for name in options.keys() - known.keys():
@@ -61,7 +61,7 @@ def _frequency_compressed(vocab_size: int, options: dict[str, Any]) -> dict[str,
     tail = vocab_size - frequent
     if tail < 2:
         raise ValueError(
-            f"frequent_tokens={frequent} leaves {max(tail, 0)} of vocab_size={vocab_size} tokens to compress; "
+            f"frequent_tokens: {frequent} leaves {max(tail, 0)} of vocab_size={vocab_size} tokens to compress; "
             "give fewer, or embedding_strategy='standard'"
         )
     size = options.get("group_size", math.isqrt(tail))
@@ -70,7 +70,7 @@ def _frequency_compressed(vocab_size: int, options: dict[str, Any]) -> dict[str,
     check_positive(groups=groups)
     if frequent + groups * size > vocab_size:
         raise ValueError(
-            f"frequent_tokens={frequent} and groups={groups} of group_size={size} are {frequent + groups * size} "
+            f"frequent_tokens: {frequent} and groups={groups} of group_size={size} are {frequent + groups * size} "
             f"tokens, more than vocab_size={vocab_size}"
         )
     if "frequent_tokens" not in options and "groups" not in options:
@@ -81,14 +81,14 @@ def _frequency_compressed(vocab_size: int, options: dict[str, Any]) -> dict[str,
 def _adaptive(vocab_size: int, options: dict[str, Any]) -> dict[str, Any]:
     cutoffs = options.get("cutoffs", (vocab_size // 16, vocab_size // 4, vocab_size))
     if not isinstance(cutoffs, (list, tuple)):
-        raise ValueError(f"cutoffs={cutoffs!r} must be a list of at least two ids")
+        raise ValueError(f"cutoffs: {cutoffs!r} is not a list of at least two ids")
     cutoffs = list(cutoffs)
     shrink = options.get("shrink", 4)
     check_positive(shrink=shrink)
     rising = all(isinstance(end, int) and start < end for start, end in zip([0, *cutoffs], cutoffs, strict=False))
     if len(cutoffs) < 2 or not rising or cutoffs[-1] > vocab_size:
         raise ValueError(
-            f"cutoffs={cutoffs} must be at least two rising ids from 1 to vocab_size={vocab_size}; "
+            f"cutoffs: {cutoffs} are not at least two rising ids from 1 to vocab_size={vocab_size}; "
             "a vocabulary below 16 tokens has no default"
         )
     return {"cutoffs": cutoffs, "shrink": shrink}
@@ -102,7 +102,7 @@ def _hash(vocab_size: int, options: dict[str, Any]) -> dict[str, Any]:
     check_positive(buckets=buckets, importances=importances)
     if buckets * hashes > vocab_size:
         raise ValueError(
-            f"buckets={buckets} for each of hashes={hashes} are more rows than vocab_size={vocab_size} tokens need; "
+            f"buckets: {buckets} for each of hashes={hashes} are more rows than vocab_size={vocab_size} tokens need; "
             "give fewer, or embedding_strategy='standard'"
         )
     return {"hashes": hashes, "buckets": buckets, "importances": importances}

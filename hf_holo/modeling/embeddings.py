@@ -91,7 +91,7 @@ def check_ids(name: str, ids: torch.Tensor, size: int, among: str = "the vocabul
     """
     if ids.device.type != "cpu" or not has_values(ids) or not ids.numel():
         return
-    low, high = ids.min().item(), ids.max().item()
+    low, high = (bound.item() for bound in ids.aminmax())
     if low < 0 or high >= size:
         bad = low if low < 0 else high
-        raise ValueError(f"{name} holds {bad}, outside {among} {size}: ids must be 0 to {size - 1}")
+        raise ValueError(f"{name}: {bad} is outside {among} {size}; ids are 0 to {size - 1}")

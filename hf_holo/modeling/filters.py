@@ -16,9 +16,10 @@ from torch import nn
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from .cache import RecurrentLayer
-from .layers import at_least_float32, same_numbers
+from .kept import Kept
+from .layers import at_least_float32
 from .layout import TokenLayout
-from .recording import exporting, fixed_table
+from .recording import exporting, fixed_table, full_precision, single_token
 
 
 @fixed_table
@@ -130,7 +131,7 @@ def short_causal_conv(
     else:
         padded = torch.cat([state.to(x.dtype), x], 1)
     if document is None and not exporting():
-        return _ShortConv.apply(padded, kernel)
+        return (_ShortConv.apply if torch.is_grad_enabled() else _short_conv)(padded, kernel)
     labels = None if document is None else F.pad(document, (taps - 1, 0))
     length = x.shape[1]
     out = x * kernel[:, 0]
@@ -160,18 +161,48 @@ def short_causal_conv_naive(
     return torch.stack(rows, 1)
 
 
+def short_causal_conv_step(
+    x: torch.Tensor, taps: torch.Tensor, state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`short_causal_conv`] for a single token.
+
+    Args:
+        x: `[B, 1, D]`.
+        taps: `[K, D]`, the kernel from its last tap to its first.
+        state: `[B, K - 1, D]`, the inputs before `x`.
+
+    Returns:
+        `[B, 1, D]`, and the inputs before the next token `[B, K - 1, D]`.
+    """
+    inputs = torch.cat([state.to(x.dtype), x], 1)  # [B, K, D]
+    return (inputs * taps).sum(1, keepdim=True), inputs[:, 1:].contiguous()
+
+
+def short_causal_conv_step_naive(
+    x: torch.Tensor, taps: torch.Tensor, state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Twin of [`short_causal_conv_step`]: the convolution's, of one token."""
+    inputs = torch.cat([state.to(x.dtype), x], 1)
+    return short_causal_conv_naive(x, taps.flip(0).T, state), inputs[:, 1:]
+
+
+def _short_conv(padded: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    """[B, K - 1 + T, D] and [D, K] to [B, T, D], in one piece of memory."""
+    taps = kernel.shape[-1]
+    length = padded.shape[1] - taps + 1
+    out = padded[:, taps - 1 :] * kernel[:, 0]
+    for j in range(1, taps):
+        out.addcmul_(padded[:, taps - 1 - j : taps - 1 - j + length], kernel[:, j])
+    return out
+
+
 class _ShortConv(torch.autograd.Function):
     """[B, K - 1 + T, D] and [D, K] to [B, T, D]. Written out because autograd would keep and sum K copies."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, padded: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(padded, kernel)
-        taps = kernel.shape[-1]
-        length = padded.shape[1] - taps + 1
-        out = padded[:, taps - 1 :] * kernel[:, 0]
-        for j in range(1, taps):
-            out.addcmul_(padded[:, taps - 1 - j : taps - 1 - j + length], kernel[:, j])
-        return out
+        return _short_conv(padded, kernel)
 
     @staticmethod
     def backward(ctx: BackwardCFunction, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,7 +243,8 @@ class SpectralGate(nn.Module):
         self.delayed = int(dim * delayed) if causal and taps > 1 else 0
         self.logits = nn.Parameter(torch.empty(dim, taps // 2 + 1))
         self.scale = nn.Parameter(torch.empty(dim))
-        self._kept: tuple[torch.Tensor, ...] | None = None  # logits and scale, and the kernel that they gave
+        self._kernel: Kept[torch.Tensor] = Kept()
+        self._taps: Kept[torch.Tensor] = Kept()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -225,7 +257,7 @@ class SpectralGate(nn.Module):
     def kernel(self) -> torch.Tensor:
         """The taps: `[D, K]` for the lags 0 to K - 1 if causal, else `[D, 2 (K // 2) + 1]` for -(K // 2) to K // 2."""
         design = minimum_phase_kernel if self.causal else zero_phase_kernel
-        with torch.autocast(self.logits.device.type, enabled=False):  # half precision would make another filter
+        with full_precision(self.logits.device):  # half precision would make another filter
             logits = interpolate_gate(self.logits, self.RESOLUTION * max(1, self.taps - 1) + 1)
             kernel = self.scale[:, None] * design(logits, self.taps)
         if self.delayed:
@@ -234,18 +266,12 @@ class SpectralGate(nn.Module):
         return kernel
 
     def kept_kernel(self) -> torch.Tensor:
-        """[`kernel`], designed once for as long as its parameters stay the same: decoding asks for it at every token.
+        """[`kernel`], designed once for as long as its parameters stay the same, see [`Kept`]."""
+        return self._kernel.get(self.kernel, (self.logits, self.scale), step=False)
 
-        The values themselves are compared, so that nothing which changes them can be missed. Elsewhere than on the CPU
-        a look at them would stop the device, and while gradients or a graph are recorded the design is part of it.
-        """
-        numbers = self.logits, self.scale
-        if torch.is_grad_enabled() or exporting() or not all(type(x) is nn.Parameter and x.is_cpu for x in numbers):
-            return self.kernel()
-        kept = self._kept
-        if kept is None or not all(same_numbers(x, y) for x, y in zip(numbers, kept, strict=False)):
-            kept = self._kept = (*(x.detach().clone() for x in numbers), self.kernel())
-        return kept[-1]
+    def kept_taps(self) -> torch.Tensor:
+        """[`kept_kernel`] of a causal gate as [`short_causal_conv_step`] takes it, `[K, D]`."""
+        return self._taps.get(lambda: self.kernel().flip(1).T.contiguous(), (self.logits, self.scale))
 
     def response(self, bins: int = 65) -> torch.Tensor:
         """True magnitude response of the cut kernel at `bins` even frequencies from 0 to π: `[D, bins]`.
@@ -260,14 +286,18 @@ class SpectralGate(nn.Module):
         """`[B, T, D]` to `[B, T, D]`."""
         if x.shape[-1] != len(self.scale):
             raise ValueError(
-                f"x has {x.shape[-1]} channels, and this gate was made for {len(self.scale)}: call SpectralGate("
+                f"x: it has {x.shape[-1]} channels, and this gate was made for {len(self.scale)}: call SpectralGate("
                 f"{x.shape[-1]}); the length of the text that HoloSpectralNet asks for is not needed, any fits"
             )
         layout = TokenLayout(x.shape[1]) if layout is None else layout
+        window = cache.get(self.name) if cache is not None else None
+        if cache is not None and window is not None and single_token(x.shape[1]):
+            y, new = short_causal_conv_step(x, self.kept_taps().to(x.dtype), layout.before(window))
+            cache.put(self.name, layout.after(new.to(window.dtype), window))
+            return y
         kernel = self.kept_kernel().to(x.dtype)
         if not self.causal:
             return self._both_sides(layout.mask(x), kernel, layout.document)
-        window = cache.get(self.name) if cache is not None else None
         if cache is not None and self.taps > 1:
             history = x.new_zeros(x.shape[0], self.taps - 1, x.shape[2]) if window is None else window.to(x.dtype)
             replay = partial(self._window, torch.cat([history, x], 1), layout)

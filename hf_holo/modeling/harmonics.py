@@ -117,13 +117,13 @@ class HarmonicBasis(nn.Module):
         check_positive(in_features=in_features, harmonics=harmonics)
         if harmonics > in_features and kind in COMPLETE:
             raise ValueError(
-                f"harmonics={harmonics} is more than in_features={in_features}; use at most {in_features}, all that "
+                f"harmonics: {harmonics} is more than in_features={in_features}; use at most {in_features}, all that "
                 f"basis={kind!r} has, or basis='random'"
             )
         if not isinstance(seed, int) or not 0 <= seed < 2**64:
-            raise ValueError(f"seed={seed!r} must be a whole number in [0, 2^64)")
+            raise ValueError(f"seed: {seed!r} is not a whole number in [0, 2^64)")
         if pivoted and kind != "data":
-            raise ValueError(f"pivoted=True needs basis='data', got basis={kind!r}: other bases cost no storage")
+            raise ValueError(f"pivoted: True needs basis='data', not basis={kind!r}: other bases cost no storage")
         self.in_features, self.harmonics, self.kind, self.seed, self.pivoted = (
             in_features,
             harmonics,
@@ -446,7 +446,7 @@ class SineActivation(nn.Module):
     def __init__(self, frequency: float = 30.0) -> None:
         super().__init__()
         if not frequency > 0:
-            raise ValueError(f"frequency={frequency!r} must be positive")
+            raise ValueError(f"frequency: {frequency!r} is not positive")
         self.frequency = frequency
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -79,7 +79,7 @@ class HashEmbedding(CompressedEmbedding):
     def resize(self, num_embeddings: int, from_mean: bool = True) -> None:
         least, most = len(self.tables.weight), 2**31
         if not least <= num_embeddings <= most:
-            raise ValueError(f"num_embeddings={num_embeddings} must be between the buckets, {least}, and 2^31 = {most}")
+            raise ValueError(f"num_embeddings: {num_embeddings} is not between the buckets, {least}, and 2^31 = {most}")
         self.num_embeddings = num_embeddings  # new tokens hash into the tables that are there
 
     def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -204,7 +204,7 @@ def _all_codes(tokens: int, hashes: int, buckets: int) -> Codes:
     memory = None if exporting() else physical_memory()
     if memory is not None and needed > memory:
         raise ValueError(
-            f"vocab_size={tokens}: the head of a hashed vocabulary needs the codes of all tokens, which take "
+            f"vocab_size: {tokens}; the head of a hashed vocabulary needs the codes of all tokens, which take "
             f"{needed / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f}; a model without a head needs none"
         )
     index, sign = hash_codes(np.arange(tokens), hashes, buckets)

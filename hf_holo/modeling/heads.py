@@ -21,11 +21,10 @@ from .backbone import Backbone, wants_dict
 from .cache import CACHE_NAME, CACHE_NAMES, RecurrentCache, given_cache
 from .embeddings import CompressedEmbedding, num_embeddings
 from .layers import at_least_float32
-from .losses import IGNORED, check_labels, dense_token_losses, language_loss
+from .losses import CLASSES, IGNORED, check_labels, classification_loss, dense_token_losses, language_loss
 from .pretrained import FamilyPreTrainedModel
 from .self_test import check_decoding
 
-CLASSES = "the classes, num_labels ="  # of what a label of a classification head is one
 # What is ignored below as arg-type: transformers' outputs ask for a FloatTensor, which no Tensor is to a type checker.
 LOGITS_WITH_A_LOSS = 2**28  # values, 1 GiB in float32: the most that a model gives unasked along with a loss
 
@@ -308,27 +307,10 @@ class SequenceClassificationHead(_ClassificationHead):
             return_dict=True,
         )
         logits = self.score(self.dropout(self._pool(output.last_hidden_state, attention_mask)))
-        loss = None if labels is None else self._loss(logits, labels, **of_loss)
+        loss = None if labels is None else classification_loss(self, logits, labels, **of_loss)
         cache = output.get(CACHE_NAME)
         result = SequenceClassifierOutputWithPast(loss, logits, cache, output.hidden_states)  # type: ignore[arg-type]
         return result if wants_dict(self.config, return_dict) else result.to_tuple()
-
-    def _loss(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **of_loss: Any,
-    ) -> torch.Tensor:
-        numbers = labels.is_floating_point() or self.num_labels == 1
-        if self.config.problem_type in (None, "single_label_classification") and not numbers:
-            check_labels(labels, self.num_labels, CLASSES)
-            of_loss["num_items_in_batch"] = num_items_in_batch
-        loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **of_loss)
-        if num_items_in_batch is None or "num_items_in_batch" in of_loss:
-            return loss
-        # transformers takes the mean of squares or of binary losses over this batch, whatever it is one of
-        return loss * (labels.numel() / num_items_in_batch)
 
     def _pool(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """[B, T, D] to [B, D]."""

@@ -21,6 +21,7 @@ class TokenLayout:
         lengths: `[B]` number of real tokens; None where every token is real.
         document: `[B, T]` document index, 0 for the document that the cache holds; None for one document.
         drift: `[T, H, P]` phase drift of every position, filled by the first layer that needs it, since all share it.
+        turn: of a single token, how the phases of a state drift until the next one, filled likewise.
     """
 
     length: int
@@ -28,6 +29,7 @@ class TokenLayout:
     lengths: torch.Tensor | None = None
     document: torch.Tensor | None = None
     drift: torch.Tensor | None = None
+    turn: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def first(self, tokens: int) -> "TokenLayout":
         """The layout of the first `tokens` positions."""
@@ -62,9 +64,22 @@ class TokenLayout:
         index = self.lengths[:, None] + torch.arange(count, device=x.device)
         return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
+    def before(self, state: torch.Tensor) -> torch.Tensor:
+        """What a single token continues from, given the state `[B, ...]`: nothing where it begins a document."""
+        return state if self.document is None else state * _per_row(self.document[:, 0] == 0, state).to(state.dtype)
+
+    def after(self, state: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """The state `[B, ...]` after a single token: as it was where the token is padding."""
+        return state if self.valid is None else torch.where(_per_row(self.valid[:, 0], state), state, before)
+
     def mask(self, x: torch.Tensor) -> torch.Tensor:
         """`x` `[B, T, D]` with zeros at padding."""
         return x if self.valid is None else x * self.valid[..., None].to(x.dtype)
+
+
+def _per_row(x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """`[B]` to `[B, 1, ...]`, with as many dimensions as the state."""
+    return x.view(-1, *[1] * (state.dim() - 1))
 
 
 def arrange(
@@ -85,9 +100,10 @@ def arrange(
     length = x.shape[1]
     layout, order = TokenLayout(length), None
     if attention_mask is not None:
-        _check_past(attention_mask, length, cache)
+        none_is_padding = not exporting() and bool(attention_mask.all())
+        _check_past(attention_mask, length, cache, none_is_padding)
         valid = attention_mask[:, -length:].bool()
-        if exporting() or not bool(valid.all()):
+        if not none_is_padding and (exporting() or not bool(valid.all())):
             real = valid.long().cumsum(1)  # ONNX sums no booleans
             layout.lengths = real[:, -1]
             after = layout.lengths[:, None] + (~valid).long().cumsum(1) - 1
@@ -104,16 +120,18 @@ def arrange(
         return layout, order
     if layout.valid is not None:
         starts = starts & layout.valid
-    if exporting() or bool(starts[:, 1:].any()) or (bool(starts.any()) and not fresh):
+    if exporting() or bool((starts[:, 1:] if fresh else starts).any()):
         layout.document = starts.long().cumsum(1)
     return layout, order
 
 
-def _check_past(attention_mask: torch.Tensor, length: int, cache: RecurrentCache | None) -> None:
+def _check_past(attention_mask: torch.Tensor, length: int, cache: RecurrentCache | None, none_is_padding: bool) -> None:
     """A state cannot give back what it has taken: generate(), for one, feeds padding to rows that have ended."""
     seen = 0 if cache is None else cache.get_seq_length()
     held = None if cache is None or not seen else cache.layers[0].get(PADDING)  # None if a caller made the states
     if exporting() or held is None or attention_mask.shape[1] == length:
+        return
+    if none_is_padding and not bool(held.any()):
         return
     padding = seen - attention_mask[:, :seen].bool().sum(1)  # [B]
     wrong = padding != held

@@ -1,6 +1,7 @@
-"""Losses of language models that never hold [tokens × vocabulary] values in one piece."""
+"""Losses: of language models, without [tokens × vocabulary] values in one piece, of classifiers, and of pairs."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from .embeddings import check_ids
 from .layers import at_least_float32
 from .recording import has_values
 
+CLASSES = "the classes, num_labels ="  # of what a label of a classification head is one
 IGNORED = -100  # the label of a token without a loss, as in transformers
 SCORES_AT_ONCE = 2**24  # values of one piece of the loss: 64 MiB in float32
 TokenLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -87,3 +89,56 @@ def language_loss_naive(
     reduction = "mean" if num_items_in_batch is None else "sum"
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction=reduction)
     return loss / (num_items_in_batch or 1)
+
+
+def classification_loss(
+    model: nn.Module,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    **of_loss: Any,
+) -> torch.Tensor:
+    """The loss of whole texts, pictures or sounds by the loss function of `model`.
+
+    Args:
+        model: has `config`, `num_labels` and transformers' `loss_function`.
+        logits: `[B, num_labels]`.
+        labels: `[B]` classes, or `[B]` / `[B, num_labels]` numbers, by `config.problem_type`.
+        num_items_in_batch: of a batch that is taken in pieces; default: those that are here.
+        of_loss: what else Trainer tells the loss.
+
+    Raises:
+        ValueError: a class that does not exist.
+    """
+    numbers = labels.is_floating_point() or model.num_labels == 1
+    if model.config.problem_type in (None, "single_label_classification") and not numbers:
+        check_labels(labels, model.num_labels, CLASSES)
+        of_loss["num_items_in_batch"] = num_items_in_batch
+    loss = model.loss_function(labels=labels, pooled_logits=logits, config=model.config, **of_loss)
+    if num_items_in_batch is None or "num_items_in_batch" in of_loss:
+        return loss
+    # transformers takes the mean of squares or of binary losses over this batch, whatever it is one of
+    return loss * (labels.numel() / num_items_in_batch)
+
+
+def contrastive_loss(logits: torch.Tensor, paired: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of finding the partner among all partners, the mean of both directions.
+
+    Args:
+        logits: `[N, N]`; row i and column i belong together.
+        paired: `[N]` bool; where it is False row or column i is missing, and is nobody's partner.
+
+    Returns:
+        A scalar, 0 if there is no pair.
+    """
+    logits = logits.masked_fill(~(paired[:, None] & paired), torch.finfo(logits.dtype).min)
+    own = torch.arange(len(logits), device=logits.device).where(paired, IGNORED)
+    both = sum(F.cross_entropy(scores, own, ignore_index=IGNORED, reduction="sum") for scores in (logits, logits.T))
+    return both / (2 * paired.sum().clamp_min(1))
+
+
+def contrastive_loss_naive(logits: torch.Tensor, paired: torch.Tensor) -> torch.Tensor:
+    """Twin of [`contrastive_loss`], one pair at a time."""
+    rows = paired.nonzero()[:, 0].tolist()
+    losses = [(logits[i, rows].logsumexp(0) + logits[rows, i].logsumexp(0)) / 2 - logits[i, i] for i in rows]
+    return torch.stack(losses).mean() if losses else logits.sum() * 0

@@ -7,17 +7,18 @@ complex dtype is used. Sizes in the shape tags: D dimension, N pairs, K codes; `
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .cache import RecurrentLayer
+from .chunks import ChunkContext, FadingSum
 from .layers import at_least_float32, init_normal_
 from .layout import TokenLayout
 from .phases import rotate_pairs
-from .recording import exporting, has_values
-from .resonators import ChunkContext, FadingSum
+from .recording import exporting, full_precision, has_values
 from .validation import check_positive
 
 NOISE_FLOOR = 1e-4  # of the energy written: where the estimated crosstalk of a memory that is all explained ends
@@ -109,12 +110,12 @@ class HolographicMemory:
         self._check(state=state)
         if not isinstance(rate, torch.Tensor):
             if not 0 <= rate <= 1:
-                raise ValueError(f"rate={rate} must be in [0, 1]")
+                raise ValueError(f"rate: {rate} is not in [0, 1]")
             return _as_state(state)[0] * rate
         if rate.device.type == "cpu" and has_values(rate) and not ((rate >= 0) & (rate <= 1)).all():
-            raise ValueError(f"rate has values from {rate.min():.4g} to {rate.max():.4g}; all must be in [0, 1]")
-        state, rate = _as_state(state, rate)
-        return state * rate[..., None]
+            raise ValueError(f"rate: {rate.min():.4g} to {rate.max():.4g}; all values are in [0, 1]")
+        state, rates = _as_state(state, rate)
+        return state * rates[..., None]
 
     def cleanup(self, vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
         """The nearest code, by cosine similarity: one-shot, each vector by itself.
@@ -128,7 +129,7 @@ class HolographicMemory:
         """
         self._check(vectors=vectors, codebook=codebook)
         vectors, codebook = _as_state(vectors, codebook)
-        with torch.autocast(vectors.device.type, enabled=False):
+        with full_precision(vectors.device):
             return (vectors @ F.normalize(codebook, dim=-1).mT).argmax(-1)
 
     def recall(
@@ -161,19 +162,20 @@ class HolographicMemory:
         self._check(keys=keys, state=state, codebook=codebook)
         self._check_pairs(keys, strength=strength)
         _check_rounds(rounds)
-        with torch.autocast(state.device.type, enabled=False):
-            return cancel_crosstalk(*_as_state(state, keys, codebook, strength), rounds)
+        with full_precision(state.device):
+            state, keys, codebook, strength = _as_state(state, keys, codebook, strength)
+            return cancel_crosstalk(state, keys, codebook, strength, rounds)
 
     def _check(self, **tensors: torch.Tensor) -> None:
         for name, tensor in tensors.items():
             width = self.dimension if name == "keys" else 2 * self.dimension
             if tensor.shape[-1:] != (width,):
                 raise ValueError(
-                    f"{name} of shape {tuple(tensor.shape)} must have {width} as last dimension in {self}; "
+                    f"{name}: the last dimension of its shape {tuple(tensor.shape)} is not {width}, as in {self}; "
                     "keys are phases, all else consists of real and imaginary parts"
                 )
             if tensor.is_complex():
-                raise ValueError(f"{name} is complex; give the real parts of its values, then the imaginary parts")
+                raise ValueError(f"{name}: it is complex; give the real parts of its values, then the imaginary parts")
 
     def _check_pairs(
         self, keys: torch.Tensor, values: torch.Tensor | None = None, strength: torch.Tensor | None = None
@@ -186,8 +188,8 @@ class HolographicMemory:
         if strength is not None:
             counts["strength"] = strength.shape[-1:]
         if () in counts.values() or len(set(counts.values())) > 1:
-            found = ", ".join(f"{name} of {count[0] if count else 'no'} pairs" for name, count in counts.items())
-            raise ValueError(f"got {found}: every pair needs one of each")
+            found = " and ".join(str(count[0]) if count else "no" for count in counts.values())
+            raise ValueError(f"{', '.join(counts)}: {found} pairs; every pair needs one of each")
 
 
 def phasors(angles: torch.Tensor) -> torch.Tensor:
@@ -197,10 +199,11 @@ def phasors(angles: torch.Tensor) -> torch.Tensor:
 
 def _check_rounds(rounds: int) -> None:
     if not isinstance(rounds, int) or rounds < 0:
-        raise ValueError(f"rounds={rounds!r} must be an integer of at least 0")
+        raise ValueError(f"rounds: {rounds!r} is not an integer of at least 0")
 
 
-def _as_state(state: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def _as_state(state: torch.Tensor, *others: torch.Tensor | None) -> tuple[Any, ...]:
+    """All in the type of the state, or in float32 where that is of half precision; None stays None."""
     dtype = at_least_float32(state.dtype)
     return tuple(x if x is None else x.to(dtype) for x in (state, *others))
 
@@ -261,12 +264,13 @@ def cancel_crosstalk(
     written = weight.square().sum((-2, -1)) * energies.mean((-2, -1)) / keys.shape[-1]  # [...]
     floor = (NOISE_FLOOR * written).clamp(min=torch.finfo(state.dtype).tiny)
     guess, left = torch.zeros((), dtype=state.dtype, device=state.device), state
-    for remaining in range(rounds, -1, -1):
+    while True:
         noise = torch.maximum(_phasor_energy(left), floor)  # τ [...]
         read = guess + read_pairs(left, keys)  # [..., N, 2D]
         logits = (2 * weight * (read @ codebook.mT) - weight.square() * energies) / noise[..., None, None]
-        if not remaining:
+        if rounds <= 0:
             return logits.log_softmax(-1)
+        rounds -= 1
         probability = logits.softmax(-1)  # [..., N, K]
         mean = probability @ codebook  # [..., N, 2D]
         # The variance of a guess is how much it moves with what is read. Every guess has taken a share of that from
@@ -293,7 +297,7 @@ def cancel_crosstalk_naive(
     guesses, left = [torch.zeros_like(whole)] * pairs, whole
     for _ in range(rounds + 1):
         noise = torch.maximum(left.abs().square().mean(), floor)
-        log_probabilities, means, doubt = [], [], 0.0
+        log_probabilities, means, doubt = [], [], torch.zeros_like(noise)
         for n, a in enumerate(weights):
             read = guesses[n] + left * turns[n].conj()
             distance = torch.stack([(read - a * code).abs().square().sum() for code in codes])
@@ -396,7 +400,7 @@ class PersistentMemory(nn.Module):
         layout = TokenLayout(x.shape[1]) if layout is None else layout
         keys, queries = self.key_proj(x)[:, :, None], self.query_proj(x)[:, :, None]  # [B, T, 1, P]: one each
         values, strength = self.value_proj(x)[:, :, None], self.strength_proj(x).sigmoid()
-        with torch.autocast(x.device.type, enabled=False):  # the memory keeps its precision
+        with full_precision(x.device):  # the memory keeps its precision
             nothing = self.store.empty(dtype=x.dtype, device=x.device)
             pairs = layout.mask(self.store.write(nothing, keys, values, strength))  # [B, T, 2P]
             held = self.chunks(pairs, layout, cache)

@@ -146,8 +146,8 @@ class HoloTransformerBlock(nn.Module):
     """In place of `nn.TransformerEncoderLayer`, with holographic projections, also inside `nn.TransformerEncoder`.
 
     As in HOLO-PyTorch the norms come first and the activation is a sine. The norms are RMSNorm: a LayerNorm there would
-    not hear a change that all channels of a token share. Positions are the caller's business, as with torch's layer. The
-    copies that `nn.TransformerEncoder` makes have their own parameters and equal bases.
+    not hear a change that all channels of a token share. Positions are the caller's business, as with torch's layer.
+    The copies that `nn.TransformerEncoder` makes have their own parameters and equal bases.
 
     Args:
         dim: channels D.
@@ -325,7 +325,7 @@ class HoloModel(HoloPreTrainedModel, Backbone):
     def check_cache(self, cache: Cache) -> None:
         if cache.is_compileable:
             raise ValueError(
-                f"past_key_values is a {type(cache).__name__}; HOLO continues from a cache that grows, such as "
+                f"past_key_values: a {type(cache).__name__}; HOLO continues from a cache that grows, such as "
                 "DynamicCache, not from a static one: leave cache_implementation out"
             )
 
@@ -342,7 +342,9 @@ class HoloModel(HoloPreTrainedModel, Backbone):
         a mask and without such a cache, a 0 in `position_ids` begins a new document, as in transformers' own models."""
         past = 0 if cache is None else cache.get_seq_length()
         if seq_idx is not None and past:
-            raise ValueError("seq_idx cannot be combined with a cache that holds tokens; feed packed documents at once")
+            raise ValueError(
+                "seq_idx: it cannot be combined with a cache that holds tokens; feed packed documents at once"
+            )
         if position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=home_of_float64(x.device))[None]
         elif seq_idx is None and attention_mask is None and not past and not exporting():

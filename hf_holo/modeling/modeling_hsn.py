@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,18 @@ from .layers import (
     make_norm,
 )
 from .layout import TokenLayout
-from .phases import PhaseDrift, RotaryEmbedding, home_of_float64, phase_features, rotate_pairs, rotate_state
+from .phases import (
+    PhaseDrift,
+    RotaryEmbedding,
+    home_of_float64,
+    phase_features,
+    rotate_pairs,
+    rotate_state,
+    turn_halves,
+)
 from .pretrained import FamilyPreTrainedModel
-from .scans import cancelling_scan, interference_scan
+from .recording import full_precision, single_token
+from .scans import cancelling_scan, cancelling_step, interference_scan, interference_step
 
 
 def or_sizes(init: Callable) -> Callable:
@@ -124,44 +133,85 @@ class HolographicMixer(nn.Module):
         """`[B, T, D]` to `[B, T, D]`; continues from `cache` and updates it, if given."""
         layout = TokenLayout(x.shape[1]) if layout is None else layout
         source = x if self.filter is None else F.silu(self.filter(x, layout, cache))
+        before = None if cache is None or not single_token(layout.length) else cache.get("memory")
+        if cache is not None and before is not None:
+            return (self._dynamic_step if self.dynamic else self._static_step)(x, source, layout, cache, before)
         return (self._dynamic if self.dynamic else self._static)(x, source, layout, cache)
 
     def _dynamic(
         self, x: torch.Tensor, source: torch.Tensor, layout: TokenLayout, cache: RecurrentLayer | None
     ) -> torch.Tensor:
-        projected = self._project(x, source)
-        with torch.autocast(x.device.type, enabled=False):  # states and phases keep their precision
+        v, theta_q, theta_k, decay, strength = self._project(x, source)
+        with full_precision(x.device):
             if layout.drift is None:
-                layout.drift = self.drift(layout.length, x.device).to(projected[0].dtype).to(x.device)
-            y = self._recall(*projected, layout, cache)
+                layout.drift = self.drift(layout.length, x.device).to(v.dtype).to(x.device)
+            y = self._recall(v, theta_q, theta_k, decay, strength, layout, cache)
             if not self.causal:
-                flipped = (None if z is None else z.flip(1) for z in projected)
-                y = y + self._recall(*flipped, layout.reversed(), None).flip(2)
+                v, theta_q, theta_k, decay = (z.flip(1) for z in (v, theta_q, theta_k, decay))
+                strength = None if strength is None else strength.flip(1)
+                y = y + self._recall(v, theta_q, theta_k, decay, strength, layout.reversed(), None).flip(2)
             y = F.layer_norm(y, (self.head_dim,), eps=self.norm_eps)
-        y = y.transpose(1, 2).flatten(2).to(x.dtype) * self.norm_weight  # [B, T, D]
+        return self._gated(y.transpose(1, 2), x)
+
+    def _gated(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """What is read `[B, T, H, V]`, through the output gate: `[B, T, D]`."""
+        y = y.flatten(2).to(x.dtype) * self.norm_weight
         return self.out_proj(y * F.silu(self.gate_proj(x)))
+
+    def _dynamic_step(
+        self, x: torch.Tensor, source: torch.Tensor, layout: TokenLayout, cache: RecurrentLayer, before: torch.Tensor
+    ) -> torch.Tensor:
+        """[`_dynamic`] for a single token that continues from the state `before`: one step of the recurrence."""
+        v, theta_q, theta_k, decay, strength = self._project(x, source)
+        with full_precision(x.device):
+            theta = torch.cat([theta_q, theta_k], -1).view(len(x), -1, self.phases)  # [B, H·G + H, P], not drifted yet
+            q, k = torch.cat([theta.cos(), theta.sin()], -1).split([self.heads, self.key_heads], 1)
+            v, decay = v.view(len(x), self.key_heads, -1), (decay + self.decay_bias.to(decay.dtype))[:, 0]  # [B, H]
+            kept, state = decay.neg().sigmoid(), layout.before(before)
+            if strength is None:
+                write = (0.5 * (F.logsigmoid(decay) - math.log(self.phases))).exp()
+                y, state = interference_step(q, k, v, kept, write, state)
+            else:  # keys of unit norm
+                q, k = q * self.phases**-0.5, k * self.phases**-0.5
+                y, state = cancelling_step(q, k, v, kept, strength[:, 0].sigmoid(), state)
+            layout.turn = self.drift.turn(state) if layout.turn is None else layout.turn
+            cache.put("memory", layout.after(turn_halves(state, *layout.turn, -2), before))
+            y = F.layer_norm(y, (self.head_dim,), eps=self.norm_eps)
+        return self._gated(y[:, None], x)
 
     def _static(
         self, x: torch.Tensor, source: torch.Tensor, layout: TokenLayout, cache: RecurrentLayer | None
     ) -> torch.Tensor:
         dtype = at_least_float32(x.dtype)
         k, u, source = (z.to(dtype) for z in (self.bind_key, self.unbind_key, source))
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             y = self._spread(source, k, u, layout, cache)
             if not self.causal:
                 y = y + self._spread(source.flip(1), u, k, layout.reversed(), None).flip(1)
         return y.to(x.dtype)
 
-    def _project(self, x: torch.Tensor, source: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Values `[B, T, H, V]`, phases of queries and keys `[B, T, H, P]`, decay and strength of writing `[B, T, H]`.
+    def _static_step(
+        self, x: torch.Tensor, source: torch.Tensor, layout: TokenLayout, cache: RecurrentLayer, before: torch.Tensor
+    ) -> torch.Tensor:
+        """[`_static`] for a single token that continues from the state `before`."""
+        dtype = at_least_float32(x.dtype)
+        k, u, source, bias = (z.to(dtype) for z in (self.bind_key, self.unbind_key, source, self.decay_bias))
+        with full_precision(x.device):
+            v = bind(source, k).view_as(before)  # [B, H, 1, V]
+            state = layout.before(before).lerp(v, bias.sigmoid()[:, None, None])  # λ M + (1 - λ) v
+            cache.put("memory", layout.after(state, before))
+            return unbind(state.view_as(source), u).to(x.dtype)
+
+    def _project(
+        self, x: torch.Tensor, source: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Values `[B, T, H·V]`, phases of queries and keys `[B, T, H·P]`, decay and strength of writing `[B, T, H]`.
 
         Phases, values and strength come from the filtered input, the decay from the input itself.
         """
         dtype = at_least_float32(x.dtype)
-        v = self.v_proj(source).unflatten(-1, (self.key_heads, -1)).to(dtype)
-        theta_q = self.q_proj(source).unflatten(-1, (self.heads, -1)).to(dtype)
-        theta_k = self.k_proj(source).unflatten(-1, (self.key_heads, -1)).to(dtype)
         strength = self.write_proj(source).to(dtype) if self.cancel else None
+        v, theta_q, theta_k = (projection(source).to(dtype) for projection in (self.v_proj, self.q_proj, self.k_proj))
         return v, theta_q, theta_k, self.decay_proj(x).to(dtype), strength
 
     def _recall(
@@ -176,12 +226,15 @@ class HolographicMixer(nn.Module):
     ) -> torch.Tensor:
         """Bind, bundle and unbind by phases in one direction: `[B, H, T, V]`."""
         groups = self.heads // self.key_heads
-        drift = layout.drift if groups == 1 else layout.drift.repeat_interleave(groups, 1)
-        q, k = phase_features(theta_q, drift), phase_features(theta_k, layout.drift)
+        drift = cast(torch.Tensor, layout.drift)  # [T, H, P]; set by whoever calls this
+        theta_q, theta_k = (theta.unflatten(-1, (-1, self.phases)) for theta in (theta_q, theta_k))  # [B, T, H, P]
+        q = phase_features(theta_q, drift if groups == 1 else drift.repeat_interleave(groups, 1))
+        k = phase_features(theta_k, drift)
         if self.cancel:  # keys of unit norm
             q, k = q * self.phases**-0.5, k * self.phases**-0.5
         decay = (decay + self.decay_bias.to(decay.dtype)).transpose(1, 2).contiguous()  # [B, H, T]
-        return self._scan(q, k, v.transpose(1, 2), decay, strength, layout, cache)
+        v = v.unflatten(-1, (self.key_heads, -1)).transpose(1, 2)  # [B, H, T, V]
+        return self._scan(q, k, v, decay, strength, layout, cache)
 
     def _spread(
         self,
@@ -221,16 +274,16 @@ class HolographicMixer(nn.Module):
         if cache is not None:
 
             def replay(tokens: int) -> torch.Tensor:
-                inputs = (z[:, :, :tokens] for z in (q, k, v, log_decay, write))
-                part = layout.first(tokens)
-                return self._turn(scan(*inputs, before, part.document)[1], part)
+                part, some = layout.first(tokens), (slice(None), slice(None), slice(tokens))
+                state = scan(q[some], k[some], v[some], log_decay[some], write[some], before, part.document)[1]
+                return self._turn(state, part)
 
             cache.put("memory", self._turn(state, layout), layout.length, replay)
         return y
 
     def _write(self, decay: torch.Tensor, strength: torch.Tensor | None) -> torch.Tensor:
         """Strength of writing `[B, H, T]`: β for the cancelling write, else the logarithm of the weight."""
-        if self.cancel:
+        if strength is not None:
             return strength.sigmoid().transpose(1, 2)
         released = -F.softplus(-decay)  # log(1 - λ), however near to 1 λ is
         return 0.5 * (released - math.log(self.phases)) if self.dynamic else released

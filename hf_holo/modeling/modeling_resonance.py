@@ -10,25 +10,27 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .backbone import RecurrentBackbone
 from .cache import RecurrentCache, RecurrentLayer
+from .chunks import ChunkContext
 from .configuration_resonance import ResonanceConfig
+from .configuration_resonators import ResonatorConfig
 from .filters import SpectralGate
 from .heads import MaskedLMHead, RecurrentForCausalLM, SequenceClassificationHead, TokenClassificationHead
 from .layers import at_least_float32, init_residual_, make_channel_mix, make_norm
 from .layout import TokenLayout
 from .memory import PersistentMemory
 from .pretrained import FamilyPreTrainedModel
-from .recording import exporting
-from .resonators import ChunkContext, ResonatorBank
+from .recording import exporting, full_precision
+from .resonators import ResonatorBank
 
 
 class Listener(nn.Module):
     """What a mixer hears in one direction: a bank of resonators and, if the config asks for it, past chunks.
 
     Args:
-        config: a [`ResonanceConfig`].
+        config: a [`ResonatorConfig`].
     """
 
-    def __init__(self, config: ResonanceConfig) -> None:
+    def __init__(self, config: ResonatorConfig) -> None:
         super().__init__()
         make_bank = partial(
             ResonatorBank,
@@ -78,10 +80,10 @@ class ResonanceMixer(nn.Module):
     its own: with the same ones it could not tell before from after.
 
     Args:
-        config: a [`ResonanceConfig`].
+        config: a [`ResonatorConfig`].
     """
 
-    def __init__(self, config: ResonanceConfig) -> None:
+    def __init__(self, config: ResonatorConfig) -> None:
         super().__init__()
         dim, ways = config.hidden_size, range(1 if config.is_causal else 2)
         self.norm_eps = config.norm_eps
@@ -115,9 +117,9 @@ class ResonanceMixer(nn.Module):
         filtered = F.silu(self.filter(x, layout, cache))
         value, gate = self.in_proj(filtered).chunk(2, -1)
         u = layout.mask(value * F.silu(gate)).to(at_least_float32(x.dtype))
-        with torch.autocast(x.device.type, enabled=False):  # the resonators keep their precision
+        with full_precision(x.device):  # the resonators keep their precision
             y = both_ways(self.listeners, u, layout, cache)
-            y = F.rms_norm(y + u * self.skip.to(u.dtype), y.shape[-1:], eps=self.norm_eps)
+            y = F.rms_norm(torch.addcmul(y, u, self.skip.to(u.dtype)), y.shape[-1:], eps=self.norm_eps)
         y = y.to(x.dtype) * self.norm_weight
         if self.memories is not None:
             y = y + both_ways(self.memories, filtered, layout, cache)
@@ -131,11 +133,11 @@ class ResonanceBlock(GradientCheckpointingLayer):
     """Token mixer and channel mix, each with norm and residual.
 
     Args:
-        config: a [`ResonanceConfig`].
+        config: a [`ResonatorConfig`].
         layer_idx: index of the block, which picks its states in the cache.
     """
 
-    def __init__(self, config: ResonanceConfig, layer_idx: int = 0) -> None:
+    def __init__(self, config: ResonatorConfig, layer_idx: int = 0) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.mixer_norm = make_norm(config)
@@ -164,7 +166,7 @@ class ResonancePreTrainedModel(FamilyPreTrainedModel):
     capabilities = frozenset({"causal", "bidirectional", "constant_state", "packing", "rollback", "strict_arguments"})
 
     @classmethod
-    def state_spec(cls, config: ResonanceConfig) -> list[dict[str, tuple[int, ...]]]:
+    def state_spec(cls, config: ResonatorConfig) -> list[dict[str, tuple[int, ...]]]:
         with torch.device("meta"):
             return [ResonanceMixer(config).state_spec()] * config.num_hidden_layers
 

@@ -10,7 +10,6 @@ from torch import nn
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from .recording import exporting
-from .validation import check_divides
 
 WITH_FLOAT64 = ("cpu", "cuda", "xpu")  # Apple's MPS, for one, has none
 
@@ -44,7 +43,8 @@ def phase_features(theta: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
     Returns:
         `[B, H, T, 2P]`. The product of two such features is Σ_p cos(θ_p - θ'_p): interference.
     """
-    return (phase_features_naive if exporting() else _PhaseFeatures.apply)(theta, drift)
+    recorded = torch.is_grad_enabled() and not exporting()
+    return (_PhaseFeatures.apply if recorded else phase_features_naive)(theta, drift)
 
 
 def phase_features_naive(theta: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
@@ -58,11 +58,7 @@ class _PhaseFeatures(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, theta: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
-        angle = (theta + drift).transpose(1, 2)
-        features = angle.new_empty(*angle.shape[:-1], 2 * angle.shape[-1])
-        cos, sin = features.chunk(2, -1)
-        torch.cos(angle, out=cos)  # written in place: one pass less than joining them
-        torch.sin(angle, out=sin)
+        features = phase_features_naive(theta, drift)  # cosines written in strides would take longer
         ctx.save_for_backward(features)
         return features
 
@@ -84,6 +80,32 @@ def rotate_state(state: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     cos, sin = (x[..., None].to(state.dtype).to(state.device) for x in (angle.cos(), angle.sin()))
     real, imaginary = state.chunk(2, -2)
     return torch.cat([real * cos + imaginary * sin, imaginary * cos - real * sin], -2)
+
+
+def turn_halves(x: torch.Tensor, along: torch.Tensor, across: torch.Tensor, dim: int) -> torch.Tensor:
+    """Multiply complex numbers, whose real parts are the first half of a dimension, by fixed ones, in three operations.
+
+    Args:
+        x: `[..., 2P, ...]`.
+        along, across: the fixed numbers, from [`turning`].
+        dim: the dimension.
+
+    Returns:
+        The shape of `x`.
+    """
+    return torch.addcmul(x * along, x.roll(along.shape[dim] // 2, dim), across)
+
+
+def turn_halves_naive(x: torch.Tensor, along: torch.Tensor, across: torch.Tensor, dim: int) -> torch.Tensor:
+    """Twin of [`turn_halves`]: one half, and then the other."""
+    (real, imaginary), (keep, turn) = x.chunk(2, dim), zip(along.chunk(2, dim), across.chunk(2, dim), strict=True)
+    return torch.cat([real * keep[0] + imaginary * keep[1], imaginary * turn[0] + real * turn[1]], dim)
+
+
+def turning(real: torch.Tensor, imaginary: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Complex numbers `[..., P, ...]` as [`turn_halves`] takes them, two of `[..., 2P, ...]`: what a half is multiplied
+    by, and what the other half is."""
+    return torch.cat([real, real], dim), torch.cat([-imaginary, imaginary], dim)
 
 
 def rotate_pairs(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
@@ -127,6 +149,12 @@ class PhaseDrift(nn.Module):
         omega = self.omega(tokens.device)
         return drift_angles(omega, tokens.to(omega.device))
 
+    def turn(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What takes a state `[B, H, 2P, V]` over one token, for [`turn_halves`]: `[H, 2P, 1]` twice."""
+        angle = self.angles(torch.ones((), dtype=torch.long, device=home_of_float64(state.device)))[..., None]
+        along, across = turning(angle.cos(), -angle.sin(), -2)
+        return along.to(state.dtype).to(state.device), across.to(state.dtype).to(state.device)
+
     def forward(self, length: int, device: torch.device | None = None) -> torch.Tensor:
         """Drift at the positions 0 to `length` - 1: `[T, H, P]`, float64, where `omega(device)` is."""
         return self.angles(torch.arange(length, device=home_of_float64(device)))
@@ -144,7 +172,8 @@ class RotaryEmbedding(PhaseDrift):
     """
 
     def __init__(self, dim: int, *, base: float = 10000.0) -> None:
-        check_divides("2", 2, "dim", dim)
+        if dim % 2:
+            raise ValueError(f"dim: {dim} is not even")
         super().__init__(1, dim // 2, base)
 
     def angles(self, positions: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,7 @@ class FamilyPreTrainedModel(PreTrainedModel):
             config.check()
         if self.needs_causal is not None and config.causal != self.needs_causal:
             raise ValueError(
-                f"{type(self).__name__} needs causal={self.needs_causal} in the config, got causal={config.causal}"
+                f"causal: {config.causal}; {type(self).__name__} needs causal={self.needs_causal} in its config"
             )
         super().__init__(config)
 

@@ -35,6 +35,10 @@ class SurgeryPlan(QuantizationConfigMixin):
         kwargs: kept as they are.
     """
 
+    layers: dict[str, dict[str, Any]] | None
+    seed: int
+    checksum: int | None
+
     def __init__(
         self,
         layers: dict[str, dict[str, Any]] | None = None,
@@ -49,15 +53,16 @@ class PlanQuantizer(HfQuantizer):
     """Swaps layers while `from_pretrained` builds a model, and makes the bases when the weights are there."""
 
     requires_parameters_quantization = False
+    quantization_config: SurgeryPlan
 
-    def resolve(self, model: PreTrainedModel) -> QuantizationConfigMixin:
+    def resolve(self, model: PreTrainedModel) -> SurgeryPlan:
         """The config with the plan for this model.
 
         Raises:
             ValueError: it has none.
         """
         if self.quantization_config.layers is None:
-            raise ValueError("layers=None: a surgery is planned by hf_holo, which is not imported")
+            raise ValueError("layers: None; a surgery is planned by hf_holo, which is not imported")
         return copy.deepcopy(self.quantization_config)
 
     def update_tp_plan(self, config: PretrainedConfig) -> PretrainedConfig:
@@ -88,7 +93,7 @@ class PlanQuantizer(HfQuantizer):
         config, checksum = self.quantization_config, checksum_of_bases(model)
         if config.checksum not in (None, checksum):
             raise ValueError(
-                f"checksum={config.checksum} of the bases that the model was made with is not that of those made here "
+                f"checksum: {config.checksum} of the bases that the model was made with is not that of those made here "
                 f"({checksum}): its weights would mean something else"
             )
         config.checksum = checksum
@@ -129,7 +134,7 @@ def check_safe(files: Iterable[str | Path]) -> None:
     check_files(files)
 
 
-def swap(model: nn.Module, config: QuantizationConfigMixin, partial: bool = False) -> dict[str, HoloLinear]:
+def swap(model: nn.Module, config: SurgeryPlan, partial: bool = False) -> dict[str, HoloLinear]:
     """Put new layers in the places that the plan names.
 
     Args:
@@ -143,13 +148,14 @@ def swap(model: nn.Module, config: QuantizationConfigMixin, partial: bool = Fals
     Raises:
         ValueError: the plan is not valid, or the model has no layer of a name in it; no layer has been replaced then.
     """
-    check_plan(config.layers)
-    modules, new = dict(model.named_modules()), {}
-    found = places(model, config.layers, partial)
-    if len(found) < len(config.layers):
-        config.layers = {name: entry for name, entry in config.layers.items() if name in found}
+    layers = check_plan(config.layers)
+    modules: dict[str, Any] = dict(model.named_modules())
+    new: dict[str, HoloLinear] = {}
+    found = places(model, layers, partial)
+    if len(found) < len(layers):
+        config.layers = layers = {name: entry for name, entry in layers.items() if name in found}
         config.checksum = None  # it was of all bases
-    lenders_first = sorted(config.layers.items(), key=lambda item: item[1]["lender"] is not None)  # JSON sorts by name
+    lenders_first = sorted(layers.items(), key=lambda item: item[1]["lender"] is not None)  # JSON sorts by name
     for name, entry in lenders_first:
         old = modules[found[name]]
         outputs, inputs = dense_shape(old)
@@ -168,7 +174,7 @@ def swap(model: nn.Module, config: QuantizationConfigMixin, partial: bool = Fals
         )
         new[name].dense_class = Conv1D if isinstance(old, Conv1D) else nn.Linear
         for module in new[name].modules():
-            module._is_hf_initialized = True  # the model's own initialisation must not take it for its nn.Linear
+            vars(module)["_is_hf_initialized"] = True  # else the model would initialise it as its nn.Linear
     replace(model, {modules[found[name]]: layer.train(model.training) for name, layer in new.items()})
     return {found[name]: layer for name, layer in new.items()}
 
@@ -236,14 +242,15 @@ def replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
                 setattr(parent, name, new[child])
 
 
-def check_plan(layers: dict[str, dict[str, Any]]) -> None:
-    """Raise ValueError unless a plan, as a checkpoint brings it, says what it must of every layer."""
+def check_plan(layers: Any) -> dict[str, dict[str, Any]]:
+    """A plan as a checkpoint brings it; raises ValueError unless it says what it must of every layer."""
     if not isinstance(layers, dict) or not all(isinstance(e, dict) and e.keys() >= ENTRY for e in layers.values()):
         raise ValueError(f"layers: a plan gives {', '.join(sorted(ENTRY))} for the name of every layer")
     for name, entry in layers.items():
         lender = entry["lender"]
         if lender is not None and (lender not in layers or layers[lender]["lender"] is not None):
             raise ValueError(f"layers: {name!r} borrows from {lender!r}, which is not a layer of the plan that lends")
+    return layers
 
 
 def is_linear(module: nn.Module | None) -> bool:
@@ -253,7 +260,14 @@ def is_linear(module: nn.Module | None) -> bool:
 
 def dense_shape(layer: nn.Module) -> tuple[int, int]:
     """Outputs and inputs of a linear layer."""
-    return tuple(layer.weight.shape[::-1] if isinstance(layer, Conv1D) else layer.weight.shape)
+    outputs, inputs = dense_weight(layer).shape
+    return outputs, inputs
+
+
+def dense_weight(layer: nn.Module) -> torch.Tensor:
+    """The weight of a linear layer, `[outputs, inputs]`; Conv1D keeps it the other way round."""
+    weight: Any = layer.weight
+    return weight.T if isinstance(layer, Conv1D) else weight
 
 
 def checksum_of_bases(model: nn.Module) -> int | None:

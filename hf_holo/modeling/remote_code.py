@@ -9,6 +9,7 @@ files that Auto classes load (`configuration_*`, `modeling_*`, ...) import all t
 """
 
 import ast
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -16,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
+from transformers.models.auto import modeling_auto
 
 card_writers: list[Callable[..., bool]] = []  # hf_holo puts its own here; without it, models have transformers' cards
 
@@ -50,14 +51,16 @@ def code_of(file: Path) -> str:
     needed = {Path(path) for path in get_relative_import_files(file)} - {file}
     direct = get_relative_imports(file)
     further = sorted(path for path in needed if path.stem not in direct)
-    lines = [f"from .{path.stem} import {_first_name(path)}  # noqa: F401\n" for path in further]
+    names = [_first_name(path.read_text(encoding="utf-8")) for path in further]
+    lines = [f"from .{path.stem} import {name}  # noqa: F401\n" for path, name in zip(further, names, strict=True)]
     why = "\n# what the files above import: transformers 4.57 copies only what this one names\n" if lines else ""
     return file.read_text(encoding="utf-8") + why + "".join(lines)
 
 
-def _first_name(file: Path) -> str:
-    """A name that a file defines."""
-    nodes = ast.parse(file.read_text(encoding="utf-8")).body
+@functools.lru_cache  # the same files go with every checkpoint
+def _first_name(code: str) -> str:
+    """A name that a file with this text defines."""
+    nodes = ast.parse(code).body
     return next(node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef)))
 
 
@@ -86,10 +89,10 @@ def auto_map(model_class: type[PreTrainedModel]) -> dict[str, str]:
 def auto_classes_of(name: str) -> list[str]:
     """Names of the Auto classes through which transformers loads its own model class `name`, the most telling first."""
     found = []
-    for auto_name in dir(transformers):
+    for auto_name in sorted(vars(modeling_auto)):  # those of transformers itself take half a second to list
         if not auto_name.startswith("AutoModel"):
             continue
-        classes = getattr(transformers, auto_name)._model_mapping._model_mapping.values()
+        classes = getattr(modeling_auto, auto_name)._model_mapping._model_mapping.values()
         if any(name in (entry if isinstance(entry, (tuple, list)) else (entry,)) for entry in classes):
             found.append(auto_name)
     return sorted(found, key=lambda auto_name: auto_name in ("AutoModelForPreTraining", "AutoModelWithLMHead"))

@@ -1,9 +1,9 @@
-"""Resonator banks: causal filters made of damped modes, and the context of past chunks that is built on them.
+"""Resonator banks: causal filters made of damped modes.
 
 A mode is one complex number z that turns and fades, z_t = λ z_{t-1} + u_t with λ = e^{-α + iω}, and a channel reads all
 modes of its bank with complex weights: y_t = Σ_k m_k Re(e^{iφ_k} z_{t,k}). Written out that is a convolution with
 h[t] = Σ_k m_k e^{-α_k t} cos(ω_k t + φ_k). Sizes in the shape tags: B batch, T tokens, D channels, G banks of W
-channels each, K modes, N segments of L tokens, S chunks of a row. Complex numbers are real vectors `[..., 2K]`, real
+channels each, K modes, N segments of L tokens. Complex numbers are real vectors `[..., 2K]`, real
 parts first.
 
 Sources: state-space models with diagonal complex states (Gu et al., 2022, S4D) for the convolution and the recurrence
@@ -12,19 +12,18 @@ of one filter; overlap-add (Oppenheim & Schafer, Discrete-Time Signal Processing
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
-from .cache import RecurrentLayer
 from .filters import short_causal_conv
+from .kept import Kept
 from .layers import at_least_float32, init_copy_
-from .layout import TokenLayout
-from .phases import drift_angles, home_of_float64
-from .recording import exporting, single_token
-from .scans import interference_scan
+from .phases import drift_angles, home_of_float64, turn_halves, turning
+from .recording import exporting, levels_to_reach, single_token
 from .validation import check_divides, check_frequencies, check_positive
 
 SEGMENT = 512  # tokens handled by one FFT
@@ -64,7 +63,7 @@ def resonate(
         y `[B, T, D]` and the state after the last real token `[B, D, 2K]`.
     """
     if single_token(u.shape[1]):
-        return resonate_step(u, damping, omega, magnitude, phase, state, lengths, document)
+        return resonate_step(u, *step_coefficients(damping, omega, magnitude, phase), state, lengths, document)
     if segment is None:
         segment = DOCUMENT_CHUNK if document is not None else CHUNK if exporting() else SEGMENT
     if not exporting():
@@ -94,44 +93,79 @@ def resonate_naive(
     lengths: torch.Tensor | None = None,
     document: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Twin of [`resonate`]: the recurrence, token by token."""
-    if state is None:
-        state = u.new_zeros(u.shape[0], u.shape[2], 2 * magnitude.shape[1])
+    """Twin of [`resonate`]: the recurrence, token by token, in complex numbers."""
+    turn = torch.polar(torch.exp(-damping), omega.to(damping).expand_as(damping))  # λ [G, K]
+    turn, weights = _of_channels(turn, magnitude), magnitude * torch.exp(1j * phase)  # both [D, K]
+    z = torch.complex(*(u.new_zeros(*u[:, 0].shape, 2 * magnitude.shape[1]) if state is None else state).chunk(2, -1))
     current = torch.zeros(u.shape[0], dtype=torch.long, device=u.device)
-    rows, wanted = [], state
+    rows, wanted = [], z
     for t in range(u.shape[1]):
         label = current if document is None else document[:, t]
-        y, state = resonate_step(
-            u[:, t, None], damping, omega, magnitude, phase, state, None, (label - current)[:, None]
-        )
-        wanted = state if lengths is None else torch.where((lengths > t)[:, None, None], state, wanted)
+        z = z * (label == current)[:, None, None] * turn + u[:, t, :, None]
+        wanted = z if lengths is None else torch.where((lengths > t)[:, None, None], z, wanted)
         current = label
-        rows.append(y)
-    return torch.cat(rows, 1), wanted
+        rows.append((weights * z).real.sum(-1))
+    return torch.stack(rows, 1), torch.cat([wanted.real, wanted.imag], -1)
 
 
 def resonate_step(
     u: torch.Tensor,
-    damping: torch.Tensor,
-    omega: torch.Tensor,
-    magnitude: torch.Tensor,
-    phase: torch.Tensor,
+    along: torch.Tensor,
+    across: torch.Tensor,
+    weights: torch.Tensor,
     state: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
     document: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`resonate`] for a single token: one complex multiply-add per mode. Shapes as there, with T = 1."""
-    banks, modes = damping.shape
-    step = modal_powers(damping, omega, torch.ones(1, dtype=torch.long, device=omega.device))[..., 0]  # [G, 2K]
-    new = F.pad(u[:, 0, :, None].expand(-1, -1, modes), (0, modes))  # [B, D, 2K], real
-    if state is not None:
-        kept = state if document is None else state * (document == 0)[..., None].to(state.dtype)
-        new = new + multiply(kept, step.repeat_interleave(u.shape[2] // banks, 0))
-    y = (new * conjugate(complex_weights(magnitude, phase))).sum(-1)
+    """[`resonate`] for a single token: one complex multiply-add per mode.
+
+    Args:
+        along, across, weights: of [`step_coefficients`].
+        others: as for [`resonate`], with T = 1.
+
+    Returns:
+        As [`resonate`].
+    """
+    before = u.new_zeros(u.shape[0], *weights.shape) if state is None else state  # [B, D, 2K]
+    kept = before if document is None else before * (document == 0)[..., None].to(before.dtype)
+    new = turn_halves(kept, along, across, -1)
+    new[..., : weights.shape[1] // 2] += u[:, 0, :, None]
+    y = (new * weights).sum(-1)
     if lengths is not None:  # a padded row keeps its state
-        before = torch.zeros_like(new) if state is None else state
         new = torch.where((lengths > 0)[:, None, None], new, before)
     return y[:, None], new
+
+
+def resonate_step_naive(
+    u: torch.Tensor,
+    along: torch.Tensor,
+    across: torch.Tensor,
+    weights: torch.Tensor,
+    state: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    document: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Twin of [`resonate_step`]: what the real and the imaginary parts of the modes become, one after the other."""
+    before = u.new_zeros(u.shape[0], *weights.shape) if state is None else state
+    fresh = torch.zeros_like(u[:, 0]) if document is None else (document != 0).to(u.dtype)  # [B, D] or [B, 1]
+    real, imaginary = (before * (1 - fresh)[..., None]).chunk(2, -1)
+    (keep_real, keep_imaginary), (to_real, to_imaginary) = along.chunk(2, -1), across.chunk(2, -1)
+    new_real = real * keep_real + imaginary * to_real + u[:, 0, :, None]
+    new = torch.cat([new_real, imaginary * keep_imaginary + real * to_imaginary], -1)
+    y = torch.einsum("bdk,dk->bd", new, weights)[:, None]
+    fed = torch.ones_like(u[:, 0, 0]) if lengths is None else lengths.to(u.dtype)  # [B]
+    return y, new * fed[:, None, None] + before * (1 - fed)[:, None, None]
+
+
+def step_coefficients(
+    damping: torch.Tensor, omega: torch.Tensor, magnitude: torch.Tensor, phase: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a single step takes of a bank, each `[D, 2K]`: λ of every channel for [`turn_halves`], and the weights that
+    the channels read the modes with, conjugated."""
+    one = torch.ones(1, dtype=torch.long, device=omega.device)
+    real, imaginary = modal_powers(damping, omega, one)[..., 0].chunk(2, -1)  # [G, K]
+    along, across = (_of_channels(x, magnitude) for x in turning(real, imaginary, -1))
+    return along, across, conjugate(complex_weights(magnitude, phase))
 
 
 def modal_powers(damping: torch.Tensor, omega: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
@@ -141,7 +175,9 @@ def modal_powers(damping: torch.Tensor, omega: torch.Tensor, steps: torch.Tensor
     """
     angle = drift_angles(omega[None], steps.to(omega.device))[:, 0].T  # [K, L]
     cos, sin = (x.to(damping.dtype).to(damping.device) for x in (angle.cos(), angle.sin()))
-    envelope = torch.exp(-damping[..., None] * steps.to(damping.device))
+    # what has faded far below rounding is zero: denormal numbers would slow down all that they meet
+    exponent, least = -damping[..., None] * steps.to(damping.device), 0.5 * math.log(torch.finfo(damping.dtype).tiny)
+    envelope = exponent.clamp_min(least).exp() * (exponent > least)
     return torch.cat([envelope * cos, envelope * sin], 1)
 
 
@@ -196,9 +232,52 @@ def _convolve(rows: torch.Tensor, kernel: torch.Tensor, u: torch.Tensor, documen
         lag = at - at[:, None]  # [source, target]
         toeplitz = kernel[:, lag.clamp_min(0)] * (lag >= 0).to(kernel.dtype)  # [D, L, L]
         return (rows.flatten(1, 2) @ toeplitz).view(rows.shape)
-    room = 2 * length  # for the whole linear convolution: nothing wraps around
-    spectrum = torch.fft.rfft(rows, n=room) * torch.fft.rfft(kernel, n=room)[:, None, None]
-    return torch.fft.irfft(spectrum, n=room)[..., :length]
+    return one_sided(rows, kernel)
+
+
+def one_sided(rows: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    """y[t] = Σ_{s≤t} kernel[t - s] rows[s] in every channel, by FFT: `[D, B, N, L]` and `[D, L]` to `[D, B, N, L]`."""
+    if torch.is_grad_enabled():
+        return _OneSided.apply(rows, kernel)
+    return _through_spectra(*_spectra(rows, kernel), kernel.shape[-1])
+
+
+def one_sided_naive(rows: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    """Twin of [`one_sided`]: the sum over s, one lag at a time."""
+    length = kernel.shape[-1]
+    shifted = (F.pad(rows, (lag, 0))[..., :length] * kernel[:, None, None, lag, None] for lag in range(length))
+    return reduce(torch.add, shifted)
+
+
+def _spectra(rows: torch.Tensor, kernel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """With room for the whole linear convolution, so that nothing wraps around: [D, B, N, L + 1], [D, 1, 1, L + 1]."""
+    room = 2 * kernel.shape[-1]
+    return torch.fft.rfft(rows, n=room), torch.fft.rfft(kernel, n=room)[:, None, None]
+
+
+def _through_spectra(a: torch.Tensor, b: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.fft.irfft(a * b, n=2 * length)[..., :length]
+
+
+class _OneSided(torch.autograd.Function):
+    """[`one_sided`] with its gradient written out: it is a convolution too. Autograd would go back through FFTs of
+    complex numbers, of twice the length."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+        spectra = _spectra(rows, kernel)
+        ctx.save_for_backward(*spectra)
+        return _through_spectra(*spectra, kernel.shape[-1])
+
+    @staticmethod
+    def backward(ctx: BackwardCFunction, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        saved: tuple[torch.Tensor, ...] = ctx.saved_tensors
+        rows, kernel = saved
+        length = grad.shape[-1]
+        wanted = torch.fft.rfft(grad, n=2 * length)
+        d_rows = _through_spectra(wanted, kernel.conj(), length)
+        d_kernel = torch.fft.irfft((wanted * rows.conj()).sum((1, 2)), n=2 * length)[:, :length]
+        return d_rows, d_kernel
 
 
 def _convolve_apart(rows: torch.Tensor, kernel: torch.Tensor, u: torch.Tensor, document: torch.Tensor) -> torch.Tensor:
@@ -252,7 +331,7 @@ def _carry_by_jumps(
     that grow `JUMPS` times. Together they reach `JUMPS`^`LEVELS` segments back; a longer text gives NaN.
     """
     at, jumps = (torch.arange(n, device=sources.device) for n in (sources.shape[2], JUMPS))
-    for level in range(LEVELS):
+    for level in range(levels_to_reach(sources.shape[2], JUMPS, LEVELS)):
         # 1. from where: the segment itself and the ones before it, in strides of this level
         steps = JUMPS**level * jumps  # [J]
         source = at[:, None] - steps  # [N, J]
@@ -280,6 +359,12 @@ def _final_state(
     document: torch.Tensor | None,
 ) -> torch.Tensor:
     """The state `[B, D, 2K]` after `lengths` tokens `[B]`, or after all `length` of them if it is None."""
+    if lengths is None and document is None and not exporting():  # all rows end together
+        size = length - (rows.shape[2] - 1) * rows.shape[-1]
+        state = _per_bank(rows[:, :, -1, :size], powers[..., :size].flip(-1).mT)  # [D, B, 2K]
+        if before is not None:
+            state = state + multiply(before[:, :, -1], _of_channels(powers[..., size], rows)[:, None])
+        return state.transpose(0, 1).contiguous()
     # 1. where every row ends: the segment, and the token inside it
     size, each = rows.shape[-1], torch.arange(rows.shape[1], device=rows.device)
     last = (torch.full((1,), length, device=rows.device) if lengths is None else lengths) - 1
@@ -351,6 +436,7 @@ class ResonatorBank(nn.Module):
         self.raw_damping = nn.Parameter(torch.empty(banks, modes))
         self.magnitude = nn.Parameter(torch.empty(dim, modes))
         self.phase = nn.Parameter(torch.empty(dim, modes))
+        self._coefficients: Kept[tuple[torch.Tensor, ...]] = Kept()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -405,149 +491,27 @@ class ResonatorBank(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[`resonate`] with these parameters; `u` `[B, T, D]` is in at least float32. If `delayed`, y is what the
         channels hear of the state before every step."""
+        if state is not None and single_token(u.shape[1]):
+            along, across, weights = (x.to(u.dtype) for x in self.kept_coefficients())
+            y, after = resonate_step(u, along, across, weights, state, lengths, document)
+            return (state * weights).sum(-1)[:, None] if delayed else y, after
         magnitude, phase = self.magnitude.to(u.dtype), self.phase.to(u.dtype)
         omega, damping = self.omega(u.device), self.damping().to(u.dtype)
         y, after = resonate(u, damping, omega, magnitude, phase, state, lengths, document)
-        return _one_step_later(y, None if state is None else self.read(state)) if delayed else y, after
+        return one_step_later(y, None if state is None else self.read(state)) if delayed else y, after
+
+    def kept_coefficients(self) -> tuple[torch.Tensor, ...]:
+        """[`step_coefficients`] of this bank in at least float32, computed once for as long as its parameters stay the
+        same, see [`Kept`]."""
+
+        def compute() -> tuple[torch.Tensor, ...]:
+            dtype = at_least_float32(self.magnitude.dtype)
+            weights = self.magnitude.to(dtype), self.phase.to(dtype)
+            return step_coefficients(self.damping().to(dtype), self.omega(self.magnitude.device), *weights)
+
+        return self._coefficients.get(compute, (self.raw_damping, self.magnitude, self.phase))
 
 
-class FadingSum(nn.Module):
-    """y_t = λ y_{t-1} + u_t in every channel: one mode that does not turn, heard as it is. A bank for [`ChunkContext`].
-
-    Args:
-        dim: channels D.
-    """
-
-    DAMPING = 0.001  # where it starts: a memory of 1,000 steps
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
-        self.raw_damping = nn.Parameter(torch.empty(1))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        init_copy_(self.raw_damping, raw_damping(torch.full_like(self.raw_damping, self.DAMPING)))
-
-    def state_spec(self, name: str) -> dict[str, tuple[int, ...]]:
-        return {name: (1, self.dim)}
-
-    def read(self, state: torch.Tensor) -> torch.Tensor:
-        """The sum that a state `[B, 1, D]` holds: `[B, D]`."""
-        return state[:, 0]
-
-    def forward(
-        self,
-        u: torch.Tensor,
-        state: torch.Tensor | None = None,
-        lengths: torch.Tensor | None = None,
-        document: torch.Tensor | None = None,
-        delayed: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As [`ResonatorBank.forward`]: y `[B, T, D]` and the state after `lengths` steps, `[B, 1, D]`."""
-        ones = u.new_ones(u.shape[0], 1, u.shape[1])  # [B, H, T] with one head, whose keys and queries are 1
-        real = ones if lengths is None else (torch.arange(u.shape[1], device=u.device) < lengths[:, None])[:, None]
-        decay = -positive_damping(self.raw_damping).to(u.dtype) * real
-        write = torch.zeros_like(ones).masked_fill(real == 0, float("-inf"))
-        before = None if state is None else state[:, :, None]  # [B, H, F, D] with one feature
-        y, after = interference_scan(ones[..., None], ones[..., None], u[:, None], decay, write, before, document)
-        y = y[:, 0]
-        return _one_step_later(y, None if state is None else self.read(state)) if delayed else y, after[:, :, 0]
-
-
-def _one_step_later(y: torch.Tensor, first: torch.Tensor | None) -> torch.Tensor:
+def one_step_later(y: torch.Tensor, first: torch.Tensor | None) -> torch.Tensor:
     """`y` `[B, T, D]` moved on by one step, after `first` `[B, D]` (None: zeros)."""
     return torch.cat([torch.zeros_like(y[:, :1]) if first is None else first[:, None], y[:, :-1]], 1)
-
-
-class ChunkContext(nn.Module):
-    """Hierarchical context: a coarse bank over the means of past chunks, which every later token hears.
-
-    Chunks count the real tokens of a document, however the text is padded or cut; a token hears the chunks that were
-    complete before its own began.
-
-    Args:
-        chunk_length: tokens of a chunk.
-        bank: the coarse bank, whose steps are chunks: a [`ResonatorBank`] or a [`FadingSum`].
-        name: of its state in the cache.
-
-    Raises:
-        ValueError: `chunk_length` is not a positive integer.
-    """
-
-    bank: ResonatorBank | FadingSum
-
-    def __init__(self, chunk_length: int, bank: ResonatorBank | FadingSum, name: str = "context") -> None:
-        super().__init__()
-        check_positive(chunk_length=chunk_length)
-        self.chunk_length, self.bank, self.name = chunk_length, bank, name
-
-    def state_spec(self) -> dict[str, tuple[int, ...]]:
-        return {f"{self.name}_chunk": (self.bank.dim + 1,)} | self.bank.state_spec(self.name)
-
-    def forward(self, u: torch.Tensor, layout: TokenLayout, cache: RecurrentLayer | None = None) -> torch.Tensor:
-        """`[B, T, D]`, zeros at padding, to `[B, T, D]`; continues from `cache` and updates it, if given."""
-        names = tuple(self.state_spec())
-        before = [None if cache is None else cache.get(name) for name in names]
-        context, states = self._scan(u, layout, *before)
-        if cache is not None:
-            for index, name in enumerate(names):
-
-                def replay(tokens: int, index: int = index) -> torch.Tensor:
-                    return self._scan(u[:, :tokens], layout.first(tokens), *before)[1][index]
-
-                cache.put(name, states[index], layout.length, replay)
-        return context
-
-    def _scan(
-        self, u: torch.Tensor, layout: TokenLayout, running: torch.Tensor | None, coarse: torch.Tensor | None
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """What every token hears [B, T, D]; the sum and the number of the tokens in the last chunk [B, D + 1], zeros
-        if it is complete; and the coarse state of the complete ones [B, D, 2K]."""
-        # 1. inside chunks: sum and number of the tokens of each, those that an earlier call has left included
-        ones = u.new_ones(u.shape[:2]) if layout.valid is None else layout.valid.to(u.dtype)
-        chunk = self._chunks(ones.long(), layout.document, None if running is None else running[:, -1])  # [B, T]
-        sums = u.new_zeros(u.shape[0], self._most(chunk, layout), u.shape[2] + 1)
-        sums = sums.scatter_add(1, chunk[..., None].expand(-1, -1, sums.shape[2]), torch.cat([u, ones[..., None]], -1))
-        if running is not None:
-            sums = torch.cat([sums[:, :1] + running[:, None], sums[:, 1:]], 1)
-        document = None  # of every chunk, [B, S]
-        if layout.document is not None:
-            document = torch.zeros_like(sums[..., 0], dtype=torch.long).scatter(1, chunk, layout.document)
-            document = document.cummax(1).values
-        # 2. chunks that are complete: all before the last, and that too if it is full
-        last = chunk[:, -1:]
-        complete = sums[..., -1].gather(1, last) > self.chunk_length - 0.5
-        done = last + complete  # [B, 1]
-        means = sums[..., :-1] / self.chunk_length
-        # 3. carry: the coarse bank over their means, and 4. read: what the tokens of every chunk hear of it [B, S, D];
-        #    in one call, around which weights may come from the CPU or the disk
-        heard, state = self.bank(means, coarse, done[:, 0], document, delayed=True)
-        if document is not None:
-            earlier = F.pad(document, (1, 0))
-            heard = heard * (document == earlier[:, :-1])[..., None]
-            state = state * (document.gather(1, last) == earlier.gather(1, done))[..., None]
-        # 5. what the next call continues from
-        running = sums.gather(1, last[..., None].expand(-1, -1, sums.shape[2]))[:, 0] * ~complete
-        return heard.gather(1, chunk[..., None].expand(-1, -1, u.shape[2])), (running, state)
-
-    def _chunks(self, ones: torch.Tensor, document: torch.Tensor | None, begun: torch.Tensor | None) -> torch.Tensor:
-        """The chunk of every token, counted from the one that continues: [B, T], from real tokens `ones` [B, T] and the
-        number of tokens in the chunk that continues [B]. A new document begins a new chunk."""
-        position = ones.cumsum(1) - 1  # in the document
-        starts = torch.zeros_like(ones, dtype=torch.bool)
-        if document is not None:
-            starts = document != F.pad(document, (1, 0))[:, :-1]
-            position = position - torch.where(starts, position, 0).cummax(1).values
-        position = position.clamp_min(0)
-        if begun is not None:
-            more = begun.round().long()[:, None]
-            position = position + (more if document is None else more * (document == 0))
-        number = position // self.chunk_length
-        return (starts | (number != F.pad(number, (1, 0))[:, :-1])).long().cumsum(1)
-
-    def _most(self, chunk: torch.Tensor, layout: TokenLayout) -> int:
-        """A number of chunks that is enough for every row."""
-        if not exporting():
-            return int(chunk.max()) + 1
-        return layout.length + 1 if layout.document is not None else layout.length // self.chunk_length + 2

@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 
-from .recording import exporting, fixed_table, single_token
+from .kernels import cancelling_by_kernel, fits, interference_by_kernel
+from .recording import exporting, fixed_table, levels_to_reach, single_token
 
 CHUNK = 32  # tokens handled by one masked product; the fastest of 32, 64 and 128 on two CPU cores
+FEW = 16  # chunks whose states are carried by one product instead of a loop
 DOUBLINGS = 13  # so an exported scan takes up to 2^13 - 1 chunks, 262,112 tokens, in one call
 
 
@@ -48,6 +50,8 @@ def interference_scan(
     Returns:
         y `[B, H·G, T, V]` and the state after the last token `[B, H, F, V]`.
     """
+    if fits(q):
+        return interference_by_kernel(q, k, v, log_decay, log_write, state, document)
     length, heads, groups = q.shape[2], k.shape[1], q.shape[1] // k.shape[1]
     if not exporting() or single_token(length):
         chunk = min(chunk, length)
@@ -59,7 +63,7 @@ def interference_scan(
         document = _to_chunks(document[:, None, :, None], chunk, fill=None)[..., 0]  # [B, 1, N, C]
     if state is None:
         state = k.new_zeros(k.shape[0], heads, k.shape[-1], v.shape[-1])
-    run = _chunked_scan if exporting() else _ChunkedScan.apply
+    run = _ChunkedScan.apply if torch.is_grad_enabled() and not exporting() else _chunked_scan
     y, state = run(q, k, v, log_decay, log_write, state, document)
     y = y.unflatten(3, (groups, chunk)).transpose(2, 3).flatten(1, 2).flatten(2, 3)  # [B, H·G, N·C, V]
     return y[:, :, :length], state
@@ -80,6 +84,51 @@ def interference_scan_naive(
         return log_write[:, :, t, None, None].exp() * k[:, :, t, :, None] * v[:, :, t, None, :]
 
     return _recurrence(q, k, v, log_decay, write, state, document)
+
+
+def interference_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    decay: torch.Tensor,
+    write: torch.Tensor,
+    state: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`interference_scan`] for a single token: one step of the recurrence.
+
+    Args:
+        q: `[B, H·G, F]`.
+        k: `[B, H, F]`.
+        v: `[B, H, V]`.
+        decay, write: λ and w `[B, H]`, not their logarithms.
+        state: `[B, H, F, V]`.
+
+    Returns:
+        y `[B, H·G, V]` and the state after the token.
+    """
+    state = torch.addcmul(state * decay[..., None, None], k[..., None], (v * write[..., None])[:, :, None])
+    return _read(q, state), state
+
+
+def interference_step_naive(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    decay: torch.Tensor,
+    write: torch.Tensor,
+    state: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Twin of [`interference_step`]: the scan's, of one token."""
+    q, k, v, log_decay, log_write = (x[:, :, None] for x in (q, k, v, decay.log(), write.log()))
+    y, state = interference_scan_naive(q, k, v, log_decay, log_write, state)
+    return y[:, :, 0], state
+
+
+def _read(q: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """Queries `[B, H·G, F]` of a state `[B, H, F, V]`: `[B, H·G, V]`."""
+    rows, heads, features, width = state.shape
+    read = torch.bmm(q.reshape(rows * heads, -1, features), state.reshape(rows * heads, features, width))
+    return read.view(rows, -1, width)
 
 
 def _recurrence(
@@ -131,7 +180,11 @@ def _decays(
     if document is not None:
         before = F.pad(document[..., -1], (1, 0))[..., :-1, None]  # the document that the carried state belongs to
         hidden = future | (document[..., :, None] != document[..., None, :])
-    between = (total[..., :, None] - source[..., None, :]).masked_fill(hidden, float("-inf")).exp()
+    between = total[..., :, None] - source[..., None, :]
+    if exporting():
+        between = between.masked_fill(hidden, float("-inf")).exp()
+    else:
+        between = between.masked_fill_(hidden, float("-inf")).exp_()
     from_start, to_end, across = total.exp(), (total[..., -1:] - source).exp(), total[..., -1].exp()
     if document is not None:
         from_start = from_start * (document == before)
@@ -144,11 +197,33 @@ def _carry(written: torch.Tensor, across: torch.Tensor, state: torch.Tensor) -> 
     """State before every chunk, and after the last: [B, H, N, F, V] and [B, H, F, V]."""
     if exporting():
         return _compose(across[..., None, None], written, state, torch.mul)
+    if written.shape[2] <= FEW:
+        kept, sources = (
+            _few_carries(across),
+            torch.cat([state[:, :, None], written], 2).flatten(3),
+        )  # [B, H, 1 + N, F·V]
+        before, final = kept[:, :, :-1] @ sources, kept[:, :, -1:] @ sources
+        return before.view_as(written), final.view_as(state)
     before = torch.empty_like(written)
     for n in range(written.shape[2]):
         before[:, :, n] = state
         state = torch.addcmul(written[:, :, n], state, across[:, :, n, None, None])
     return before, state
+
+
+def _few_carries(across: torch.Tensor) -> torch.Tensor:
+    """What is left of the first state and of every chunk's writing before each chunk and at the end: [B, H, N] decays
+    to [B, H, 1 + N, 1 + N], the product of the decays between. For few chunks one product takes less than a loop."""
+    count = across.shape[2]
+    ones = across.new_ones(*across.shape[:2], 1 + count, 1 + count)
+    # row n of column m has the decay of chunk n - 1 where m < n, so that a column of products has those from m to n
+    factors = torch.where(_below(count, across.device), F.pad(across, (1, 0), value=1.0)[..., None], ones)
+    return factors.cumprod(2).tril()
+
+
+def _below(count: int, device: torch.device) -> torch.Tensor:
+    """True `[1 + N, 1 + N]` below the diagonal."""
+    return torch.ones(1 + count, 1 + count, dtype=torch.bool, device=device).tril(-1)
 
 
 def _compose(
@@ -167,7 +242,7 @@ def _compose(
     turn = torch.cat([torch.zeros_like(turn[:, :, :1]), turn], 2)
     shift = torch.cat([state[:, :, None], shift], 2)  # [B, H, 1 + N, F, V]
     number = torch.arange(shift.shape[2], device=shift.device)
-    for level in range(DOUBLINGS):
+    for level in range(levels_to_reach(shift.shape[2], 2, DOUBLINGS)):
         at = (number - 2**level).clamp_min(0)  # joining the first one again changes nothing
         shift = shift + product(turn, shift.index_select(2, at))
         turn = product(turn, turn.index_select(2, at))
@@ -179,6 +254,11 @@ def _spread(weights: torch.Tensor, rows: int) -> torch.Tensor:
     """[..., C, X] weights to [..., G·C, X]: the query heads of a group share them."""
     groups = rows // weights.shape[-2]
     return weights if groups == 1 else weights.repeat(*[1] * (weights.dim() - 2), groups, 1)
+
+
+def _times(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """A new tensor times others; in its own memory where nothing is recorded."""
+    return x * weights if exporting() else x.mul_(weights)
 
 
 def _chunked_scan(
@@ -207,14 +287,14 @@ def _chunked_scan_parts(
     rows = q.shape[-2]
     between, from_start, to_end = _spread(between, rows), _spread(from_start[..., None], rows), to_end[..., None]
     # 1. inside chunks: what every query hears of the keys before it
-    scores = (q @ k.mT) * between
+    scores = _times(q @ k.mT, between)
     # 2. state of each chunk: what its tokens have written, as it stands at the end
     written = (k * to_end).mT @ v
     # 3. carry: the state before every chunk
     before, final = _carry(written, across, state)
     # 4. read: the chunk itself, and the state before it
-    y = scores @ v + (q * from_start) @ before
-    return y, final, (scores, between, from_start, to_end, across, before)
+    y = torch.baddbmm(_times(q @ before, from_start).flatten(0, 2), scores.flatten(0, 2), v.flatten(0, 2))
+    return y.view(*q.shape[:-1], -1), final, (scores, between, from_start, to_end, across, before)
 
 
 class _ChunkedScan(torch.autograd.Function):
@@ -268,6 +348,10 @@ def _carry_backward(
     d_before: torch.Tensor, across: torch.Tensor, d_final: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients with respect to what every chunk wrote and to the first state, from the last chunk to the first."""
+    if d_before.shape[2] <= FEW:
+        kept, readings = _few_carries(across).mT, torch.cat([d_before, d_final[:, :, None]], 2).flatten(3)
+        d_written, d_state = kept[:, :, 1:] @ readings, kept[:, :, :1] @ readings
+        return d_written.view_as(d_before), d_state.view_as(d_final)
     d_written = torch.empty_like(d_before)
     d_state = d_final
     for n in reversed(range(d_before.shape[2])):
@@ -297,6 +381,8 @@ def cancelling_scan(
     Returns:
         y `[B, H·G, T, V]` and the state after the last token `[B, H, F, V]`.
     """
+    if fits(q):
+        return cancelling_by_kernel(q, k, v, log_decay, strength, state, document)
     length, heads, groups = q.shape[2], k.shape[1], q.shape[1] // k.shape[1]
     if not exporting() or single_token(length):
         chunk = min(chunk, length)
@@ -383,3 +469,40 @@ def cancelling_scan_naive(
         return strength[:, :, t, None, None] * k[:, :, t, :, None] * surprise
 
     return _recurrence(q, k, v, log_decay, write, state, document)
+
+
+def cancelling_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    decay: torch.Tensor,
+    strength: torch.Tensor,
+    state: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`cancelling_scan`] for a single token: one step of the recurrence.
+
+    Args:
+        strength: β `[B, H]`.
+        others: as for [`interference_step`].
+
+    Returns:
+        y `[B, H·G, V]` and the state after the token `[B, H, F, V]`.
+    """
+    state = state * decay[..., None, None]
+    surprise = v - (k[:, :, None] @ state)[:, :, 0]  # [B, H, V]
+    state = torch.addcmul(state, k[..., None], (surprise * strength[..., None])[:, :, None])
+    return _read(q, state), state
+
+
+def cancelling_step_naive(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    decay: torch.Tensor,
+    strength: torch.Tensor,
+    state: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Twin of [`cancelling_step`]: the scan's, of one token."""
+    q, k, v, log_decay, strength = (x[:, :, None] for x in (q, k, v, decay.log(), strength))
+    y, state = cancelling_scan_naive(q, k, v, log_decay, strength, state)
+    return y[:, :, 0], state

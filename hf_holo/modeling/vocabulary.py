@@ -109,7 +109,7 @@ class TwoLevelEmbedding(CompressedEmbedding):
     def resize(self, num_embeddings: int, from_mean: bool = True) -> None:
         least = self.frequent_tokens + self.grouped_tokens
         if num_embeddings < least:
-            raise ValueError(f"num_embeddings={num_embeddings} must be at least {least}: the groups cannot be cut")
+            raise ValueError(f"num_embeddings: {num_embeddings} is not at least {least}; the groups cannot be cut")
         old = self.top.weight
         size = self.groups + num_embeddings - self.grouped_tokens
         with torch.no_grad():
@@ -336,12 +336,12 @@ def make_embedding(config: PretrainedConfig) -> nn.Module:
     strategy, options = getattr(config, "embedding_strategy", "standard"), getattr(config, "embedding_options", None)
     strategy, options = lay_out_vocabulary(config.vocab_size, strategy, options)
     if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
-        raise ValueError(f"pad_token_id={config.pad_token_id} is not a token of a vocabulary of {config.vocab_size}")
+        raise ValueError(f"pad_token_id: {config.pad_token_id} is not a token of a vocabulary of {config.vocab_size}")
     if strategy == "standard":
         return ScaledEmbedding(config.vocab_size, config.hidden_size, config.pad_token_id)
     if not config.tie_word_embeddings:
         raise ValueError(
-            f"tie_word_embeddings=False does not go with embedding_strategy={strategy!r}, whose head reads the tables "
+            f"tie_word_embeddings: False does not go with embedding_strategy={strategy!r}, whose head reads the tables "
             "of the embedding; choose True, or embedding_strategy='standard'"
         )
     return EMBEDDINGS[strategy](config.vocab_size, config.hidden_size, config.initializer_range, **options)

@@ -24,8 +24,11 @@ ALTERNATIVES = (("preset", "model_name_or_path"), ("train_file", "dataset_name")
 class ModelArguments:
     """Which model to train, and for what."""
 
-    task: Literal["causal", "masked"] | None = described(
-        "Predict the next token, or masked ones; default: what the direction of the model's config asks for."
+    task: (
+        Literal["causal", "masked", "image-classification", "audio-classification", "multimodal-classification"] | None
+    ) = described(
+        "Predict the next token, or masked ones, or tell classes; default: what the model is made for, and of a "
+        "language model what the direction of its config asks for."
     )
     preset: str | None = described("Start a new model from this preset; `hf-holo list` shows them.")
     model_name_or_path: str | None = described("Start from this checkpoint instead, with its tokenizer.")
@@ -41,7 +44,10 @@ class DataArguments:
 
     train_file: list[str] = field(
         default_factory=list,
-        metadata={"help": "Text files, folders, or parquet, JSON, JSON-lines or CSV files, in this order."},
+        metadata={
+            "help": "Text files, folders, or parquet, JSON, JSON-lines or CSV files, in this order. Of pictures and "
+            "sounds a folder with one folder for each class, too."
+        },
     )
     dataset_name: str | None = described("Dataset on the Hub, `python-help`, or `python-stdlib`.")
     dataset_config_name: str | None = described("Configuration of the Hub dataset.")
@@ -51,7 +57,34 @@ class DataArguments:
         "joined: one text, whose end is held out. apart: no window holds parts of two, and whole ones are held out.",
         "joined",
     )
-    validation_fraction: float = described("Share of the data that is held out.", 0.1)
+    image_column: str | None = described("Column of a table that holds pictures; default: the only one that does.")
+    audio_column: str | None = described("Column of a table that holds sounds; default: the only one that does.")
+    label_column: str | None = described(
+        "Column of a table that holds the classes; default: the one whose type says so."
+    )
+    image_data: str | None = described("Pictures of digits, for the task multimodal-classification.")
+    audio_data: str | None = described("Recordings of digits, for the task multimodal-classification.")
+    question: Literal["digit", "sum"] = described(
+        "The digit that picture, sound and sentence are about, or the last digit of the sum of picture and sound.",
+        "digit",
+    )
+    augment: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Changes to pictures (crop, flip, rotate, erase, colour) or sounds (shift, noise, gain, speed, "
+            "silence) in training, or none."
+        },
+    )
+    hold_out: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Hold out the rows with this value in this column, such as speaker=theo, in place of a split.",
+            "metavar": "COLUMN=VALUE",
+        },
+    )
+    validation_fraction: float = described(
+        "Share of the data that is held out; of pictures and sounds, where the data has no split for it.", 0.1
+    )
     mlm_probability: float = described("Share of the tokens that the task `masked` hides.", 0.15)
     block_size: int = described("Tokens in a training window.", 256)
     stride: int | None = described("Distance between the starts of training windows; default: block_size.")
@@ -67,8 +100,11 @@ class DataArguments:
     num_answers: int = described("Held-out instructions to answer in answers.txt.", 8)
 
     def __post_init__(self) -> None:
-        if isinstance(self.train_file, str):  # as in a recipe
-            self.train_file = [self.train_file]
+        for name in ("train_file", "augment", "hold_out"):
+            if isinstance(getattr(self, name), str):  # as in a recipe
+                setattr(self, name, [getattr(self, name)])
+        if self.augment == ["none"]:
+            self.augment = []
 
 
 @dataclass
@@ -144,7 +180,7 @@ def parse(argv: list[str]) -> Run:
     named = given_words(parser, argv)
     recipe = named.get("recipe") or _resumed_recipe(named) or DEFAULT_RECIPE
 
-    values = _without_replaced(load_recipe(recipe, __package__), named)
+    values = _without_replaced(load_recipe(recipe, __package__), named, recipe)
     overrides = values.pop("model", {})
     for name in values:
         if name not in defaults:
@@ -179,14 +215,21 @@ def _as_words(parser: ArgumentParser, recipe: str, values: dict[str, Any]) -> li
     return words
 
 
-def _without_replaced(recipe: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
-    """The recipe without those choices of a model, a data set or a stride that the command line replaces."""
-    replaced = {name for group in ALTERNATIVES if named.keys() & set(group) for name in group}
-    if replaced & recipe.keys() & set(ALTERNATIVES[0]):
-        replaced.add("model")  # the config values were meant for the recipe's own model
+def _without_replaced(recipe: dict[str, Any], named: dict[str, Any], name: str) -> dict[str, Any]:
+    """The recipe of this name without those choices of a model, a data set or a stride that the command line replaces.
+
+    Config values go with the model that they were meant for; a sentence says so.
+    """
+    replaced = {argument for group in ALTERNATIVES if named.keys() & set(group) for argument in group}
+    own, other = ({key: some[key] for key in ALTERNATIVES[0] if key in some} for some in (recipe, named))
+    if own and other and own != other and recipe.get("model"):
+        replaced.add("model")
+        values = " ".join(f"{key}={value}" for key, value in recipe["model"].items())
+        of, instead = (", ".join(map(str, some.values())) for some in (own, other))
+        print(f"model: {values} of the recipe {name!r} is for {of}, left out with {instead}; give --model to set it")
     if named.get("block_size", recipe.get("block_size")) != recipe.get("block_size"):
         replaced.add("stride")  # it was meant for the recipe's own windows
-    return {name: value for name, value in recipe.items() if name not in replaced}
+    return {argument: value for argument, value in recipe.items() if argument not in replaced}
 
 
 def _resumed_recipe(named: dict[str, Any]) -> str | None:

@@ -142,7 +142,7 @@ def _subject(model: nn.Module, move_weights: bool = False) -> Subject:
 def _error(model: Subject | nn.Module, leak: Leak) -> HoloError:
     name = model if isinstance(model, Subject) else type(model).__name__
     return HoloError(
-        f"model={name} sees the tokens that it should predict: {leak}. Its loss would fall by reading them "
+        f"model: {name} sees the tokens that it should predict: {leak}. Its loss would fall by reading them "
         "and would say nothing about text of its own, where they are not there yet. `hf-holo check PATH` tells "
         "more about a saved model; without this check it trains all the same"
     )

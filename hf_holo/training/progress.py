@@ -5,11 +5,10 @@ import time
 from typing import Any
 
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ..data.windows import Splits
-from .arguments import Run
+from .task import Task
 from .trainer import HoloTrainer
 
 TIMED_STEPS = 4  # after the first, which also warms up
@@ -68,7 +67,8 @@ class RunProgress(ProgressCallback):
         if logs is None or not state.is_world_process_zero:
             return
         if "eval_loss" in logs and self.training:
-            self._say(f"step {state.global_step} of {state.max_steps}: validation loss {logs['eval_loss']:.4f}")
+            right = f", {logs['eval_accuracy']:.1%} right" if "eval_f1" in logs else ""
+            self._say(f"step {state.global_step} of {state.max_steps}: validation loss {logs['eval_loss']:.4f}{right}")
         elif "train_runtime" in logs:
             self._say(f"{state.global_step} steps in {duration(logs['train_runtime'])}")
         elif "loss" in logs and self.training_bar is not None:
@@ -97,27 +97,19 @@ def show_progress(trainer: HoloTrainer) -> None:
         trainer.add_callback(RunProgress())
 
 
-def say_what_comes(trainer: HoloTrainer, run: Run, data: Splits, tokenizer: PreTrainedTokenizerBase) -> None:
+def say_what_comes(trainer: HoloTrainer, task: Task) -> None:
     """Print what the run learns from and is scored on, with which model and optimizer, for how long, and where to."""
     say = PartialState().print
-    model, args = trainer.model, run.training
-    share = data.tokens / max(data.tokens + data.train_tokens, 1)
-    say(f"data: {name_of_data(run)}, {data.documents:,} {'documents' if data.documents != 1 else 'document'}")
-    say(
-        f"      {data.train_tokens:,} tokens to learn from, in {len(data.train):,} windows of up to "
-        f"{run.data.block_size}; {data.tokens:,} held-out tokens are scored ({share:.1%})"
-    )
-    say(f"model: {model.config.model_type}, {model.num_parameters():,} parameters, {len(tokenizer):,} tokens known")
-    say(f"training: {steps_of(trainer)}, {name_of_optimizer(trainer)}, learning rate {args.learning_rate:g}")
+    model, args = trainer.model, task.run.training
+    for line in task.description():
+        say(line)
+    say(f"model: {model.config.model_type}, {model.num_parameters():,} parameters, {task.model_knows()}")
+    steps = steps_of(trainer, task.unit)
+    say(f"training: {steps}, {name_of_optimizer(trainer)}, learning rate {args.learning_rate:g}")
     say(f"output: {args.output_dir}", flush=True)
     busy = busy_line()
     if busy:
         say(busy, flush=True)
-
-
-def name_of_data(run: Run) -> str:
-    """The files or the dataset, as the user named them."""
-    return run.data.dataset_name or ", ".join(run.data.train_file)
 
 
 def name_of_optimizer(trainer: HoloTrainer) -> str:
@@ -125,12 +117,12 @@ def name_of_optimizer(trainer: HoloTrainer) -> str:
     return trainer.args.optim if trainer.optimizer is None else type(trainer.optimizer).__name__
 
 
-def steps_of(trainer: HoloTrainer) -> str:
-    """How many optimizer steps of how many windows, or how many epochs."""
+def steps_of(trainer: HoloTrainer, unit: str) -> str:
+    """How many optimizer steps of how many windows or other examples, or how many epochs."""
     args = trainer.args
-    windows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     length = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-    return f"{length} of {windows} windows" if args.max_steps > 0 else f"{length} in steps of {windows} windows"
+    return f"{length} of {batch} {unit}" if args.max_steps > 0 else f"{length} in steps of {batch} {unit}"
 
 
 def busy_line() -> str | None:

@@ -6,14 +6,14 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.optim import Optimizer
 from transformers import (
     EarlyStoppingCallback,
+    EvalPrediction,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -86,25 +86,32 @@ def _updated(optimizer: Optimizer) -> Iterator[tuple[torch.nn.Parameter, dict[st
                 yield parameter, optimizer.state[parameter]
 
 
+class Scores(Protocol):
+    """What is measured on held-out data."""
+
+    def reduce(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
+        """What is kept of the outputs for a batch."""
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        """The metrics, from what was kept of all batches."""
+
+
 class HoloTrainer(Trainer):
-    """Trainer with the metrics of [`LanguageScores`]: `eval_loss` is the mean over all validation tokens, each counted
-    once. With `ema_decay`, evaluation sees the averaged weights; checkpoints keep both.
+    """Trainer with exact metrics: `eval_loss` is the mean over all validation tokens, each counted once. With
+    `ema_decay`, evaluation sees the averaged weights; checkpoints keep both.
 
     Args:
-        characters: number of characters that the scored validation tokens stand for; None: no bits per character.
+        scores: what is measured; default: a causal language model.
         ema_decay: decay of the weight average, 0 for none.
-        shift: whether a label belongs to the logits of the position before, as for causal models.
     """
 
     model: PreTrainedModel  # transformers' own may be None, or another module
-    processing_class: PreTrainedTokenizerBase
+    processing_class: Any  # a tokenizer, or what else prepares the inputs
 
-    def __init__(
-        self, *args: Any, characters: int | None = None, ema_decay: float = 0.0, shift: bool = True, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, scores: Scores | None = None, ema_decay: float = 0.0, **kwargs: Any) -> None:
         self.saving = False
         self.average = WeightAverage(ema_decay) if ema_decay else None
-        scores = LanguageScores(characters, shift)
+        scores = LanguageScores() if scores is None else scores
         super().__init__(*args, compute_metrics=scores, preprocess_logits_for_metrics=scores.reduce, **kwargs)
         if self.average:
             self.add_callback(self.average)

@@ -163,7 +163,7 @@ def test_allocation_gives_harmonics_to_the_site_that_needs_them():
 
 
 def test_a_ratio_below_one_harmonic_cannot_be_reached():
-    with pytest.raises(HoloError, match=r"ratio=0\.01 cannot be reached.*0\.0"):
+    with pytest.raises(HoloError, match=r"ratio: 0\.01 cannot be reached.*0\.0"):
         allocate([Site(("a",), (64,), 32)], [torch.ones(32)], 0.01)
 
 

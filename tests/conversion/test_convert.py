@@ -364,12 +364,12 @@ def test_options_that_make_no_sense_are_refused(saved, texts, tmp_path):
     teacher, out = saved(), tmp_path / "out"
     text = ["--train_file", *texts]
     refused("'nowhere' matches none", teacher, out, "--modules", "nowhere", *text)
-    refused(r"ratio=0\.001 cannot be reached", teacher, out, "--ratio", "0.001", *text)
+    refused(r"ratio: 0\.001 cannot be reached", teacher, out, "--ratio", "0.001", *text)
     refused(r"ratio: 1\.5 is not between", teacher, out, "--ratio", "1.5", *text)
     refused(r"harmonics: 8 is chosen", teacher, out, "--harmonics", "8", *text)
     refused("needs --train_file", teacher, out)
     refused(r"two are called 'a\.txt'", teacher, out, "--train_file", texts[0], texts[0])
-    refused("seed=-1 must be", teacher, out, "--seed", "-1", *text)
+    refused("seed: -1 is not", teacher, out, "--seed", "-1", *text)
     refused("3 shares for 2 texts", teacher, out, "--validation_fraction", "0.1", "0.2", "0.3", *text)
     refused("no file or folder", teacher, out, "--train_file", str(tmp_path / "missing.txt"))
     refused("tied to the input embeddings", teacher, out, "--modules", "lm_head", *text)

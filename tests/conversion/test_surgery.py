@@ -531,10 +531,10 @@ def test_a_converted_checkpoint_passes_the_conformance_kit(model_name, tmp_path)
         ({"keep_first": 2, "keep_last": 1}, "leave no linear layer"),
         (
             {"harmonics": 40},
-            "harmonics=40 is more than the 32 inputs of 'model.layers.0.self_attn.q_proj'; use at most 32",
+            "harmonics: 40 is more than the 32 inputs of 'model.layers.0.self_attn.q_proj'; use at most 32",
         ),
-        ({"harmonics": None, "ratio": 0.01}, r"ratio=0.01 leaves .* not one harmonic; give at least 0.0"),
-        ({"basis": "data"}, "basis='data' has to be fitted to activations: use `hf-holo convert"),
+        ({"harmonics": None, "ratio": 0.01}, r"ratio: 0.01 leaves .* not one harmonic; give at least 0.0"),
+        ({"basis": "data"}, "basis: 'data' has to be fitted to activations: use `hf-holo convert"),
     ],
 )
 def test_an_error_leaves_the_model_as_it_was(options, message):
@@ -583,7 +583,7 @@ def test_a_model_without_blocks_wants_names():
 def test_a_module_that_is_no_model_of_transformers_is_refused():
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 2)
     before = {name: type(module) for name, module in model.named_modules()}
-    with pytest.raises(HoloError, match="model=TransformerEncoder must be a model of transformers"):
+    with pytest.raises(HoloError, match="model: TransformerEncoder is not a model of transformers"):
         apply_surgery(model)
     assert {name: type(module) for name, module in model.named_modules()} == before
 
@@ -608,12 +608,12 @@ def test_weights_that_are_not_finite_are_refused():
 
 @pytest.mark.parametrize("config", [{"harmonics": 8}, "random"])
 def test_a_config_of_another_kind_is_refused(config):
-    with pytest.raises(HoloError, match="must be a HoloSurgeryConfig"):
+    with pytest.raises(HoloError, match="is not a HoloSurgeryConfig"):
         apply_surgery(dense_model("llama"), config)
 
 
 def test_an_empty_plan_is_refused():
-    with pytest.raises(HoloError, match=r"layers=\{\} names no layer"):
+    with pytest.raises(HoloError, match=r"layers: \{\} names no layer"):
         apply_surgery(dense_model("llama"), HoloSurgeryConfig(layers={}))
 
 
@@ -629,23 +629,23 @@ def test_a_plan_for_another_model_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"harmonics": 8, "ratio": 0.5}, "harmonics=8 and ratio=0.5 exclude each other"),
-        ({"harmonics": 0}, "harmonics=0 must be a whole number of at least 1"),
-        ({"harmonics": "8"}, "harmonics='8' must be a whole number"),
-        ({"harmonics": 8.0}, "harmonics=8.0 must be a whole number"),
-        ({"ratio": 0.0}, r"ratio=0.0 must be a number in \(0, 1\]"),
-        ({"ratio": 1.2}, r"ratio=1.2 must be a number in \(0, 1\]"),
-        ({"ratio": "0.5"}, r"ratio='0.5' must be a number in \(0, 1\]"),
-        ({"basis": "fourier"}, "basis='fourier' is unknown; choose one of random, dct, golden, data"),
-        ({"keep_first": -1}, "keep_first=-1 must be a whole number of at least 0"),
-        ({"keep_first": "1"}, "keep_first='1' must be a whole number"),
-        ({"keep_last": 1.5}, "keep_last=1.5 must be a whole number"),
-        ({"seed": "x"}, "seed='x' must be a whole number"),
-        ({"seed": -1}, "seed=-1 must be a whole number of at least 0"),
-        ({"shared": "yes"}, "shared='yes' must be True or False"),
+        ({"harmonics": 8, "ratio": 0.5}, "harmonics: 8 and ratio=0.5 exclude each other"),
+        ({"harmonics": 0}, "harmonics: 0 is not a whole number of at least 1"),
+        ({"harmonics": "8"}, "harmonics: '8' is not a whole number"),
+        ({"harmonics": 8.0}, "harmonics: 8.0 is not a whole number"),
+        ({"ratio": 0.0}, r"ratio: 0.0 is not a number in \(0, 1\]"),
+        ({"ratio": 1.2}, r"ratio: 1.2 is not a number in \(0, 1\]"),
+        ({"ratio": "0.5"}, r"ratio: '0.5' is not a number in \(0, 1\]"),
+        ({"basis": "fourier"}, "basis: 'fourier' is unknown; choose one of random, dct, golden, data"),
+        ({"keep_first": -1}, "keep_first: -1 is not a whole number of at least 0"),
+        ({"keep_first": "1"}, "keep_first: '1' is not a whole number"),
+        ({"keep_last": 1.5}, "keep_last: 1.5 is not a whole number"),
+        ({"seed": "x"}, "seed: 'x' is not a whole number"),
+        ({"seed": -1}, "seed: -1 is not a whole number of at least 0"),
+        ({"shared": "yes"}, "shared: 'yes' is neither True nor False"),
         ({"basis": ["dct"]}, "is unknown; choose one of random"),
-        ({"modules": 5}, "modules=5 must be a regular expression or a list of them"),
-        ({"exclude": [3]}, r"exclude=\[3\] must be a regular expression or a list of them"),
+        ({"modules": 5}, "modules: 5 is not a regular expression or a list of them"),
+        ({"exclude": [3]}, r"exclude: \[3\] is not a regular expression or a list of them"),
         ({"layers": [1]}, "layers: a plan gives basis, folded"),
         ({"harmonic": 8}, "unknown argument 'harmonic': did you mean 'harmonics'"),
         ({"modules": "(q"}, r"modules: '\(q' is not a regular expression"),
@@ -681,5 +681,5 @@ def test_bases_that_are_not_the_models_own_are_refused(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     made = harmonics.harmonic_basis
     monkeypatch.setattr(harmonics, "harmonic_basis", lambda *args: 1.001 * made(*args))
-    with pytest.raises(ValueError, match=r"checksum=\d+ of the bases that the model was made with is not that"):
+    with pytest.raises(ValueError, match=r"checksum: \d+ of the bases that the model was made with is not that"):
         type(model).from_pretrained(tmp_path)

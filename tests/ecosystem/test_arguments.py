@@ -6,6 +6,7 @@ from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuni
 from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_holo import get_architecture
+from hf_holo.data.tokenizers import character_tokenizer
 
 HEADS = [*get_architecture("hsn").models]
 WRONG = ["atention_mask", "past", "cache_params", "encoder_hidden_states", "is_causal"]
@@ -45,6 +46,16 @@ def test_what_transformers_passes_to_every_model_changes_nothing(tiny, family, h
     model = tiny(family, head)
     asks_nothing = {"output_attentions": False, "token_type_ids": torch.zeros_like(ids), "cache_position": ids[0]}
     assert torch.equal(model(ids, **asks_nothing)[0], model(ids)[0])
+
+
+def test_generation_ends_at_a_string(tiny, family, ids):
+    """generate() needs the tokenizer for that, and hands it on to every forward."""
+    tokenizer = character_tokenizer(["abc"])
+    model = tiny(family, vocab_size=len(tokenizer))
+    options = {"do_sample": True, "pad_token_id": 0, "max_new_tokens": 200}
+    torch.manual_seed(0)
+    said = model.generate(ids[:1] % 3, tokenizer=tokenizer, stop_strings=["ab"], **options)[0, 9:]
+    assert tokenizer.decode(said).endswith("ab") and tokenizer.decode(said).count("ab") == 1
 
 
 @torch.no_grad()
@@ -109,5 +120,5 @@ def test_prefix_tuning_works_where_there_are_keys_and_values(tiny, family, ids):
     if family == "holo":
         model(input_ids=ids, labels=ids).loss.backward()
         return
-    with pytest.raises(ValueError, match="past_key_values is a DynamicCache"):
+    with pytest.raises(ValueError, match="past_key_values: a DynamicCache"):
         model(input_ids=ids, labels=ids)

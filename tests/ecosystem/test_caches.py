@@ -174,7 +174,7 @@ def test_crop_0_does_what_it_does_to_the_cache_of_transformers(model, ids):
 # ---------------------------------------------------------------------------------------------- what is refused
 @pytest.mark.parametrize("shape", [(2, 1, 12, 12), (2, 12, 12), (2, 9), (2, 15), (24,)])
 def test_masks_of_other_shapes_are_refused(model, ids, shape):
-    with pytest.raises(ValueError, match="attention_mask of shape"):
+    with pytest.raises(ValueError, match="attention_mask: shape"):
         model(ids, attention_mask=torch.ones(shape))
 
 

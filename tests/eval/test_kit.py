@@ -115,5 +115,5 @@ def test_weights_move_by_kind_of_module_and_not_by_name():
 
 
 def test_a_class_needs_a_config():
-    with pytest.raises(HoloError, match="config=None: HsnForCausalLM is a class"):
+    with pytest.raises(HoloError, match="config: None; HsnForCausalLM is a class"):
         Subject(HsnForCausalLM)

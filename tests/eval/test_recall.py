@@ -49,9 +49,9 @@ def test_a_seed_gives_the_same_again():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--pairs", "4", "0"], r"pairs=\[4, 0\] must be at least 1"),
-        (["--rounds", "0"], "rounds=0 must be at least 1"),
-        (["--seed", "-1"], "seed: -1 must be in"),
+        (["--pairs", "4", "0"], r"pairs: \[4, 0\] is not at least 1"),
+        (["--rounds", "0"], "rounds: 0 is not at least 1"),
+        (["--seed", "-1"], "seed: -1 is not in"),
         (["--dimensions", "wide"], "invalid int value: 'wide'"),
     ],
 )
@@ -63,6 +63,6 @@ def test_bad_input(argv, message):
 def test_a_file_is_no_folder(tmp_path):
     path = tmp_path / "file"
     path.write_text("mine")
-    with pytest.raises(HoloError, match=r"output_dir=.* cannot be a folder: File exists"):
+    with pytest.raises(HoloError, match=r"output_dir: .* cannot be a folder: File exists"):
         main(["--output_dir", str(path), *SMALL])
     assert path.read_text() == "mine"

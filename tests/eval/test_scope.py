@@ -54,8 +54,8 @@ def test_the_seed_makes_the_points():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--steps", "0"], "steps: 0 must be at least 1"),
-        (["--seed", "-1"], "seed: -1 must be in"),
+        (["--steps", "0"], "steps: 0 is not at least 1"),
+        (["--seed", "-1"], "seed: -1 is not in"),
         (["--colour"], "unrecognized arguments: --colour"),
     ],
 )
@@ -67,6 +67,6 @@ def test_bad_input(argv, message):
 def test_a_file_is_no_folder(tmp_path):
     path = tmp_path / "file"
     path.write_text("mine")
-    with pytest.raises(HoloError, match=r"output_dir=.* cannot be a folder: File exists"):
+    with pytest.raises(HoloError, match=r"output_dir: .* cannot be a folder: File exists"):
         main(["--output_dir", str(path), "--steps", "1"])
     assert path.read_text() == "mine"

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 from hf_holo import HoloError, HoloSurgeryConfig, apply_surgery
 from hf_holo.cli import main
 from hf_holo.export import command, formats
-from hf_holo.export.formats import FORMATS, Format, Source
+from hf_holo.export.formats import FORMATS, Format, SavedModel
 from hf_holo.export.graph import Graph, folded
 from hf_holo.export.report import generation
 
@@ -82,7 +82,8 @@ def test_a_failed_format_leaves_nothing_and_stops_no_other(
     hsn_folder, tmp_path, quick_export, monkeypatch, capsys, write
 ):
     """Whatever it raises, and wherever: when it is written, and when it is read again to be measured."""
-    eager = Format("model.eager", lambda *_: None, lambda _, graph: partial(graph.call, Source(str(hsn_folder)).model))
+    model = SavedModel(str(hsn_folder)).model
+    eager = Format("model.eager", lambda *_: None, lambda _, graph: partial(graph.call, model))
     monkeypatch.setitem(FORMATS, "torchscript", replace(FORMATS["torchscript"], write=write))
     monkeypatch.setitem(FORMATS, "torch-export", eager)
     with pytest.raises(SystemExit) as stopped:
@@ -143,13 +144,13 @@ def test_a_damaged_checkpoint_is_one_line(hsn_folder, tmp_path, capsys, content)
 
 def test_a_damaged_tokenizer_is_not_left_out(hsn_folder, tmp_path, capsys):
     folder = shutil.copytree(hsn_folder, tmp_path / "model")
-    assert Source(str(folder)).processor is not None
+    assert SavedModel(str(folder)).processor is not None
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(HoloError, match=r"tokenizer\.json.* cannot be read"):
-        _ = Source(str(folder)).processor
+        _ = SavedModel(str(folder)).processor
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    assert Source(str(folder)).processor is None
+    assert SavedModel(str(folder)).processor is None
 
 
 def test_a_wrong_export_is_a_failed_one(hsn_folder, tmp_path, quick_export, monkeypatch, capsys):
@@ -217,7 +218,7 @@ def test_what_is_not_installed_is_named(hsn_folder, tmp_path, monkeypatch, capsy
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["holo", "resonance"])
 def test_torchscript_keeps_weights_and_not_what_follows_from_them(family, tmp_path):
-    source = Source(str(save(tiny_model(family, hidden_size=128), tmp_path / "saved")))
+    source = SavedModel(str(save(tiny_model(family, hidden_size=128), tmp_path / "saved")))
     with folded(source.model):
         FORMATS["torchscript"].write(source, tmp_path)
     assert (tmp_path / "model.pt").stat().st_size <= 1.25 * bytes_in(source.model) + 500_000
@@ -227,7 +228,7 @@ def test_torchscript_keeps_weights_and_not_what_follows_from_them(family, tmp_pa
 @pytest.mark.parametrize("family", ["hsn", "holo", "resonance"])
 def test_int8_takes_less_than_half(family, tmp_path):
     pytest.importorskip("optimum.exporters.onnx", reason="needs the extra `onnx`")
-    source = Source(str(save(tiny_model(family, hidden_size=256, vocab_size=4096), tmp_path / "saved")))
+    source = SavedModel(str(save(tiny_model(family, hidden_size=256, vocab_size=4096), tmp_path / "saved")))
     sizes = {}
     for name in ("onnx", "onnx-int8"):
         FORMATS[name].write(source, tmp_path / name)
@@ -242,7 +243,7 @@ def test_int8_takes_less_than_half(family, tmp_path):
 @pytest.mark.parametrize("name", [name for name in FORMATS if all(map(formats._installed, FORMATS[name].modules))])
 @pytest.mark.parametrize("family", ["hsn", "holo", "resonance"])
 def test_every_format_of_every_family(family, name, tmp_path, quick_export):
-    source = Source(str(save(tiny_model(family), tmp_path / "saved")))
+    source = SavedModel(str(save(tiny_model(family), tmp_path / "saved")))
     record = command.export(source, name, tmp_path / name)
     if FORMATS[name].exact:
         assert record["generation"] == {"greedy": 1.0, "beams": 1.0}
@@ -257,7 +258,7 @@ def test_every_format_of_every_family(family, name, tmp_path, quick_export):
     [("hsn", "fill-mask"), ("holo", "token-classification"), ("resonance", "text-classification")],
 )
 def test_a_head_of_every_family(family, task, name, tmp_path, quick_export):
-    source = Source(str(save(tiny_model(family, auto=auto_of(task)), tmp_path / "saved")))
+    source = SavedModel(str(save(tiny_model(family, auto=auto_of(task)), tmp_path / "saved")))
     record = command.export(source, name, tmp_path / name)
     assert record["task"] == task and all(row["max"] < 1e-4 for row in record["parity"])
 
@@ -290,7 +291,7 @@ def test_torchscript_runs_in_libtorch(hsn_folder, tmp_path):
     from torch.utils import cpp_extension
 
     (tmp_path / "run.cpp").write_text(PROGRAM)
-    source = Source(str(hsn_folder))
+    source = SavedModel(str(hsn_folder))
     FORMATS["torchscript"].write(source, tmp_path)
     inputs = list(source.graph.example(3, 21).values())
     torch.jit.save(torch.jit.script(Inputs(inputs)), tmp_path / "inputs.pt")
@@ -321,7 +322,7 @@ def test_a_converted_checkpoint_exports(kind, tmp_path, quick_export):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONVERTED[kind]).eval()
     apply_surgery(model, HoloSurgeryConfig(harmonics=8))
-    source = Source(str(save(model, tmp_path / "saved")))
+    source = SavedModel(str(save(model, tmp_path / "saved")))
     assert [state.name for state in Graph(source.task, model.config).states] == ["key", "value"] * 2
     old = Version(transformers.__version__).major < 5  # its masks cannot be traced or saved by torch, in any of them
     for name in ("onnx",) if old else ("onnx", "torch-export", "torchscript"):
@@ -332,7 +333,7 @@ def test_a_converted_checkpoint_exports(kind, tmp_path, quick_export):
 
 def test_texts_are_compared_where_the_config_knows_no_padding(hsn_folder, quick_export):
     """As that of a plug-in may, with transformers 5."""
-    source = Source(str(hsn_folder))
+    source = SavedModel(str(hsn_folder))
     model, forward = source.model, source.model.forward
     del model.config.pad_token_id
     with torch.no_grad():

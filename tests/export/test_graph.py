@@ -83,8 +83,10 @@ def test_the_task_is_that_of_the_saved_head():
         head_for("image-classification", config)
 
 
-def test_every_family_has_a_graph_for_every_head():
+def test_every_family_that_reads_has_a_graph_for_its_classifier():
     for architecture in architectures().values():
+        if "AutoModelForCausalLM" not in architecture.models:
+            continue
         config = architecture.config(**next(iter(architecture.variants.values())))
         graph = Graph("text-classification", config)
         assert list(graph.inputs) == ["input_ids", "attention_mask"]

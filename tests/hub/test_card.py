@@ -119,10 +119,17 @@ def test_the_code_in_a_card_runs(saved, monkeypatch):
     assert "trust_remote_code=True" in without
 
 
+FAMILY_OF = {
+    "AutoModelForImageClassification": "vision",
+    "AutoBackbone": "vision",
+    "AutoModelForAudioClassification": "audio",
+}
+
+
 @pytest.mark.feature("Hub", "model card for every head", family="resonance")
 @pytest.mark.parametrize("head", PIPELINES)
 def test_every_head_has_its_pipeline(tmp_path, head):
-    family = get_architecture("resonance")
+    family = get_architecture("_".join(filter(None, ("resonance", FAMILY_OF.get(head)))))
     family.models[head](family.config(**family.variants["plain"])).save_pretrained(tmp_path)
     card = make_card(tmp_path, "me/it", license="apache-2.0")
     assert (card.data.pipeline_tag, card.data.license) == (PIPELINES[head], "apache-2.0")

@@ -97,9 +97,9 @@ def test_token_ids_outside_the_vocabulary_are_refused(tiny_model, bad):
 @pytest.mark.parametrize("shape", [(2, 0), (0, 3)])
 def test_a_model_wants_tokens(tiny_model, shape):
     model = tiny_model("bundle")
-    with pytest.raises(ValueError, match=rf"input_ids of shape \({shape[0]}, {shape[1]}\) has no tokens"):
+    with pytest.raises(ValueError, match=rf"input_ids: shape \({shape[0]}, {shape[1]}\) has no tokens"):
         model(input_ids=torch.ones(shape, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"inputs_embeds of shape .* has no tokens"):
+    with pytest.raises(ValueError, match=r"inputs_embeds: shape .* has no tokens"):
         model(inputs_embeds=torch.ones(*shape, 32, dtype=torch.float64))
 
 
@@ -130,5 +130,5 @@ def test_what_an_older_format_means_now(caplog):
             caplog.clear()
     finally:
         transformers.utils.logging.disable_propagation()
-    with pytest.raises(ValueError, match="format_version=1 with binding='static'"):
+    with pytest.raises(ValueError, match="format_version: 1 with binding='static'"):
         HsnConfig(**older, binding="static")

@@ -94,7 +94,7 @@ def test_a_cast_rounds_the_exact_numbers_once(kind):
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 0.5, "x"])
 def test_a_seed_that_is_none_is_refused(seed):
-    with pytest.raises(ValueError, match=r"seed=.* must be a whole number in \[0, 2\^64\)"):
+    with pytest.raises(ValueError, match=r"seed: .* is not a whole number in \[0, 2\^64\)"):
         HoloLinear(INPUTS, OUTPUTS, R, seed=seed)
 
 
@@ -265,12 +265,12 @@ def test_a_shared_basis_is_saved_once(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"harmonics": 25, "basis": "dct"}, "harmonics=25 is more than in_features=24; use at most 24"),
-        ({"harmonics": 25, "basis": "data"}, "harmonics=25 is more than in_features=24; use at most 24"),
-        ({"harmonics": 0}, "harmonics=0 must be a positive integer"),
-        ({"basis": "fourier"}, "basis='fourier' is unknown; choose one of 'random', 'dct', 'golden', 'data'"),
-        ({"pivoted": True}, "pivoted=True needs basis='data'"),
-        ({"out_features": 0}, "out_features=0 must be a positive integer"),
+        ({"harmonics": 25, "basis": "dct"}, "harmonics: 25 is more than in_features=24; use at most 24"),
+        ({"harmonics": 25, "basis": "data"}, "harmonics: 25 is more than in_features=24; use at most 24"),
+        ({"harmonics": 0}, "harmonics: 0 is not a positive integer"),
+        ({"basis": "fourier"}, "basis: 'fourier' is unknown; choose one of 'random', 'dct', 'golden', 'data'"),
+        ({"pivoted": True}, "pivoted: True needs basis='data'"),
+        ({"out_features": 0}, "out_features: 0 is not a positive integer"),
     ],
 )
 def test_bad_arguments(options, message):
@@ -279,7 +279,7 @@ def test_bad_arguments(options, message):
 
 
 def test_the_frequency_must_be_positive():
-    with pytest.raises(ValueError, match="frequency=0 must be positive"):
+    with pytest.raises(ValueError, match="frequency: 0 is not positive"):
         SineActivation(0)
 
 

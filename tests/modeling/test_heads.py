@@ -136,9 +136,7 @@ def test_classes_that_there_are_none_of_are_refused(tiny_model, random_ids, mode
     labels[0] = -100
     assert model(input_ids=random_ids(2, 9), labels=labels).loss.isfinite()
     labels[1] = bad
-    with pytest.raises(
-        ValueError, match=f"labels holds {bad}, outside the classes, num_labels = 3: ids must be 0 to 2"
-    ):
+    with pytest.raises(ValueError, match=f"labels: {bad} is outside the classes, num_labels = 3; ids are 0 to 2"):
         model(input_ids=random_ids(2, 9), labels=labels)
 
 

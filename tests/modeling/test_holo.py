@@ -168,11 +168,11 @@ def test_the_seed_makes_the_basis(x):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="heads=5 does not divide dim=32"):
+    with pytest.raises(ValueError, match="heads: 5 does not divide dim=32"):
         HoloTransformerBlock(32, 5, 8)
-    with pytest.raises(ValueError, match="harmonics=64 is more than in_features=32"):
+    with pytest.raises(ValueError, match="harmonics: 64 is more than in_features=32"):
         HoloTransformerBlock(32, 4, 64, basis="dct")
-    with pytest.raises(ValueError, match="basis='data'"):
+    with pytest.raises(ValueError, match="basis: 'data'"):
         HoloTransformerBlock(32, 4, 8, basis="data")
 
 

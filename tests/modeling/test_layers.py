@@ -131,7 +131,7 @@ def test_rotary_embeddings_turn_pairs_of_channels():
     angle = torch.arange(9, dtype=torch.float64)[:, None] * speed
     torch.testing.assert_close(pairs, before * torch.polar(torch.ones_like(angle), angle), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(rotary(x[:, 4:], torch.arange(4, 9)), turned[:, 4:])
-    with pytest.raises(ValueError, match="dim=7"):
+    with pytest.raises(ValueError, match="dim: 7"):
         RotaryEmbedding(7)
 
 

@@ -288,28 +288,28 @@ def test_keys_are_learned_through_recall():
 # ---------------------------------------------------------------------------------------------- errors
 @pytest.mark.parametrize("dimension", [0, -1, 1.5, True])
 def test_the_dimension_is_a_positive_integer(dimension):
-    with pytest.raises(ValueError, match=f"dimension={dimension!r} must be a positive integer"):
+    with pytest.raises(ValueError, match=f"dimension: {dimension!r} is not a positive integer"):
         HolographicMemory(dimension)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, s, k, c: m.write(s, k, c[:2, :8]), r"values of shape \(2, 8\) must have 16 as last dimension"),
-        (lambda m, s, k, c: m.write(s, phasors(k), c[:2]), r"keys of shape \(2, 16\) must have 8 as last dimension"),
-        (lambda m, s, k, c: m.read(s[:8], k), r"state of shape \(8,\) must have 16"),
-        (lambda m, s, k, c: m.cleanup(c, c[:, :4]), r"codebook of shape \(5, 4\) must have 16"),
-        (lambda m, s, k, c: m.recall(s, k, c, rounds=-1), "rounds=-1 must be an integer of at least 0"),
-        (lambda m, s, k, c: m.recall(s, k, c, rounds=1.5), "rounds=1.5 must be an integer"),
-        (lambda m, s, k, c: m.decay(s, 1.5), r"rate=1.5 must be in \[0, 1\]"),
-        (lambda m, s, k, c: m.decay(s, torch.tensor(1.5)), r"rate has values from 1.5 to 1.5; all must be"),
-        (lambda m, s, k, c: m.decay(s, torch.tensor([0.5, -1.0])), r"from -1 to 0.5; all must be in \[0, 1\]"),
-        (lambda m, s, k, c: m.decay(s, torch.tensor(float("nan"))), r"all must be in \[0, 1\]"),
-        (lambda m, s, k, c: m.write(s, k, c[:1]), "keys of 2 pairs, values of 1 pairs: every pair needs one of each"),
-        (lambda m, s, k, c: m.write(s, k[0], c[0]), "keys of no pairs, values of no pairs"),
-        (lambda m, s, k, c: m.write(s, k, c[:2], torch.ones(4)), "strength of 4 pairs"),
-        (lambda m, s, k, c: m.recall(s, k, c, torch.ones(3)), "keys of 2 pairs, strength of 3 pairs"),
-        (lambda m, s, k, c: m.write(s, k, c[:2] * 1j), "values is complex"),
+        (lambda m, s, k, c: m.write(s, k, c[:2, :8]), r"values: the last dimension of its shape \(2, 8\) is not 16"),
+        (lambda m, s, k, c: m.write(s, phasors(k), c[:2]), r"keys: the last dimension of its shape \(2, 16\) is not 8"),
+        (lambda m, s, k, c: m.read(s[:8], k), r"state: the last dimension of its shape \(8,\) is not 16"),
+        (lambda m, s, k, c: m.cleanup(c, c[:, :4]), r"codebook: the last dimension of its shape \(5, 4\) is not 16"),
+        (lambda m, s, k, c: m.recall(s, k, c, rounds=-1), "rounds: -1 is not an integer of at least 0"),
+        (lambda m, s, k, c: m.recall(s, k, c, rounds=1.5), "rounds: 1.5 is not an integer"),
+        (lambda m, s, k, c: m.decay(s, 1.5), r"rate: 1.5 is not in \[0, 1\]"),
+        (lambda m, s, k, c: m.decay(s, torch.tensor(1.5)), r"rate: 1.5 to 1.5; all values are"),
+        (lambda m, s, k, c: m.decay(s, torch.tensor([0.5, -1.0])), r"rate: -1 to 0.5; all values are in \[0, 1\]"),
+        (lambda m, s, k, c: m.decay(s, torch.tensor(float("nan"))), r"all values are in \[0, 1\]"),
+        (lambda m, s, k, c: m.write(s, k, c[:1]), "keys, values: 2 and 1 pairs; every pair needs one of each"),
+        (lambda m, s, k, c: m.write(s, k[0], c[0]), "keys, values: no and no pairs"),
+        (lambda m, s, k, c: m.write(s, k, c[:2], torch.ones(4)), "keys, values, strength: 2 and 2 and 4 pairs"),
+        (lambda m, s, k, c: m.recall(s, k, c, torch.ones(3)), "keys, strength: 2 and 3 pairs"),
+        (lambda m, s, k, c: m.write(s, k, c[:2] * 1j), "values: it is complex"),
     ],
 )
 def test_bad_arguments(call, message):
@@ -319,7 +319,7 @@ def test_bad_arguments(call, message):
 
 
 def test_theory_wants_positive_sizes():
-    with pytest.raises(ValueError, match="codes=0 must be a positive integer"):
+    with pytest.raises(ValueError, match="codes: 0 is not a positive integer"):
         recall_theory(8, 8, 0)
-    with pytest.raises(ValueError, match="rounds=-1 must be an integer of at least 0"):
+    with pytest.raises(ValueError, match="rounds: -1 is not an integer of at least 0"):
         recall_theory(8, 8, 8, rounds=-1)

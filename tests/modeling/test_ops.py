@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from hf_holo.modeling import binding, filters, phases, recording, scans
+from hf_holo.modeling import binding, filters, phases, recording, resonators, scans
 
 LENGTHS = (1, 7, 63, 64, 65, 200, 1100)
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
@@ -264,3 +264,56 @@ def test_a_key_that_comes_again_and_again_costs_no_precision(scan):
     exact, _ = naive(**inputs)
     single, _ = fast(**{name: x.float() for name, x in inputs.items()})
     assert ((single - exact).abs().max() / exact.abs().max()).item() < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------- steps
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("name", ["interference", "cancelling"])
+def test_steps_of_scans_equal_their_twins(name, groups):
+    torch.manual_seed(0)
+    rows, heads, features, width = 2, 3, 8, 5
+    inputs = {
+        "q": torch.randn(rows, heads * groups, features),
+        "k": torch.nn.functional.normalize(torch.randn(rows, heads, features), dim=-1),
+        "v": torch.randn(rows, heads, width),
+        "decay": torch.rand(rows, heads),
+        "write" if name == "interference" else "strength": torch.rand(rows, heads),
+        "state": torch.randn(rows, heads, features, width),
+    }
+    assert_twins(getattr(scans, f"{name}_step"), getattr(scans, f"{name}_step_naive"), inputs)
+
+
+def test_a_step_of_a_filter_equals_its_twin():
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(2, 1, 6), "taps": torch.randn(4, 6), "state": torch.randn(2, 3, 6)}
+    assert_twins(filters.short_causal_conv_step, filters.short_causal_conv_step_naive, inputs)
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_turning_equals_its_twin(dim):
+    torch.manual_seed(0)
+    along, across = phases.turning(*torch.randn(2, 4, 4), dim)
+    x = torch.randn(3, 8, 4) if dim == -2 else torch.randn(3, 4, 8)
+    assert_twins(phases.turn_halves, phases.turn_halves_naive, {"x": x, "along": along, "across": across}, dim=dim)
+
+
+@pytest.mark.parametrize("begun", [True, False], ids=["continued", "new"])
+@pytest.mark.parametrize("borders", [True, False], ids=["borders", "plain"])
+def test_a_step_of_a_bank_equals_its_twin(begun, borders):
+    torch.manual_seed(0)
+    bank = resonators.ResonatorBank(6, 2, 3, 0.1, 3.0).double()
+    with torch.no_grad():
+        along, across, weights = bank.kept_coefficients()
+    state = torch.randn(2, 6, 6) if begun else None
+    fixed = {"lengths": torch.tensor([1, 0]), "document": torch.tensor([[1], [0]])} if borders else {}
+    inputs = {"u": torch.randn(2, 1, 6), "state": state}
+    fixed |= {"along": along, "across": across, "weights": weights}
+    assert_twins(resonators.resonate_step, resonators.resonate_step_naive, inputs, **fixed)
+
+
+def test_a_one_sided_convolution_equals_its_twin():
+    torch.manual_seed(0)
+    inputs = {"rows": torch.randn(3, 2, 2, 9), "kernel": torch.randn(3, 9)}
+    assert_twins(resonators.one_sided, resonators.one_sided_naive, inputs)
+    expected = resonators.one_sided_naive(**inputs)
+    torch.testing.assert_close(resonators.one_sided(**inputs), expected, **TOLERANCE)  # without gradients

@@ -11,9 +11,9 @@ from hf_holo import ResonanceConfig, ResonanceModel
 from hf_holo.eval.conformance.subject import perturb
 from hf_holo.modeling import filters, recording, resonators, scans
 from hf_holo.modeling import memory as memory_module
+from hf_holo.modeling.chunks import FadingSum
 from hf_holo.modeling.layout import TokenLayout
 from hf_holo.modeling.memory import HolographicMemory, PersistentMemory
-from hf_holo.modeling.resonators import FadingSum
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 DIM, PHASORS, CHUNK = 6, 8, 5

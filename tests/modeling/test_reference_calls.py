@@ -104,7 +104,7 @@ def test_the_block(make):
 
 def test_the_gate():
     """Its length is needless here; a number of channels that is not the input's is refused, and the right one named."""
-    with pytest.raises(ValueError, match=r"x has 64 channels, .* 512: call SpectralGate\(64\)"):
+    with pytest.raises(ValueError, match=r"x: it has 64 channels, .* 512: call SpectralGate\(64\)"):
         SpectralGate(512)(X)
     assert heard(SpectralGate(64))[0, 5:].any() and not heard(SpectralGate(64))[0, :5].any()
 

@@ -8,8 +8,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_holo.modeling import resonators
+from hf_holo.modeling.chunks import ChunkContext
 from hf_holo.modeling.layout import TokenLayout
-from hf_holo.modeling.resonators import MIN_DAMPING, ChunkContext, ResonatorBank, resonate, resonate_naive
+from hf_holo.modeling.resonators import MIN_DAMPING, ResonatorBank, resonate, resonate_naive
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 DIM, BANKS, MODES = 6, 2, 3
@@ -139,11 +140,11 @@ def test_noise_keeps_its_size_in_every_bank():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((16, 4, 3, -0.1, 3.0), "lowest=-0.1 must be a positive number"),
-        ((16, 4, 3, 0.1, 3.2), "highest=3.2 must be a positive number of at most π"),
-        ((16, 4, 3, 2.0, 1.0), "lowest=2.0 is above highest=1.0"),
-        ((16, 5, 3, 0.1, 3.0), "banks=5 does not divide dim=16"),
-        ((16, 4, 0, 0.1, 3.0), "modes=0 must be a positive integer"),
+        ((16, 4, 3, -0.1, 3.0), "lowest: -0.1 is not a positive number"),
+        ((16, 4, 3, 0.1, 3.2), "highest: 3.2 is not a positive number of at most π"),
+        ((16, 4, 3, 2.0, 1.0), "lowest: 2.0 is above highest=1.0"),
+        ((16, 5, 3, 0.1, 3.0), "banks: 5 does not divide dim=16"),
+        ((16, 4, 0, 0.1, 3.0), "modes: 0 is not a positive integer"),
     ],
 )
 def test_bad_sizes_of_a_bank(sizes, message):
@@ -152,7 +153,7 @@ def test_bad_sizes_of_a_bank(sizes, message):
 
 
 def test_chunks_hold_tokens():
-    with pytest.raises(ValueError, match="chunk_length=0 must be a positive integer"):
+    with pytest.raises(ValueError, match="chunk_length: 0 is not a positive integer"):
         ChunkContext(0, ResonatorBank(16, 4, 3, 0.1, 3.0))
 
 

@@ -91,7 +91,7 @@ def test_default_sizes_are_kept_when_the_vocabulary_grows(strategy, vocab_size):
 @pytest.mark.parametrize(
     ("vocab_size", "strategy", "options", "message"),
     [
-        (100, "zip", {}, "embedding_strategy='zip' is unknown"),
+        (100, "zip", {}, "embedding_strategy: 'zip' is unknown"),
         (100, "hash", {"bucket": 3}, "'bucket' is not an option of 'hash', which takes 'hashes', 'buckets'"),
         (100, "standard", {"buckets": 3}, "which takes none"),
         (100, "frequency_compressed", {"frequent_tokens": 100}, "leaves 0 of vocab_size=100 tokens"),
@@ -100,11 +100,11 @@ def test_default_sizes_are_kept_when_the_vocabulary_grows(strategy, vocab_size):
         (100, "adaptive", {"cutoffs": [50, 10, 100]}, "rising"),
         (100, "adaptive", {"cutoffs": [100]}, "at least two"),
         (100, "hash", {"hashes": 4, "buckets": 26}, "more rows than vocab_size=100"),
-        (100, "hash", {"hashes": 0}, "hashes=0 must be a positive integer"),
+        (100, "hash", {"hashes": 0}, "hashes: 0 is not a positive integer"),
         (2**31 + 1, None, {}, f"at most {2**31}"),
-        (100, "adaptive", {"cutoffs": 10}, "cutoffs=10 must be a list"),
-        (100, "hash", [1], r"embedding_options=\[1\] must be a dict"),
-        (100, "hash", "buckets=3", "embedding_options='buckets=3' must be a dict"),
+        (100, "adaptive", {"cutoffs": 10}, "cutoffs: 10 is not a list"),
+        (100, "hash", [1], r"embedding_options: \[1\] is not a dict"),
+        (100, "hash", "buckets=3", "embedding_options: 'buckets=3' is not a dict"),
     ],
 )
 def test_mismatches_are_refused(vocab_size, strategy, options, message):
@@ -122,7 +122,7 @@ def test_a_million_tokens_fit_into_a_twentieth():
 
 @pytest.mark.parametrize("ids", [[-1, 3], [3, VOCAB_SIZE]])
 def test_ids_outside_the_vocabulary_are_refused(ids):
-    with pytest.raises(ValueError, match=f"input_ids holds {ids[0] if ids[0] < 0 else ids[1]}, outside"):
+    with pytest.raises(ValueError, match=f"input_ids: {ids[0] if ids[0] < 0 else ids[1]} is outside"):
         check_ids("input_ids", torch.tensor([ids]), VOCAB_SIZE)
     check_ids("input_ids", torch.tensor([[0, VOCAB_SIZE - 1]]), VOCAB_SIZE)
 
@@ -253,7 +253,7 @@ def test_growing_leaves_old_scores_alone(embedding, hidden):
 
 @pytest.mark.parametrize("strategy", ["frequency_compressed", "adaptive"])
 def test_groups_are_not_cut(strategy):
-    with pytest.raises(ValueError, match="num_embeddings=60 must be at least"):
+    with pytest.raises(ValueError, match="num_embeddings: 60 is not at least"):
         make(strategy, **OPTIONS[strategy]).resize(60)
 
 
@@ -311,7 +311,7 @@ def test_a_head_that_this_machine_cannot_hold_is_refused_at_once(monkeypatch):
     model = ResonanceForCausalLM(small_config("hash", vocab_size=2**31, **options))
     ids = torch.tensor([[1, 2**31 - 1]])
     assert model.model(ids).last_hidden_state.isfinite().all()
-    message = "vocab_size=2147483648: .* take 224 GiB, and this machine has 24"
+    message = "vocab_size: 2147483648; .* take 224 GiB, and this machine has 24"
     with pytest.raises(ValueError, match=message):
         model.train()(ids, labels=ids)
     with pytest.raises(ValueError, match=message):
@@ -325,7 +325,7 @@ def test_what_the_codes_take_is_what_is_reckoned(monkeypatch):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     monkeypatch.setattr(hashing, "physical_memory", lambda: 0.9 * peak)
-    with pytest.raises(ValueError, match="vocab_size=50000"):
+    with pytest.raises(ValueError, match="vocab_size: 50000"):
         hashing._all_codes.__wrapped__(tokens, hashes, 500)
     monkeypatch.setattr(hashing, "physical_memory", lambda: 1.1 * peak)
     hashing._all_codes.__wrapped__(tokens, hashes, 500)
@@ -457,13 +457,15 @@ def test_a_strategy_outlives_the_size_that_chose_it():
 def test_labels_outside_the_vocabulary_are_refused(config):
     model = ResonanceForCausalLM(config)
     for mode in (True, False):
-        with pytest.raises(ValueError, match=f"labels holds {VOCAB_SIZE}, outside the vocabulary"):
+        with pytest.raises(ValueError, match=f"labels: {VOCAB_SIZE} is outside the vocabulary"):
             model.train(mode)(input_ids=torch.zeros(1, 3, dtype=torch.long), labels=torch.full((1, 3), VOCAB_SIZE))
 
 
 @pytest.mark.parametrize("strategy", OPTIONS)
 def test_untied_heads_are_refused(strategy):
-    with pytest.raises(ValueError, match=f"tie_word_embeddings=False does not go with embedding_strategy='{strategy}'"):
+    with pytest.raises(
+        ValueError, match=f"tie_word_embeddings: False does not go with embedding_strategy='{strategy}'"
+    ):
         ResonanceForCausalLM(small_config(strategy, tie_word_embeddings=False))
 
 

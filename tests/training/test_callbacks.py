@@ -302,7 +302,7 @@ def test_a_model_that_diverged_is_not_called_a_leak():
 
 @pytest.mark.parametrize("flags, steps", [([], None), (["--causality_check", "false"], 2)])
 def test_hf_holo_train_checks_unless_told_otherwise(monkeypatch, tmp_path, text_file, flags, steps):
-    monkeypatch.setattr(training, "load_model", lambda run, tokenizer: peek(vocab_size=len(tokenizer)))
+    monkeypatch.setattr(training, "load_model", lambda run, task: peek(vocab_size=len(task.processor)))
     monkeypatch.setattr(training, "finish", lambda *_: None)
     start = (
         "--block_size 16 --stride 16 --tokenizer characters --max_steps 2 --warmup_steps 1 --optimizer adamw --use_cpu"

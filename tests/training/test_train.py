@@ -146,12 +146,15 @@ def test_recipes_parse(name):
     assert run.training.max_steps > 0 or run.training.num_train_epochs > 0
 
 
-def test_the_command_line_beats_the_recipe():
+def test_the_command_line_beats_the_recipe(capsys):
     run = parse(["--recipe", "shakespeare-char", "--max_steps", "7", "--model", "hidden_dropout_prob=0.5", "rank=3"])
     assert run.training.max_steps == 7
     assert run.model_overrides == {"channel_mix": "gated", "hidden_dropout_prob": 0.5, "rank": 3}
     other = parse(["--recipe", "shakespeare-char", "--preset", "hsn-small", "--dataset_name", "x"])
     assert (other.model.preset, other.model_overrides, other.data.dataset_name) == ("hsn-small", {}, "x")
+    assert "of the recipe 'shakespeare-char' is for hsn-tiny, left out with hsn-small" in capsys.readouterr().out
+    same = parse(["--recipe", "shakespeare-char", "--preset", run.model.preset])
+    assert same.model_overrides == {"channel_mix": "gated", "hidden_dropout_prob": 0.1}
     assert parse(["--train_file", "x"]).data.dataset_name is None
     assert (run.data.block_size, run.data.stride) == (256, 64)
     assert parse(["--recipe", "shakespeare-char", "--block-size", "32"]).data.stride is None
@@ -177,7 +180,7 @@ def test_the_command_line_beats_the_recipe():
         ("--prediction_loss_only", "prediction_loss_only"),
         ("--model hidden_sise=3", "no value 'hidden_sise'"),
         ("--model hidden_size", "'hidden_size' is not of the form KEY=VALUE"),
-        ("--model num_heads=5", "num_heads=5 does not divide"),
+        ("--model num_heads=5", "num_heads: 5 does not divide"),
         ("--model vocab_size=5", "vocab_size: the tokenizer has .* the model only 5"),
         ("--model_name_or_path no/such/folder", "model_name_or_path: 'no/such/folder' is not a model"),
         ("--resume_from_checkpoint nowhere/checkpoint-3", "is not a complete checkpoint"),

@@ -186,8 +186,12 @@ def prepare(teacher: str, out: Path, options: ConvertArguments) -> Job:
     trust = options.trust_remote_code
     source = Source.find(teacher, trust)
     conversion = choose_conversion(source, options)
-    needed = options.calibrated or bool(options.train_file)
-    tokenizer = load_tokenizer(teacher, needed=needed, trust_remote_code=trust)
+    try:
+        tokenizer = load_tokenizer(teacher, trust_remote_code=trust)
+    except HoloError:
+        if options.calibrated or options.train_file:
+            raise
+        tokenizer = None
     return Job(source, options, conversion, tokenizer, calibration_texts(options, tokenizer, source))
 
 

@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ...modeling.checkpoint import values_on_disk
+from ...modeling.harmonics import HoloLinear
 from ..sources import Source, Text, mixed
 from ..surgery.apply import apply_surgery, mark
 from ..surgery.calibration import (
@@ -21,7 +22,7 @@ from ..surgery.calibration import (
     collect,
     factorise,
     find_sites,
-    install,
+    install_all,
     stacked_weight,
     statistics_bytes,
     surgery_plan,
@@ -70,7 +71,7 @@ class RegeneratedSurgery(Conversion):
 
     def apply(self, model: PreTrainedModel, texts: list[Text], work: WorkFolder) -> PreTrainedModel:
         for row in apply_surgery(model, self.surgery).converted:
-            layer = model.get_submodule(row["module"])
+            layer = cast(HoloLinear, model.get_submodule(row["module"]))
             sizes = layer.harmonics, layer.in_features, row["numbers_before"], row["stored"]
             self.rows.append(LayerRow((row["module"],), *sizes, row["error"]))
         return model
@@ -105,21 +106,19 @@ class CalibratedSurgery(RegeneratedSurgery):
 
     def _check(self) -> None:
         self.sites = find_sites(self.twin, self.surgery)
-        check_ratio(self.sites, self.options.ratio)
-        self.refit = self.options.refit
-        if self.refit is None:
-            self.refit = worth_refitting(self.twin, self.sites, self.options.tokens)
-        elif self.refit:
+        self.ratio = cast(float, self.options.ratio)  # calibrated options have one
+        check_ratio(self.sites, self.ratio)
+        wanted = self.options.refit
+        if wanted:
             check_refit(self.twin, self.sites)
+        self.refit = worth_refitting(self.twin, self.sites, self.options.tokens) if wanted is None else wanted
         self.disk += 4 * sum(2 * site.size**2 for site in self.sites)
         if self.refit:
             self.disk += size_in_bytes(self.twin)  # at most: the finished blocks
 
     def print_coverage(self) -> None:
         """A conversion will move harmonics between the layers; the table gives all the same share."""
-        self.surgery.layers = surgery_plan(
-            self.sites, [site.largest_rank(self.options.ratio) or 1 for site in self.sites]
-        )
+        self.surgery.layers = surgery_plan(self.sites, [site.largest_rank(self.ratio) or 1 for site in self.sites])
         super().print_coverage()
 
     def measure(self, model: PreTrainedModel, texts: list[Text], work: WorkFolder) -> None:
@@ -148,13 +147,14 @@ class CalibratedSurgery(RegeneratedSurgery):
         """Choose the ranks and convert, in place, with the factors in the work folder."""
         numbers = range(len(self.sites))
         losses = [work.load_tensors(_factors(number), "loss")["loss"] for number in numbers]
-        ranks = allocate(self.sites, losses, self.options.ratio)
+        ranks = allocate(self.sites, losses, self.ratio)
         self.unseen = [site.layers[0] for site, loss in zip(self.sites, losses, strict=True) if not loss.any()]
         if self.refit:
             fishers = [work.load_tensors(_statistics(number), "fisher")["fisher"] for number in numbers]
             errors = refit(model, self.sites, ranks, fishers, mixed(texts), work)
         else:
-            errors = [self._install(model, number, ranks[number], work) for number in tqdm(numbers, desc="surgery")]
+            factors = (Factors(**work.load_tensors(_factors(number))) for number in tqdm(numbers, desc="surgery"))
+            errors = install_all(model, self.sites, ranks, factors)
         for site, rank, error in zip(self.sites, ranks, errors, strict=True):
             self.rows.append(LayerRow(site.layers, rank, site.size, site.numbers, site.stored(rank), error))
         self.surgery.layers = surgery_plan(self.sites, ranks)
@@ -170,19 +170,12 @@ class CalibratedSurgery(RegeneratedSurgery):
             said += f"; {len(self.unseen)} layers of experts that too few tokens came to, fitted to their weights alone"
         return said
 
-    def _install(self, model: PreTrainedModel, number: int, rank: int | None, work: WorkFolder) -> float:
-        """Convert one site; returns its error."""
-        factors = Factors(**work.load_tensors(_factors(number)))
-        if rank is not None:
-            install(model, self.sites[number], factors, rank)
-        return factors.error(rank)
-
 
 def factorise_into(work: WorkFolder, model: PreTrainedModel, site: Site, number: int) -> None:
     """The factors of one site, from its statistics. Where these lack, as of an expert that no token came to, the losses
     are all zero."""
     weight, statistics = stacked_weight(model, site), Statistics(**work.load_tensors(_statistics(number)))
-    known = bool(statistics.gram.any() and statistics.fisher.any())
+    known = bool(statistics.gram.any() and statistics.fisher is not None and statistics.fisher.any())
     factors = factorise(site, weight, statistics if known else without_gradients(model, site, statistics.gram))
     factors = factors if known else replace(factors, loss=torch.zeros_like(factors.loss))
     precision = torch.promote_types(weight.dtype, torch.float32)

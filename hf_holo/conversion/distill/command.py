@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -27,7 +27,7 @@ from ...files import write_text
 from ...generate import generate_text
 from ...hub.card import write_card
 from ...hub.code import add_code
-from ...modeling.harmonics import HoloLinear
+from ...modeling.harmonics import HarmonicBasis, HoloLinear
 from ...training.callbacks import CausalityCallback
 from ...training.optim import MuonAdamW, WhitenedAdamW
 from ...training.progress import show_progress
@@ -62,6 +62,9 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         print(f"\nInterrupted. Continue with the same command and --resume_from_checkpoint: {folder}")
         raise SystemExit(130) from None
+
+
+Student = PreTrainedModel | PeftModel
 
 
 @dataclass
@@ -105,7 +108,7 @@ def distill(run: Distillation) -> PreTrainedModel | PeftModel:
         report.stages = [*report.stages, entry]
         report.write()
         print(f"\nafter the stage {stage.name!r}: {report.line(entry)}")
-    student.save_pretrained(folder)
+    student.save_pretrained(str(folder))
     if isinstance(student, PreTrainedModel):  # adapters alone have no config.json
         add_code(folder)
         write_card(folder)
@@ -171,12 +174,12 @@ def load_model(argument: str, source: str | None, trust_remote_code: bool = Fals
     return load_weights(AutoModelForCausalLM, source, torch.float32, argument, trust_remote_code)
 
 
-def load_student(run: Distillation, source: str) -> PreTrainedModel | PeftModel:
+def load_student(run: Distillation, source: str | None) -> PreTrainedModel | PeftModel:
     """The student in `source`, with new adapters or those of the last stage, if adapters are what trains."""
     if not run.models.lora_rank:
         return load_model("student", source, run.models.trust_remote_code)
     student = load_model("student", run.models.student, run.models.trust_remote_code)
-    if source != run.models.student:
+    if source is not None and source != run.models.student:
         return PeftModel.from_pretrained(student, source, is_trainable=True)
     rank, modules = run.models.lora_rank, run.models.lora_modules
     config = LoraConfig(
@@ -197,22 +200,22 @@ def shared_tokenizer(run: Distillation) -> PreTrainedTokenizerBase:
     Raises:
         HoloError: there is none, or the student brings another.
     """
+    teacher, student = cast(str, run.models.teacher), cast(str, run.models.student)  # both have been loaded
     trust = run.models.trust_remote_code
-    tokenizer = load_tokenizer(run.models.teacher, argument="teacher", trust_remote_code=trust)
-    if not (Path(run.models.student) / "tokenizer_config.json").is_file():
+    tokenizer = load_tokenizer(teacher, argument="teacher", trust_remote_code=trust)
+    if not (Path(student) / "tokenizer_config.json").is_file():
         return tokenizer  # the student came without one
-    other = saved_tokenizer(run.models.student, "student", trust_remote_code=trust)
+    other = saved_tokenizer(student, "student", trust_remote_code=trust)
     if other.get_vocab() != tokenizer.get_vocab():
         raise HoloError(
-            f"student: the tokenizer in {run.models.student!r} has another vocabulary than the teacher's; "
-            "they must share one"
+            f"student: the tokenizer in {student!r} has another vocabulary than the teacher's; they must share one"
         )
     return tokenizer
 
 
-def check_vocabulary(teacher: PreTrainedModel, student: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_vocabulary(teacher: PreTrainedModel, student: Student, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise HoloError unless both models and the tokenizer speak of the same tokens."""
-    sizes = teacher.config.vocab_size, student.config.vocab_size
+    sizes = teacher.config.vocab_size, bare_model(student).config.vocab_size
     if sizes[0] != sizes[1]:
         raise HoloError(f"student: its vocabulary has {sizes[1]} tokens, the teacher's {sizes[0]}; they must be equal")
     if len(tokenizer) > sizes[0]:
@@ -242,7 +245,7 @@ def mixed_equally(texts: list[AnyWindows]) -> AnyWindows:
     return ConcatDataset([Subset(text, [i % len(text) for i in range(longest)]) for text in texts])
 
 
-def choose_trainable(student: nn.Module, teacher: PreTrainedModel, stage: Stage, lora_rank: int) -> int:
+def choose_trainable(student: Student, teacher: PreTrainedModel, stage: Stage, lora_rank: int) -> int:
     """Let those parameters learn that the stage names, by default all that conversion made, and no others.
 
     Returns:
@@ -262,14 +265,14 @@ def choose_trainable(student: nn.Module, teacher: PreTrainedModel, stage: Stage,
                 raise HoloError(f"trainable: {pattern!r} matches no parameter, such as {next(iter(parameters))!r}")
             chosen |= matching
     else:
-        layers = tuple(f"{name}." for name in converted_layers(student, teacher))
+        layers = tuple(f"{name}." for name in converted_layers(bare_model(student), teacher))
         chosen = {name for name in parameters if name.startswith(layers)}
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in chosen)
     return sum(parameters[name].numel() for name in chosen)
 
 
-def make_loss(stage: Stage, student: nn.Module, teacher: PreTrainedModel) -> Loss:
+def make_loss(stage: Stage, student: Student, teacher: PreTrainedModel) -> Loss:
     """The loss of a stage, as a function of the student and a batch.
 
     Raises:
@@ -285,9 +288,9 @@ def make_loss(stage: Stage, student: nn.Module, teacher: PreTrainedModel) -> Los
     return logit_loss(teacher, what.temperature, what.hard_labels)
 
 
-def bare_model(student: nn.Module) -> PreTrainedModel:
+def bare_model(student: Student) -> PreTrainedModel:
     """The student without what adapters put around it."""
-    return student.get_base_model() if isinstance(student, PeftModel) else student
+    return cast(PreTrainedModel, student.get_base_model()) if isinstance(student, PeftModel) else student
 
 
 # ---------------------------------------------------------------------------------------------- a stage
@@ -326,7 +329,7 @@ class DistillCollator(Collator):
 
 def run_stage(
     stage: Stage,
-    student: nn.Module,
+    student: Student,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Texts,
@@ -344,13 +347,14 @@ def run_stage(
         write_cache(teacher, train, path, stage.what.cache_logits, stage.what.temperature, batch)
         train = CachedLogits(train, path)
     trainer = make_trainer(stage, student, make_loss(stage, student, teacher), tokenizer, train, texts)
-    use_cache = student.config.use_cache
-    teacher.to(trainer.args.device)
+    config = bare_model(student).config
+    use_cache = config.use_cache
+    teacher.to(trainer.args.device)  # type: ignore[arg-type]  # transformers wraps .to() without types
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.adopt_average()
-    student.config.use_cache = use_cache  # transformers 5 turns it off, and would save it so
+    config.use_cache = use_cache  # transformers 5 turns it off, and would save it so
 
-    save_final(student, tokenizer, folder)
+    save_final(cast(PreTrainedModel, student), tokenizer, folder)  # adapters are saved in the same way
     entry = {
         "name": stage.name,
         "match": stage.what.match,
@@ -372,7 +376,7 @@ def _tokens_a_step(trainer: HoloTrainer, run: Distillation) -> int:
 
 def make_trainer(
     stage: Stage,
-    student: nn.Module,
+    student: Student,
     loss: Loss,
     tokenizer: PreTrainedTokenizerBase,
     train: AnyWindows,
@@ -435,9 +439,9 @@ def feature_grams(student: nn.Module, windows: torch.Tensor) -> dict[nn.Paramete
     layers = [m for m in student.modules() if isinstance(m, HoloLinear) and m.folded and m.coefficients.requires_grad]
     if not layers:
         return {}
-    grams: dict[nn.Module, torch.Tensor] = {}
+    grams: dict[HarmonicBasis, torch.Tensor] = {}
 
-    def add(basis: nn.Module, args: tuple[torch.Tensor], features: torch.Tensor) -> None:
+    def add(basis: HarmonicBasis, args: tuple[torch.Tensor], features: torch.Tensor) -> None:
         z = features.flatten(0, -2).double()  # [tokens, R]
         grams[basis] = grams.get(basis, 0) + z.T @ z / len(z)
 
@@ -450,7 +454,7 @@ def feature_grams(student: nn.Module, windows: torch.Tensor) -> dict[nn.Paramete
 
 
 # ---------------------------------------------------------------------------------------------- scores
-def describe(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Texts, run: Distillation) -> dict[str, Any]:
+def describe(model: Student, tokenizer: PreTrainedTokenizerBase, texts: Texts, run: Distillation) -> dict[str, Any]:
     """Size of a model, its loss on every held-out text, and a sample."""
     batch = run.training.per_device_eval_batch_size
     scores = {}

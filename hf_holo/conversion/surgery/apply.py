@@ -8,6 +8,7 @@ import copy
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -23,6 +24,7 @@ from ...modeling.quantizer import (
     QUANTIZED,
     PlanQuantizer,
     checksum_of_bases,
+    dense_weight,
     holo_layers,
     replace,
     swap,
@@ -80,7 +82,7 @@ def apply_surgery(model: PreTrainedModel, config: HoloSurgeryConfig | None = Non
     _check_arguments(model, config)
     config = resolved(model, config)
     before = _census(model)
-    _check_weights(before, config.layers)
+    _check_weights(before, config.layers or {})
     proof, errors = Proof.of(model), {}
     with all_or_nothing(model):
         for name, new in swap(model, config).items():
@@ -95,16 +97,16 @@ def apply_surgery(model: PreTrainedModel, config: HoloSurgeryConfig | None = Non
 
 def _check_arguments(model: PreTrainedModel, config: HoloSurgeryConfig) -> None:
     if not isinstance(config, HoloSurgeryConfig):
-        raise HoloError(f"config={config!r} must be a HoloSurgeryConfig")
+        raise HoloError(f"config: {config!r} is not a HoloSurgeryConfig")
     if config.layers == {}:
-        raise HoloError("layers={} names no layer to convert; leave it out, and the surgery fills it in")
+        raise HoloError("layers: {} names no layer to convert; leave it out, and the surgery fills it in")
     if config.basis == "data" and config.layers is None:
-        raise HoloError("basis='data' has to be fitted to activations: use `hf-holo convert --method calibrated`")
+        raise HoloError("basis: 'data' has to be fitted to activations: use `hf-holo convert --method calibrated`")
     adapted = [n for n, module in model.named_modules() if isinstance(getattr(module, "base_layer", None), nn.Module)]
     if adapted:
         raise HoloError(f"model: {adapted[0]!r} carries an adapter; merge the adapters into the model, or unload them")
     if not isinstance(model, PreTrainedModel):
-        raise HoloError(f"model={type(model).__name__} must be a model of transformers; in others, use HoloLinear")
+        raise HoloError(f"model: {type(model).__name__} is not a model of transformers; in others, use HoloLinear")
     if getattr(model.config, "quantization_config", None) is not None:
         raise HoloError("model: it is converted or quantized already; start from a dense model, or `restore_linears`")
 
@@ -122,13 +124,14 @@ def _fit(new: HoloLinear, old: nn.Module) -> float:
     Returns:
         The squared distance, relative to the square of the weight.
     """
-    weight = (old.weight.T if isinstance(old, Conv1D) else old.weight).double()  # [O, I]
+    dense = dense_weight(old)
+    weight = dense.double()  # [O, I]
     basis = new.basis.matrix().double()  # [R, I]
     gram, product = basis @ basis.T, weight @ basis.T  # [R, R], [O, R]
     coefficients = torch.linalg.solve(gram, product.T).T  # [O, R]
-    new.load_factors(coefficients.to(old.weight.dtype))
-    if old.bias is not None:
-        new.bias.copy_(old.bias)
+    new.load_factors(coefficients.to(dense.dtype))
+    if new.bias is not None:
+        new.bias.copy_(old.get_parameter("bias"))
     total = float(weight.square().sum())
     return max(1 - float((product * coefficients).sum()) / total, 0.0) if total else 0.0  # Pythagoras
 
@@ -140,12 +143,12 @@ def mark(model: PreTrainedModel, config: HoloSurgeryConfig) -> None:
     config.
     """
     model.config.quantization_config = config
-    model.save_pretrained = MethodType(_save_with_code, model)
-    model._upload_modified_files = MethodType(_upload_with_code, model)
+    vars(model)["save_pretrained"] = MethodType(_save_with_code, model)
+    vars(model)["_upload_modified_files"] = MethodType(_upload_with_code, model)
     for name, module in model.named_modules():
         own = getattr(module, "config", None)
         if isinstance(own, PretrainedConfig) and any(own is part for part in vars(model.config).values()):
-            share = {n: dict(entry) for n, entry in config.layers.items() if n.startswith(f"{name}.")}
+            share = {n: dict(entry) for n, entry in (config.layers or {}).items() if n.startswith(f"{name}.")}
             if share and getattr(own, "quantization_config", None) is None:
                 own.quantization_config = copy.copy(config)
                 own.quantization_config.layers, own.quantization_config.checksum = share, None
@@ -155,12 +158,12 @@ def _save_with_code(model: PreTrainedModel, folder: str | os.PathLike, is_main_p
     """The class's own, and the code that the checkpoint needs where hf_holo is missing."""
     type(model).save_pretrained(model, folder, is_main_process=is_main_process, **options)
     if is_main_process:
-        add_code(folder)
+        add_code(Path(folder))
 
 
 def _upload_with_code(model: PreTrainedModel, working_dir: str | os.PathLike, *args: Any, **options: Any) -> Any:
     """Where `push_to_hub` and `save_pretrained(push_to_hub=True)` meet, with the code that the checkpoint needs."""
-    add_code(working_dir)
+    add_code(Path(working_dir))
     return type(model)._upload_modified_files(model, working_dir, *args, **options)
 
 
@@ -200,7 +203,7 @@ def restore_linears(model: nn.Module) -> nn.Module:
     for around in model.modules():
         inner = around._modules.get("base_layer")  # of an adapter
         if isinstance(inner, HoloLinear) and hasattr(around, "fan_in_fan_out"):
-            around.fan_in_fan_out = inner.dense_class is Conv1D
+            vars(around)["fan_in_fan_out"] = inner.dense_class is Conv1D
     replace(model, {layer: _dense(layer) for layer in holo_layers(model)})
     for module in model.modules():
         if isinstance(module, PreTrainedModel):  # adapters may be wrapped around it
@@ -211,7 +214,8 @@ def restore_linears(model: nn.Module) -> nn.Module:
 def _dense(layer: HoloLinear) -> nn.Module:
     """The layer as one matrix."""
     matrix = layer.dense_matrix()  # [O, I]
-    made = {"device": matrix.device, "dtype": matrix.dtype}
+    made: dict[str, Any] = {"device": matrix.device, "dtype": matrix.dtype}
+    dense: Any
     if layer.dense_class is Conv1D:
         dense = Conv1D(layer.out_features, layer.in_features).to(**made)
         dense.weight.copy_(matrix.T)
@@ -233,7 +237,8 @@ class _Census:
 
 def _census(model: nn.Module) -> _Census:
     """Every module with values of its own; a HoloLinear counts with its basis, a shared tensor once."""
-    seen, modules, kinds, numbers = set(), {}, {}, {}
+    seen: set[int] = set()
+    modules, kinds, numbers = {}, {}, {}
     for name, module in model.named_modules():
         if isinstance(module, HarmonicBasis):
             continue
@@ -272,10 +277,12 @@ def _compare(before: _Census, after: _Census, errors: dict[str, float]) -> Surge
 class HoloQuantizer(PlanQuantizer):
     """The quantizer where hf_holo is installed: it also plans the surgery of a dense checkpoint."""
 
+    quantization_config: HoloSurgeryConfig
+
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         config = self.quantization_config
         if not self.pre_quantized and config.basis == "data" and config.layers is None:
-            raise HoloError("basis='data' has to be fitted to activations: use `hf-holo convert --method calibrated`")
+            raise HoloError("basis: 'data' has to be fitted to activations: use `hf-holo convert --method calibrated`")
 
     def resolve(self, model: PreTrainedModel) -> HoloSurgeryConfig:
         return resolved(model, self.quantization_config)

@@ -39,7 +39,7 @@ def fit_bases(
     source = model if source is None else source
     layers = {name: module for name, module in model.named_modules() if _takes_a_basis(module)}
     if not layers:
-        raise HoloError("model has no HoloLinear with a basis of its own to fit: build it with basis='data'")
+        raise HoloError("model: it has no HoloLinear with a basis of its own to fit: build it with basis='data'")
     training = source.training
     try:
         moments = _input_moments(source.eval(), layers, batches)
@@ -69,7 +69,9 @@ def _input_moments(
         if layer.folded or layer.own_basis.pivoted:
             raise HoloError(f"model: {name!r} is folded or pivoted, so surgery has fitted it already")
         if getattr(heard.get(name), "in_features", None) != layer.in_features:
-            raise HoloError(f"source has no linear layer {name!r} with {layer.in_features} inputs, as the model has")
+            raise HoloError(
+                f"source: it has no linear layer {name!r} with {layer.in_features} inputs, as the model has"
+            )
         moments[name] = torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64, device=source.device)
     tokens = 0
     for batch in batches:

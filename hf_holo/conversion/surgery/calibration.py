@@ -11,7 +11,7 @@ sampled labels.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,10 +22,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ...errors import HoloError
-from ...modeling.quantizer import dense_shape, swap
+from ...modeling.quantizer import dense_shape, dense_weight, swap
 from .plan import HoloSurgeryConfig, choose, same_input
 
 FLOOR = 1e-6  # least eigenvalue of Σ, as a share of the mean one: what the text never excites must stay invertible
@@ -107,8 +106,7 @@ def find_sites(model: nn.Module, config: HoloSurgeryConfig) -> list[Site]:
 
 def stacked_weight(model: nn.Module, site: Site) -> torch.Tensor:
     """W `[m, n]`."""
-    layers = [model.get_submodule(name) for name in site.layers]
-    return torch.cat([layer.weight.T if isinstance(layer, Conv1D) else layer.weight for layer in layers]).detach()
+    return torch.cat([dense_weight(model.get_submodule(name)) for name in site.layers]).detach()
 
 
 # Statistics ---------------------------------------------------------------------------------------------------------
@@ -256,7 +254,7 @@ def _collect_fishers(
 
 
 def _zeros(model: PreTrainedModel, site: Site, *shape: int) -> torch.Tensor:
-    weight = model.get_submodule(site.layers[0]).weight
+    weight = dense_weight(model.get_submodule(site.layers[0]))
     return torch.zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
 
 
@@ -397,7 +395,7 @@ def check_ratio(sites: Sequence[Site], ratio: float) -> None:
     """Raises HoloError if one harmonic everywhere is already more than `ratio` of the values."""
     least = sum(site.stored(1) for site in sites) / sum(site.numbers for site in sites)
     if least > ratio:
-        raise HoloError(f"ratio={ratio} cannot be reached: one harmonic in each layer already keeps {least:.3g}")
+        raise HoloError(f"ratio: {ratio} cannot be reached: one harmonic in each layer already keeps {least:.3g}")
 
 
 def _choices(site: Site, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -459,13 +457,29 @@ def install(
         coefficients, basis = synthesis, analysis @ weight
     else:
         coefficients, basis = weight @ synthesis, analysis
-    biases = {name: model.get_submodule(name).bias for name in site.layers}
+    biases: dict[str, Any] = {name: model.get_submodule(name).bias for name in site.layers}
     layers = swap(model, HoloSurgeryConfig(layers=site.plan(harmonics, pivoted)))
     change = layers[site.layers[0]].basis.store(basis)
     for name, part in zip(site.layers, (coefficients @ change).split(site.widths), strict=True):
         layers[name].load_factors(part)
-        if biases[name] is not None:
-            layers[name].bias.copy_(biases[name])
+        if (bias := layers[name].bias) is not None:
+            bias.copy_(biases[name])
+
+
+def install_all(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    ranks: Sequence[int | None],
+    factors: Iterable[Factors],
+    pivoted: bool = True,
+) -> list[float]:
+    """[`install`] every site at its rank (None stays dense); returns their errors, see [`Factors.error`]."""
+    errors = []
+    for site, rank, fitted in zip(sites, ranks, factors, strict=True):
+        if rank is not None:
+            install(model, site, fitted, rank, pivoted)
+        errors.append(fitted.error(rank))
+    return errors
 
 
 def surgery_plan(sites: Sequence[Site], ranks: Sequence[int | None], pivoted: bool = True) -> dict[str, dict[str, Any]]:

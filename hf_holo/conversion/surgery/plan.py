@@ -5,22 +5,18 @@ import functools
 import json
 import re
 from importlib.resources import files
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.utils.quantization_config import QuantizationMethod
 
 from ...errors import HoloError, unknown
 from ...modeling.harmonics import BASES
-from ...modeling.quantizer import (
-    check_plan,
-    dense_shape,
-    is_linear,
-)
+from ...modeling.quantizer import SurgeryPlan, check_plan, dense_shape, dense_weight, is_linear
 
 LINEAR = (nn.Linear, Conv1D)
 
@@ -29,7 +25,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 HARMONICS = 64  # of every layer, when neither harmonics nor a ratio is given, as in the HOLO reference
 
 
-class HoloSurgeryConfig(QuantizationConfigMixin):
+class HoloSurgeryConfig(SurgeryPlan):
     """Which layers become holographic, and how. The defaults are those of the HOLO reference
     (github.com/anttiluode/HOLO-pytorch): every linear layer in the blocks, a random basis that is recomputed on
     loading, amplitudes and phases as parameters.
@@ -73,7 +69,7 @@ class HoloSurgeryConfig(QuantizationConfigMixin):
         quant_method: str = "holo",
         **others,
     ) -> None:
-        self.quant_method = quant_method
+        self.quant_method = cast(QuantizationMethod, quant_method)  # an enumeration of its own methods
         self.modules, self.exclude = _patterns("modules", modules), _patterns("exclude", exclude)
         self.keep_first, self.keep_last = keep_first, keep_last
         self.harmonics, self.ratio = harmonics, ratio
@@ -86,20 +82,20 @@ class HoloSurgeryConfig(QuantizationConfigMixin):
 
     def _check(self) -> None:
         if self.harmonics is not None and self.ratio is not None:
-            raise HoloError(f"harmonics={self.harmonics} and ratio={self.ratio} exclude each other; give one of them")
+            raise HoloError(f"harmonics: {self.harmonics} and ratio={self.ratio} exclude each other; give one of them")
         if self.harmonics is not None:
             _check_whole("harmonics", self.harmonics, least=1)
         for name in ("keep_first", "keep_last", "seed"):
             _check_whole(name, getattr(self, name), least=0)
         if self.ratio is not None and not (isinstance(self.ratio, (int, float)) and 0 < self.ratio <= 1):
-            raise HoloError(f"ratio={self.ratio!r} must be a number in (0, 1]")
+            raise HoloError(f"ratio: {self.ratio!r} is not a number in (0, 1]")
         if self.quant_method != "holo":
-            raise HoloError(f"quant_method={self.quant_method!r} must be 'holo'")
+            raise HoloError(f"quant_method: {self.quant_method!r} is not 'holo'")
         if self.basis not in BASES:
-            raise HoloError(f"basis={self.basis!r} is unknown; choose one of {', '.join(BASES)}")
+            raise HoloError(f"basis: {self.basis!r} is unknown; choose one of {', '.join(BASES)}")
         for name in ("shared", "folded", "pivoted"):
             if not isinstance(getattr(self, name), bool):
-                raise HoloError(f"{name}={getattr(self, name)!r} must be True or False")
+                raise HoloError(f"{name}: {getattr(self, name)!r} is neither True nor False")
         if self.layers is not None:
             try:
                 check_plan(self.layers)
@@ -109,7 +105,7 @@ class HoloSurgeryConfig(QuantizationConfigMixin):
 
 def _check_whole(name: str, value: int, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise HoloError(f"{name}={value!r} must be a whole number of at least {least}")
+        raise HoloError(f"{name}: {value!r} is not a whole number of at least {least}")
 
 
 def _patterns(argument: str, given: str | list[str] | None) -> list[str] | None:
@@ -117,7 +113,7 @@ def _patterns(argument: str, given: str | list[str] | None) -> list[str] | None:
     if patterns is None:
         return None
     if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise HoloError(f"{argument}={given!r} must be a regular expression or a list of them")
+        raise HoloError(f"{argument}: {given!r} is not a regular expression or a list of them")
     for pattern in patterns:
         try:
             re.compile(pattern)
@@ -137,7 +133,7 @@ def resolved(model: nn.Module, config: HoloSurgeryConfig) -> HoloSurgeryConfig:
 def plan(model: nn.Module, config: HoloSurgeryConfig) -> dict[str, dict[str, Any]]:
     """How each chosen layer is converted, by name: `harmonics`, `basis`, `folded`, `pivoted`, and `lender`, the layer
     whose basis it uses (or None)."""
-    layers = {}
+    layers: dict[str, dict[str, Any]] = {}
     for name in choose(model, config):
         layer = model.get_submodule(name)
         lender = next((other for other in layers if config.shared and same_input(model, name, other)), None)
@@ -159,7 +155,7 @@ def choose(model: nn.Module, config: HoloSurgeryConfig) -> list[str]:
         HoloError: a pattern matches no linear layer, none is left, or one is tied to the embeddings.
     """
     linears = [name for name, module in model.named_modules() if is_linear(module) and _is_its_product(module)]
-    depths = {name: len(model.get_submodule(name)) for name in block_lists(model)}
+    depths = {name: len(blocks) for name, blocks in block_lists(model).items()}
     if not linears or not (depths or config.modules):
         raise _no_blocks(model)
     for argument in ("modules", "exclude"):
@@ -169,7 +165,7 @@ def choose(model: nn.Module, config: HoloSurgeryConfig) -> list[str]:
     starts = tuple(f"{blocks}." for blocks in depths)
     inside = [n for n in linears if n.startswith(starts) and not is_router(model, n)]
     chosen = inside if config.modules is None else [n for n in linears if _matches(n, config.modules)]
-    chosen = [n for n in chosen if not _matches(n, config.exclude or ()) and not _stays(n, depths, config)]
+    chosen = [n for n in chosen if not _matches(n, config.exclude or []) and not _stays(n, depths, config)]
     if not chosen:
         raise HoloError("modules, exclude, keep_first and keep_last leave no linear layer to convert")
     _check_ties(model, chosen)
@@ -182,8 +178,9 @@ def _is_its_product(layer: nn.Module) -> bool:
     say which experts a token goes to.)"""
     if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
         return True
-    x = torch.ones(1, 2, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
-    right = F.linear(x, layer.weight, layer.bias)
+    weight, bias = dense_weight(layer), cast(torch.Tensor | None, layer.bias)
+    x = torch.ones(1, 2, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    right = F.linear(x, weight, bias)
     try:
         y = layer(x)
     except Exception:
@@ -233,19 +230,19 @@ def _stays(name: str, depths: dict[str, int], config: HoloSurgeryConfig) -> bool
     return False
 
 
-def block_lists(model: nn.Module) -> list[str]:
-    """Names of the lists of blocks: one in most models, two in an encoder-decoder or a model of text and images.
+def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of blocks, by name: one in most models, two in an encoder-decoder or a model of text and images.
 
     They are the outermost lists in the body of the model that hold linear layers inside their members; a list of linear
     layers, or one outside the body, belongs to a head.
     """
     body = set((model.base_model if isinstance(model, PreTrainedModel) else model).modules())
-    found: list[str] = []
+    found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and module in body and not any(name.startswith(f"{n}.") for n in found):
             linears = {m for m in module.modules() if isinstance(m, (nn.Linear, Conv1D))}
             if linears.difference(module):
-                found.append(name)
+                found[name] = module
     return found
 
 
@@ -258,7 +255,7 @@ def block_list(model: nn.Module) -> str:
     lists = block_lists(model)
     if not lists:
         raise _no_blocks(model)
-    return max(lists, key=lambda name: sum(p.numel() for p in model.get_submodule(name).parameters()))
+    return max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
 
 
 def other_matrices(model: nn.Module) -> dict[str, int]:
@@ -282,14 +279,15 @@ def other_matrices(model: nn.Module) -> dict[str, int]:
 
 
 def _no_blocks(model: nn.Module) -> HoloError:
-    return HoloError(f"model={type(model).__name__} has no list of blocks; name the layers with modules=")
+    return HoloError(f"model: {type(model).__name__} has no list of blocks; name the layers with modules=")
 
 
 def same_input(model: nn.Module, a: str, b: str) -> bool:
     """Whether two layers read the same input, by the table of the architectures (shared_inputs.json)."""
-    for group in shared_inputs().get(model.config.model_type, ()):
-        ends = [next((end for end in group if name.endswith(f".{end}")), None) for name in (a, b)]
-        if None not in ends and a.removesuffix(ends[0]) == b.removesuffix(ends[1]):
+    config: Any = model.config
+    for group in shared_inputs().get(config.model_type, ()):
+        end_a, end_b = (next((end for end in group if name.endswith(f".{end}")), "") for name in (a, b))
+        if end_a and end_b and a.removesuffix(end_a) == b.removesuffix(end_b):
             return True
     return False
 
@@ -306,14 +304,16 @@ def _harmonics(name: str, layer: nn.Module, config: HoloSurgeryConfig) -> int:
     if config.ratio is None:
         harmonics = config.harmonics or HARMONICS
         if harmonics > inputs:
-            raise HoloError(f"harmonics={harmonics} is more than the {inputs} inputs of {name!r}; use at most {inputs}")
+            raise HoloError(
+                f"harmonics: {harmonics} is more than the {inputs} inputs of {name!r}; use at most {inputs}"
+            )
         return harmonics
     per_harmonic = outputs * (1 if config.folded else 2)
     bias = 0 if layer.bias is None else outputs
     harmonics = min(int((config.ratio * (outputs * inputs + bias) - bias) / per_harmonic), inputs)
     if harmonics < 1:
         raise HoloError(
-            f"ratio={config.ratio} leaves {name!r} ({outputs}×{inputs}) not one harmonic; "
+            f"ratio: {config.ratio} leaves {name!r} ({outputs}×{inputs}) not one harmonic; "
             f"give at least {(per_harmonic + bias) / (outputs * inputs + bias):.3g}"
         )
     return harmonics

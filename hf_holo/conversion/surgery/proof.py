@@ -57,7 +57,7 @@ class Proof:
 
     @classmethod
     def of_dense(cls, converted: PreTrainedModel) -> "Proof":
-        """Try what a model was before it was converted while it was loaded: a dense one of its config, without memory."""
+        """Try what a model that was converted while it was loaded would be without: dense, without memory."""
         config = copy.deepcopy(converted.config)
         for part in _configs(config):
             for name in QUANTIZED:

@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -46,7 +46,7 @@ from .calibration import (
     surgery_plan,
     without_gradients,
 )
-from .plan import HoloSurgeryConfig, block_list
+from .plan import HoloSurgeryConfig, block_list, block_lists
 
 DAMPING = 0.03  # λ, as a share of the mean eigenvalue of E[x̃ x̃ᵀ]
 TOKENS_PER_INPUT = 10  # of the widest layer: with fewer, refitting fits noise
@@ -85,7 +85,7 @@ def refit(
     """
     check_refit(model, sites)
     name = block_list(model)
-    blocks = model.get_submodule(name)
+    blocks = block_lists(model)[name]
     if _repeats(model, blocks, windows[0]):
         return [_project(model, *each, windows) for each in zip(sites, ranks, fishers, strict=True)]
     calls = _record_calls(model, blocks, windows[0])
@@ -101,12 +101,13 @@ def refit(
             for number, site in enumerate(sites)
             if site.layers[0].startswith(prefix) and ranks[number] is not None
         }
-        if _is_kept(work, index):
+        if work is not None and _is_kept(work, index):
             _restore(work, index, model, sites, ranks, errors, numbers.values())
             theirs, ours = [call(teacher, hidden) for hidden in theirs], [call(block, hidden) for hidden in ours]
             continue
         writers = residual_writers(teacher, call, theirs[0])
-        wanted, theirs = zip(*(_pass(teacher, call, hidden, list(numbers), writers) for hidden in theirs), strict=True)
+        wanted, left = zip(*(_pass(teacher, call, hidden, list(numbers), writers) for hidden in theirs), strict=True)
+        theirs = list(left)
         called = dict.fromkeys(layer for arrivals in wanted for layer in arrivals)  # in this order
         for layer in [*called, *(layer for layer in numbers if layer not in called)]:
             number = numbers[layer]
@@ -118,11 +119,11 @@ def refit(
             else:
                 passages = ((w[layer], f[layer]) for w, f in zip(wanted, found, strict=True))
                 fitted, gram = fit(weight, passages, layer in writers)  # [m, n] and [n, n]
-            errors[number] = _install(model, site, ranks[number], fishers[number], fitted, gram)
+            errors[number] = _install(model, site, cast(int, ranks[number]), fishers[number], fitted, gram)
         if work is not None:
             _keep(work, index, model, sites, errors, numbers.values())
         ours = [call(block, hidden) for hidden in ours]
-        del wanted  # before those of the next block are there
+        del wanted, left  # before those of the next block are there
     return errors
 
 
@@ -166,8 +167,8 @@ def check_refit(model: PreTrainedModel, sites: Sequence[Site]) -> None:
     outside = _outside(model, sites)
     if outside:
         raise HoloError(
-            f"refit=True fits layers inside the blocks {block_list(model)!r}, not {outside[0]!r}; exclude it, or refit "
-            "nothing"
+            f"refit: True fits layers inside the blocks {block_list(model)!r}, not {outside[0]!r}; exclude it, or "
+            "refit nothing"
         )
 
 
@@ -250,7 +251,7 @@ def fit(
     Returns:
         W̃ `[m, n]` and E[x̃ x̃ᵀ] `[n, n]`, both in float64.
     """
-    gram, cross, tokens = 0.0, 0.0, 0
+    gram, cross, tokens = weight.new_zeros(()), weight.new_zeros(()), 0
     by_inputs = weight.shape[0] > weight.shape[1] and not writes  # W is taken out of the sum where that is less work
     for theirs, ours in passages:
         x, target = ours.x.to(weight.dtype), theirs.x.to(weight.dtype)  # [tokens, n]
@@ -303,7 +304,7 @@ class _Reached(Exception):
     """All has been seen that was looked for; the rest of the forward pass is not needed."""
 
 
-def _record_calls(model: PreTrainedModel, blocks: Sequence[nn.Module], window: torch.Tensor) -> list[Call]:
+def _record_calls(model: PreTrainedModel, blocks: nn.ModuleList, window: torch.Tensor) -> list[Call]:
     """How the model calls these blocks when it reads a window."""
     calls: list[Call] = []
 
@@ -320,7 +321,7 @@ def _record_calls(model: PreTrainedModel, blocks: Sequence[nn.Module], window: t
     return calls
 
 
-def _repeats(model: PreTrainedModel, blocks: Sequence[nn.Module], window: torch.Tensor) -> bool:
+def _repeats(model: PreTrainedModel, blocks: nn.ModuleList, window: torch.Tensor) -> bool:
     """Whether the model calls a block more than once, as ALBERT does, or not at all."""
     calls: list[nn.Module] = []
     hooks = [block.register_forward_pre_hook(lambda block, args: calls.append(block)) for block in blocks]

@@ -137,24 +137,26 @@ def _rotary_base(teacher: PreTrainedModel) -> float:
 def _copy_ends(student: HsnForCausalLM, teacher: PreTrainedModel) -> None:
     """Embeddings, last norm and head. The student multiplies embeddings by √D; a tied head makes up for it."""
     scale = student.config.hidden_size**0.5
-    student.model.embed_tokens.weight.copy_(teacher.get_input_embeddings().weight / scale)
-    student.model.norm.weight.copy_(teacher.model.norm.weight)
+    new, old = dict(student.named_parameters()), dict(teacher.named_parameters())
+    new["model.embed_tokens.weight"].copy_(old["model.embed_tokens.weight"] / scale)
+    new["model.norm.weight"].copy_(old["model.norm.weight"])
     if student.config.tie_word_embeddings:
-        student.model.norm.weight.mul_(scale)
+        new["model.norm.weight"].mul_(scale)
     else:
-        student.lm_head.weight.copy_(teacher.get_output_embeddings().weight)
+        new["lm_head.weight"].copy_(old["lm_head.weight"])
 
 
 def _copy_block(block: HoloSpectralBlock, old: nn.Module, source: dict[str, Any]) -> None:
-    block.mixer_norm.weight.copy_(old.get_submodule(source["mixer_norm"]).weight)
-    block.channel_norm.weight.copy_(old.get_submodule(source["channel_norm"]).weight)
-    block.channel_mix.gate_up_proj.weight.copy_(_stacked(old, source["gate_up"]))
-    block.channel_mix.down_proj.weight.copy_(old.get_submodule(source["down"]).weight)
+    new = dict(block.named_parameters())
+    new["mixer_norm.weight"].copy_(_stacked(old, [source["mixer_norm"]]))
+    new["channel_norm.weight"].copy_(_stacked(old, [source["channel_norm"]]))
+    new["channel_mix.gate_up_proj.weight"].copy_(_stacked(old, source["gate_up"]))
+    new["channel_mix.down_proj.weight"].copy_(_stacked(old, [source["down"]]))
     mixer = block.mixer
     key_width = mixer.key_heads * mixer.head_dim
     query, key, value = _stacked(old, source["qkv"]).split([mixer.heads * mixer.head_dim, key_width, key_width])
     mixer.v_proj.weight.copy_(value)
-    mixer.out_proj.weight.copy_(old.get_submodule(source["out"]).weight)
+    mixer.out_proj.weight.copy_(_stacked(old, [source["out"]]))
     if isinstance(mixer, AttentionMixer):
         mixer.q_proj.weight.copy_(query)
         mixer.k_proj.weight.copy_(key)
@@ -164,7 +166,7 @@ def _copy_block(block: HoloSpectralBlock, old: nn.Module, source: dict[str, Any]
 
 def _stacked(old: nn.Module, names: list[str]) -> torch.Tensor:
     """The weights of layers that read the same input, one below the other."""
-    return torch.cat([old.get_submodule(name).weight for name in names])
+    return torch.cat([old.get_parameter(f"{name}.weight") for name in names])
 
 
 def phases_of(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -235,7 +237,7 @@ def compare(teacher: PreTrainedModel, student: HsnForCausalLM) -> list[Part]:
         }
         parts += [_part(f"model.layers.{index}.{name}", old.get_submodule(name), twin) for name, twin in twins.items()]
     parts.append(_part("model.norm", teacher.model.norm, student.model.norm))
-    if not student.config.tie_word_embeddings:
+    if student.lm_head is not None and not student.config.tie_word_embeddings:
         parts.append(_part("lm_head", teacher.lm_head, student.lm_head))
     return parts
 

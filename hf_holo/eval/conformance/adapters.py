@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from torch.utils._pytree import tree_leaves
 
 from .checks import Violation, assert_same, check
 from .quiet import quiet
-from .subject import Subject, main_output
+from .subject import Subject, is_output, main_output
 
 STEPS = 5
 
@@ -119,7 +120,7 @@ def _inputs(subject: Subject) -> dict[str, Any]:
 
 def _tensors(output: Any) -> Iterable[torch.Tensor]:
     """All outputs that depend on the weights: a pooler is trained too."""
-    return [y for y in output.values() if isinstance(y, torch.Tensor) and y.requires_grad]
+    return [y for y in tree_leaves(tuple(output.values())) if is_output(y) and y.requires_grad]
 
 
 @torch.no_grad()

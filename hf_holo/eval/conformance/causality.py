@@ -21,6 +21,7 @@ from .exchange import (
     Setting,
     every_setting,
     movement,
+    outputs_of,
     prefix_losses,
     read,
     size_of,
@@ -161,6 +162,7 @@ def probe_causality(
     """[`check_causality`] of a subject, in these settings only if some are given. It draws random numbers."""
     near = LENGTHS if lengths is None else lengths
     readings = _readings(subject)
+    teacher_forced_loss, stepwise_loss = _losses(subject, *readings)
     probes = [
         _suffix_points(subject, near),
         _padding_points(subject),
@@ -175,7 +177,8 @@ def probe_causality(
     leaks = [[point.leak for point in probe if point.leak is not None] for probe in found]
     return CausalityReport(
         tuple(max(some, key=lambda leak: leak.ahead) for some in leaks if some),
-        *_losses(subject, *readings),
+        teacher_forced_loss,
+        stepwise_loss,
         points=sum(point.untested is None for point in points),
         longest=max(point.length for point in points),
         untested=_untested(points),
@@ -317,7 +320,7 @@ def _exchange(
             continue
         for first in range(0, len(cuts), at_once):
             some = cuts[first : first + at_once]
-            inputs = _with_other_suffixes(subject, ids, some, size)
+            inputs: dict[str, Any] = _with_other_suffixes(subject, ids, some, size)
             inputs |= {name: x.expand(1 + len(some), -1) for name, x in given.items()}
             with torch.no_grad():
                 outputs = subject.run(**inputs)  # [1 + cuts, T, D]
@@ -331,7 +334,7 @@ def _exchange(
                 inputs = {"input_ids": ids, **given}
                 if len(seeing) and (leaks or _stands_out(subject, subject.model, inputs, cut, size)):
                     leaks = True
-                    position = seeing[0].item()
+                    position = int(seeing[0])
                     phrase = f"{how} {'the suffix' if size else ''}".strip()
                     leak = Leak(position, cut - position, influence[position].item(), f"{phrase} from {cut} on")
                 yield Point(length, leak)
@@ -359,8 +362,9 @@ def _moved_embeddings(
 # ---------------------------------------------------------------------------------------------- a suffix, in a setting
 def _length_points(subject: Subject) -> Iterator[Point]:
     """Two cuts of one text of each usual length, in float64 and as a training step gives it."""
-    for length in usual_lengths(subject):
-        yield from _setting_points(subject, [Setting(1, length), training_settings(subject, length)[0]])
+    lengths = usual_lengths(subject)
+    yield from _setting_points(subject, [Setting(1, length) for length in lengths])
+    yield from _setting_points(subject, [training_settings(subject, length)[0] for length in lengths])
 
 
 def usual_lengths(subject: Subject) -> list[int]:
@@ -380,16 +384,14 @@ def _setting_points(subject: Subject, settings: Iterable[Setting]) -> Iterator[P
     for (dtype, training), some in groupby(settings, key=lambda setting: (setting.dtype, setting.training)):
         model = subject.copy(dtype).train(training)
         for setting in some:
-            for cut in sorted({(setting.length // 2) | 1, setting.length - 1} - {setting.length}):
-                for point in _setting_point(subject, model, setting, cut, leaks):
-                    leaks = leaks or point.leak is not None
-                    yield point
+            for point in _exchanges(subject, model, setting, leaks):
+                leaks = leaks or point.leak is not None
+                yield point
 
 
-def _setting_point(subject: Subject, model: nn.Module, setting: Setting, cut: int, leaks: bool) -> Iterator[Point]:
-    """One exchange; of a model that is known to leak, no movement is asked whether it is rounding."""
+def _exchanges(subject: Subject, model: nn.Module, setting: Setting, leaks: bool) -> Iterator[Point]:
+    """At two cuts of one text; of a model that is known to leak, no movement is asked whether it is rounding."""
     inputs = setting.inputs(subject)
-    later = _later(inputs, cut)
     try:
         before = read(model, inputs)
     except RuntimeError as error:
@@ -398,29 +400,26 @@ def _setting_point(subject: Subject, model: nn.Module, setting: Setting, cut: in
         name = str(setting.dtype).removeprefix("torch.")  # there are operations that exist in wider types only
         yield Point(setting.length, untested=f"{name}, which raises {type(error).__name__}")
         return
-    changed = with_other_suffix(inputs, later, subject.other_ids(inputs["input_ids"]))
     if before.outputs is not None:
         _assert_finite(before.outputs)
-        after = read(model, changed)
-        moved = movement(before.outputs, after.outputs).amax(0)  # [T]
-        seeing = (~(moved[:cut] <= _limit(moved, before.outputs, cut))).nonzero()
-        leak = None
-        if len(seeing) and (leaks or _stands_out(subject, model, inputs, cut)):
-            position = seeing[0].item()
-            size = (moved[position] / moved[cut:].max()).item()
-            leak = Leak(position, cut - position, size, f"other tokens from {cut} on, {setting}")
-        yield Point(setting.length, leak)
-    if before.loss is not None:
-        yield Point(setting.length, _loss_leak(model, setting, cut, inputs, changed, later))
+    for cut in sorted({(setting.length // 2) | 1, setting.length - 1} - {setting.length}):
+        later = _later(inputs, cut)
+        changed = with_other_suffix(inputs, later, subject.other_ids(inputs["input_ids"]))
+        if before.outputs is not None:
+            moved = movement(before.outputs, outputs_of(model, changed)).amax(0)  # [T]
+            seeing = (~(moved[:cut] <= _limit(moved, before.outputs, cut))).nonzero()
+            leak = None
+            if len(seeing) and (leaks or _stands_out(subject, model, inputs, cut)):
+                leaks, position = True, int(seeing[0])
+                size = (moved[position] / moved[cut:].max()).item()
+                leak = Leak(position, cut - position, size, f"other tokens from {cut} on, {setting}")
+            yield Point(setting.length, leak)
+        if before.loss is not None:
+            yield Point(setting.length, _loss_leak(model, setting, cut, inputs, changed, later))
 
 
 def _loss_leak(
-    model: nn.Module,
-    setting: Setting,
-    cut: int,
-    inputs: dict[str, Any],
-    changed: dict[str, Any],
-    later: torch.Tensor,
+    model: nn.Module, setting: Setting, cut: int, inputs: dict[str, Any], changed: dict[str, Any], later: torch.Tensor
 ) -> Leak | None:
     """What the loss of the tokens before a cut shows, where the suffix is exchanged and has no labels."""
     before, after = prefix_losses(model, inputs, changed, later)
@@ -473,7 +472,7 @@ def _stands_out(
 
 def _redrawn(subject: Subject, ids: torch.Tensor, salt: int) -> torch.Tensor:
     """Other ids than `ids` `[B, T]`, by chance."""
-    drawn = subject.ids(*ids.shape, salt)
+    drawn = subject.ids(len(ids), ids.shape[1], salt)
     return torch.where(drawn == ids, subject.other_ids(ids), drawn)
 
 
@@ -481,7 +480,7 @@ def _moved_before(
     model: nn.Module, inputs: dict[str, Any], changed: dict[str, Any], cut: int, real: torch.Tensor
 ) -> tuple[float, float]:
     """How far outputs moved before a cut where tokens are real, and how far after, relative to the largest output."""
-    before, after = (read(model, given).outputs for given in (inputs, changed))
+    before, after = (outputs_of(model, given) for given in (inputs, changed))
     moved = movement(before, after).amax(0) * (real > 0).any(0)
     scale = size_of(before)
     return (moved[:cut].max() / scale).item(), (moved[cut:].max() / scale).item()
@@ -514,16 +513,16 @@ def probe_batch(model: nn.Module, inputs: dict[str, Any], half: bool = False) ->
     changed = with_other_suffix(inputs, later, others)
     before = read(model, inputs)
     if before.outputs is not None:
-        moved = movement(before.outputs, read(model, changed).outputs) / size_of(before.outputs)
+        moved = movement(before.outputs, outputs_of(model, changed)) / size_of(before.outputs)
         seeing = (earlier & (moved > OUTPUTS_IN_BATCHES[half])).nonzero()  # NaN is not look-ahead
         if not len(seeing):
             return Point(length)
         row, position = seeing[0].tolist()
-        ahead = later[row].nonzero()[0].item() - position
+        ahead = int(later[row].nonzero()[0]) - position
         return Point(length, Leak(position, ahead, moved[row, position].item(), "other tokens in a batch of this run"))
     if before.loss is None or inputs.get("labels") is None:
         return Point(length, untested="a batch for which the model gives neither one output per token nor a loss")
-    cut = later.int().argmax(1).max().item()
+    cut = int(later.int().argmax(1).max())
     old, new = prefix_losses(model, inputs, changed, later)
     size = abs(new - old) / max(abs(old), 1e-6)
     leak = Leak(cut - 1, 1, size, "the loss in a batch of this run")
@@ -541,7 +540,7 @@ def _jacobian_points(subject: Subject, lengths: Sequence[int]) -> Iterator[Point
             seen = (~(row <= _negligible(subject))).nonzero()
             leak = None
             if len(seen):
-                ahead = seen[-1].item() - position
+                ahead = int(seen[-1]) - position
                 leak = Leak(position, ahead, row.max().item(), f"Jacobian of {length} tokens")
             yield Point(length, leak)
 
@@ -565,14 +564,13 @@ def _prefix_points(subject: Subject, together: torch.Tensor, stepwise: torch.Ten
         yield Point(len(difference), leak)
 
 
-def _losses(
-    subject: Subject, together: torch.Tensor, stepwise: torch.Tensor
-) -> tuple[float, float] | tuple[None, None]:
+def _losses(subject: Subject, together: torch.Tensor, stepwise: torch.Tensor) -> tuple[float | None, float | None]:
     """Nats per token of a random text, read at once and by prefixes."""
     if together.shape[-1] != subject.config.get_text_config().vocab_size:
         return None, None
     targets = subject.ids(2, _prefix_length(subject))[:, 1:].flatten()
-    return tuple(F.cross_entropy(y[:, :-1].flatten(0, 1), targets).item() for y in (together, stepwise))
+    at_once, by_prefixes = (F.cross_entropy(y[:, :-1].flatten(0, 1), targets).item() for y in (together, stepwise))
+    return at_once, by_prefixes
 
 
 def _readings(subject: Subject) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 from .quiet import quiet
 from .subject import Subject
 
-GROUPS = ("causality", "equivalence", "generation", "state", "persistence", "adapters")
+GROUPS = ("causality", "equivalence", "senses", "generation", "state", "persistence", "adapters")
 
 
 class Violation(AssertionError):

@@ -194,7 +194,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--page", help="page with marks for the table, such as docs/zoo.md; default: print it")
     args = parser.parse_args(argv)
     if bool(args.targets) + args.all + (args.transformers is not None) != 1:
-        raise HoloError("name at least one TARGET, or give --all or --transformers alone")
+        raise HoloError("TARGET: name at least one, or give --all or --transformers alone")
     for name in args.checks or ():
         if name not in GROUPS and name not in CHECKS:
             raise unknown("check", name, [*GROUPS, *CHECKS])

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -125,8 +126,8 @@ def continuation_after_padding(subject: Subject) -> str:
     if "packing" in subject.features:
         masks |= {"on the right": [1] * 20 + [0] * 5, "in a hole": [1] * 8 + [0] * 5 + [1] * 12}
     expected = subject.run(torch.cat([ids, following], 1))[:, 20:]
-    for where, mask in masks.items():
-        mask = torch.tensor([mask])
+    for where, marks in masks.items():
+        mask = torch.tensor([marks])
         turns = [_spread(subject, ids, mask), following]
         inputs = subject.masked(torch.cat([mask, torch.ones_like(following)], 1))
         what = f"padding the prompt {where} changes what follows through the cache"
@@ -149,20 +150,21 @@ def second_turns_of_different_length(subject: Subject) -> str:
     return remark
 
 
-def _last_turn(subject: Subject, turns: Sequence[torch.Tensor], **inputs: torch.Tensor) -> torch.Tensor:
+def _last_turn(subject: Subject, turns: Sequence[torch.Tensor], **inputs: Any) -> torch.Tensor:
     """Output of the last of several turns `[B, T_i]` fed through the cache, as generate() would feed them."""
     cache, start = None, 0
     for turn in turns:
         end = start + turn.shape[1]
-        part = {name: x[:, (0 if name == "attention_mask" else start) : end] for name, x in inputs.items()}
+        first = {name: 0 if name == "attention_mask" else start for name in inputs}
+        part: dict[str, Any] = {name: x[:, first[name] : end] for name, x in inputs.items()}
         output, cache = subject.advance(turn, cache, start, **part)
         start = end
     return output
 
 
-def _pad(subject: Subject, mask: list[int], what: str, at_pads: int | None = 1) -> str:
+def _pad(subject: Subject, marks: list[int], what: str, at_pads: int | None = 1) -> str:
     """Compare real tokens of padded rows with those of the bare text; `at_pads`: position of pads (None: no ids)."""
-    mask = torch.tensor([mask] * 2)
+    mask = torch.tensor([marks] * 2)
     ids = subject.ids(2, int(mask[0].sum()))
     padded, inputs = _spread(subject, ids, mask), subject.masked(mask)
     if at_pads is None:
@@ -170,7 +172,7 @@ def _pad(subject: Subject, mask: list[int], what: str, at_pads: int | None = 1) 
     elif "position_ids" in inputs:
         inputs["position_ids"] = inputs["position_ids"].masked_fill(mask == 0, at_pads)
 
-    def of_real_tokens(**inputs: torch.Tensor) -> torch.Tensor:
+    def of_real_tokens(**inputs: Any) -> torch.Tensor:
         output = subject.run(padded, **inputs)
         return output if "pooled output" in subject.features else output[mask.bool()].unflatten(0, ids.shape)
 
@@ -201,7 +203,7 @@ def _spread(subject: Subject, ids: torch.Tensor, mask: torch.Tensor) -> torch.Te
     A head that pools may find the end of the text by its pad token, so it gets that one.
     """
     pooled = "pooled output" in subject.features
-    junk = subject.config.get_text_config().pad_token_id if pooled else int(subject.vocabulary[0])
+    junk: Any = subject.config.get_text_config().pad_token_id if pooled else subject.vocabulary[0].item()
     return torch.full(mask.shape, junk).masked_scatter(mask.bool(), ids)
 
 
@@ -217,7 +219,7 @@ def packed_documents(subject: Subject) -> str:
     documents = [subject.ids(1, length, salt) for salt, length in enumerate(DOCUMENTS)]
     ids = torch.cat(documents, 1)
     expected = torch.cat([subject.run(document) for document in documents], 1)
-    starts = {
+    starts: dict[str, Any] = {
         "position_ids": torch.cat([torch.arange(length) for length in DOCUMENTS])[None],
         "seq_idx": torch.arange(len(DOCUMENTS)).repeat_interleave(torch.tensor(DOCUMENTS))[None],
     }
@@ -248,12 +250,15 @@ def rows_packed_independently(subject: Subject) -> str:
     return remark
 
 
-@check("equivalence", "text")
+@check("equivalence")
 def rows_of_a_batch(subject: Subject) -> str:
     """Rows do not touch each other: a batch gives what its rows give alone."""
-    ids = subject.ids(3, _length(subject))
-    expected = torch.cat([subject.run(row[None]) for row in ids])
-    return assert_same(subject.run(ids), expected, "the other rows of the batch change a row", subject.tolerance)
+    inputs = subject.inputs(3, _length(subject))
+    together = subject.run(**inputs)
+    if len(together) != len(next(iter(inputs.values()))):
+        return "its output has no rows"
+    alone = torch.cat([subject.run(**{k: x[row, None] for k, x in inputs.items()}) for row in range(len(together))])
+    return assert_same(together, alone, "the other rows of the batch change a row", subject.tolerance)
 
 
 # ---------------------------------------------------------------------------------------------- arguments
@@ -283,20 +288,22 @@ def loss(subject: Subject) -> str:
     return remark
 
 
-@check("equivalence", "text", "strict_arguments")
+@check("equivalence", "strict_arguments")
 def unknown_arguments(subject: Subject) -> str:
     """An argument that is misspelt or foreign raises an error that names it, and what forward names is taken."""
-    ids = subject.ids(2, 8)
-    given = {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(8).expand_as(ids)}
-    given |= {"use_cache": False, "output_hidden_states": True, "return_dict": True}
-    subject.model(input_ids=ids, **{name: value for name, value in given.items() if name in subject.arguments})
+    inputs = subject.inputs(2, 8)
+    given: dict[str, Any] = {"use_cache": False, "output_hidden_states": True, "return_dict": True}
+    if "text" in subject.features:
+        given["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        given["position_ids"] = torch.arange(8).expand_as(inputs["input_ids"])
+    subject.model(**inputs, **{name: value for name, value in given.items() if name in subject.arguments})
     names = [*FOREIGN, *(name[:-1] for name in subject.arguments), "output_attentions"]
     documented = any("output_attentions" in (vars(c)["forward"].__doc__ or "") for c in _forward_classes(subject))
     names = [n for n in names if n not in subject.arguments and not (n == "output_attentions" and documented)]
     for name in sorted(names):
-        value = True if name == "output_attentions" else ids
+        value = True if name == "output_attentions" else next(iter(inputs.values()))
         try:
-            subject.model(input_ids=ids, **{name: value})
+            subject.model(**inputs, **{name: value})
         except (TypeError, ValueError) as error:
             if name not in str(error):
                 raise Violation(f"the error for the unknown argument {name!r} does not name it: {error}") from error
@@ -314,7 +321,8 @@ def logits_to_keep(subject: Subject) -> str:
     """Logits for some positions only are those of all positions, there."""
     ids, places = subject.ids(2, 20), torch.tensor([3, 11, 12])
     logits = subject.run(ids)
-    for keep, expected in {1: logits[:, -1:], 5: logits[:, -5:], places: logits[:, places]}.items():
+    wanted: list[tuple[Any, torch.Tensor]] = [(1, logits[:, -1:]), (5, logits[:, -5:]), (places, logits[:, places])]
+    for keep, expected in wanted:
         name = keep if isinstance(keep, int) else keep.tolist()
         got = subject.run(ids, logits_to_keep=keep)
         remark = assert_same(got, expected, f"logits_to_keep={name} gives other logits", subject.tolerance)
@@ -325,10 +333,10 @@ def logits_to_keep(subject: Subject) -> str:
 def resized_embeddings(subject: Subject) -> str:
     """More embeddings leave the old logits as they are, tied weights tied, and a finite loss for new ids."""
     model, ids = subject.copy(), subject.ids(2, 20)
-    expected, size = subject.run(ids), model.get_input_embeddings().num_embeddings
+    expected, size = subject.run(ids), _embeddings(model)
     tied = _tied(model)
     model.resize_token_embeddings(size + 3, mean_resizing=False)
-    got_size, config_size = model.get_input_embeddings().num_embeddings, model.config.get_text_config().vocab_size
+    got_size, config_size = _embeddings(model), model.config.get_text_config().vocab_size
     if (got_size, config_size) != (size + 3, size + 3):
         raise Violation(f"resized to {size + 3}, there are {got_size} embeddings, and the config says {config_size}")
     if _tied(model) != tied:
@@ -343,6 +351,11 @@ def resized_embeddings(subject: Subject) -> str:
     if not torch.isfinite(new).all():
         raise Violation("the output for a new id is not finite")
     return remark
+
+
+def _embeddings(model: PreTrainedModel) -> int:
+    layer: Any = model.get_input_embeddings()
+    return layer.num_embeddings
 
 
 def _tied(model: PreTrainedModel) -> bool:
@@ -379,10 +392,11 @@ def same_results_again(subject: Subject) -> str:
 def gradient_of_every_parameter(subject: Subject) -> str:
     """Every trainable parameter gets a finite gradient."""
     found = gradients(subject, subject.copy(), _inputs(subject))
-    without = [name for name, gradient in found.items() if gradient is None or not gradient.any()]
+    there = {name: gradient for name, gradient in found.items() if gradient is not None and gradient.any()}
+    without = [name for name in found if name not in there]
     if without:
         raise Violation(f"{len(without)} of {len(found)} parameters get no gradient: {', '.join(without[:5])}")
-    wrong = [name for name, gradient in found.items() if not torch.isfinite(gradient).all()]
+    wrong = [name for name, gradient in there.items() if not torch.isfinite(gradient).all()]
     if wrong:
         raise Violation(f"{len(wrong)} of {len(found)} gradients are not finite: {', '.join(wrong[:5])}")
     return f"{len(found)} parameters"
@@ -409,7 +423,7 @@ def gradients(subject: Subject, model: nn.Module, inputs: dict[str, Any]) -> dic
 def _gradients_of(
     subject: Subject, outputs: Sequence[torch.Tensor], leaves: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor | None]:
-    reading = sum((x * _noise_like(subject, x)).sum() for x in outputs)
+    reading: Any = sum((x * _noise_like(subject, x)).sum() for x in outputs)
     return dict(zip(leaves, torch.autograd.grad(reading, list(leaves.values()), allow_unused=True), strict=True))
 
 
@@ -422,7 +436,7 @@ def assert_same_gradients(
     for (name, wanted), found in zip(expected.items(), got.values(), strict=True):
         if (wanted is None) != (found is None):
             raise Violation(f"{what}: {name} has {'no' if found is None else 'a'} gradient")
-        if wanted is not None:
+        if wanted is not None and found is not None:
             difference = (found - wanted).abs().max().item() / max(sizes[name], floor)
             if not difference <= tolerance:  # NaN is wrong too
                 raise Violation(f"{what}: that of {name} by {difference:.1e} relative, allowed {tolerance:.0e}")
@@ -431,8 +445,8 @@ def assert_same_gradients(
 
 
 def _inputs(subject: Subject, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    """Inputs for one pass over `LENGTH` tokens, or whatever the modality is."""
-    inputs = subject.inputs(2, _length(subject)) if "text" in subject.features else subject.inputs()
+    """Inputs for one pass over `LENGTH` tokens or steps, or whatever the modality is."""
+    inputs = subject.inputs(2, _length(subject))
     return {k: x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for k, x in inputs.items()}
 
 
@@ -444,7 +458,7 @@ def _noise_like(subject: Subject, x: torch.Tensor) -> torch.Tensor:
 @check("equivalence", "naive twins")
 def fast_operations(subject: Subject) -> str:
     """On the arguments that the model gives them, fast operations equal their naive twins: values and gradients."""
-    calls = {}
+    calls: dict[Any, tuple[FunctionType, dict[str, Any]]] = {}
     with recording(subject, calls):
         _exercise(subject, subject.copy())
     for operation, arguments in calls.values():
@@ -456,7 +470,7 @@ def fast_operations(subject: Subject) -> str:
 
 
 def _exercise(subject: Subject, model: PreTrainedModel) -> None:
-    """Run the model with gradients over whole, padded, packed and continued texts."""
+    """Run the model with gradients over whole, padded, packed and continued texts, and over one more token."""
     inputs = _inputs(subject)
     subject.run(model=model, **inputs)
     if "text" not in subject.features:
@@ -468,23 +482,24 @@ def _exercise(subject: Subject, model: PreTrainedModel) -> None:
     if "packing" in subject.features and "position_ids" in subject.arguments:
         subject.run(ids, model=model, position_ids=torch.arange(ids.shape[1])[None].expand_as(ids) % 33)
     if "cache" in subject.features:
-        first = model(input_ids=ids, use_cache=True)
-        model(input_ids=ids[:, :34], use_cache=True, **{subject.cache_name: first[subject.cache_name]})
+        cache = {str(subject.cache_name): model(input_ids=ids, use_cache=True)[subject.cache_name]}
+        for tokens in (34, 1):
+            model(input_ids=ids[:, :tokens], use_cache=True, **cache)
 
 
 @contextmanager
-def recording(subject: Subject, calls: dict[Any, tuple[Callable, dict[str, Any]]]) -> Iterator[None]:
+def recording(subject: Subject, calls: dict[Any, tuple[FunctionType, dict[str, Any]]]) -> Iterator[None]:
     """Inside, every operation with a twin that a layer calls is noted, with its arguments by name.
 
     Of calls that differ in the values of tensors only, such as those of equal layers, the last is kept.
     """
 
-    def recorder(operation: Callable) -> Callable:
+    def recorder(operation: FunctionType) -> Callable:
         signature = inspect.signature(operation)
 
         def record(*args: Any, **kwargs: Any) -> Any:
             arguments = signature.bind(*args, **kwargs).arguments
-            kind = operation, *((name, getattr(value, "shape", str(value))) for name, value in arguments.items())
+            kind = operation, *((n, x.shape if hasattr(x, "shape") else str(x)) for n, x in arguments.items())
             calls[kind] = operation, {name: _leaf(value) for name, value in arguments.items()}
             return operation(*args, **kwargs)
 
@@ -494,7 +509,7 @@ def recording(subject: Subject, calls: dict[Any, tuple[Callable, dict[str, Any]]
         (module, name, value)
         for module in subject.layer_modules
         for name, value in vars(module).items()
-        if isinstance(value, Callable) and value in subject.naive_twins
+        if isinstance(value, FunctionType) and value in subject.naive_twins
     ]
     try:
         for module, name, operation in places:
@@ -510,7 +525,9 @@ def _leaf(value: Any) -> Any:
     return value.detach().clone().requires_grad_(value.requires_grad) if torch.is_tensor(value) else value
 
 
-def _compare_with_twin(subject: Subject, operation: Callable, twin: Callable, arguments: dict[str, Any]) -> None:
+def _compare_with_twin(
+    subject: Subject, operation: FunctionType, twin: FunctionType, arguments: dict[str, Any]
+) -> None:
     known = {name: x for name, x in arguments.items() if name in inspect.signature(twin).parameters}
     got, expected = (tree_leaves(f(**given)) for f, given in ((operation, arguments), (twin, known)))
     what = f"{operation.__name__} differs from its naive twin"
@@ -574,10 +591,10 @@ def compiled(subject: Subject) -> str:
     model, inputs = subject.copy(), _inputs(subject)
     breaks = torch._dynamo.utils.counters["graph_break"]
     breaks.clear()
-    fast = torch.compile(model, backend="aot_eager")  # turning graphs into code is slow, and not the model's doing
+    fast: Any = torch.compile(model, backend="aot_eager")  # turning graphs into code is slow, and not the model's doing
     got, expected = subject.run(model=fast, **inputs), subject.run(**inputs)
     remark = assert_same(got, expected, "torch.compile changes the output", subject.tolerance)
-    got = {name.removeprefix("_orig_mod."): x for name, x in gradients(subject, fast, inputs).items()}
-    expected = gradients(subject, model, inputs)
-    assert_same_gradients(got, expected, "torch.compile changes gradients", subject.tolerance)
+    found = {name.removeprefix("_orig_mod."): x for name, x in gradients(subject, fast, inputs).items()}
+    expected_gradients = gradients(subject, model, inputs)
+    assert_same_gradients(found, expected_gradients, "torch.compile changes gradients", subject.tolerance)
     return f"{remark}; {sum(breaks.values())} graph breaks"

@@ -137,6 +137,11 @@ def read(model: nn.Module, inputs: dict[str, Any], seed: int = 0) -> Reading:
     return Reading(None, output.get("loss") if shifts else None)
 
 
+def outputs_of(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    """The outputs `[B, T, D]` of one pass, of a model that gives one of every token."""
+    return cast(torch.Tensor, read(model, inputs).outputs)
+
+
 def inputs_shape(inputs: dict[str, Any]) -> torch.Size:
     """Rows and length `[B, T]` of the text among the inputs."""
     ids = inputs.get("input_ids")

@@ -177,8 +177,9 @@ class Speaker:
         self._masks = "attention_mask" in subject.arguments
         head: Any = self.model.get_output_embeddings()
         if head is not None and head.weight is self.model.get_input_embeddings().weight:
-            noise = torch.randn(head.weight.shape, generator=subject.generator(5), dtype=head.weight.dtype)
-            head.weight = nn.Parameter(noise * head.weight.std(), requires_grad=False)
+            tied: torch.Tensor = head.get_parameter("weight")
+            noise = torch.randn(tied.shape, generator=subject.generator(5), dtype=tied.dtype)
+            head.weight = nn.Parameter(noise * tied.std(), requires_grad=False)
         options = {"pad_token_id": _pad_id(subject), "max_new_tokens": unit(subject)}
         self.model.generation_config = GenerationConfig(**options)
 

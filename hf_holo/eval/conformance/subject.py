@@ -3,17 +3,19 @@
 import copy
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
+from ...data.processors import input_sizes
 from ...errors import HoloError
 from ...registry import capabilities_of
 
@@ -26,7 +28,9 @@ EXACT, ROUNDED = 1e-8, 1e-4  # relative tolerances of equivalences, see `Subject
 # What a check may need, and why it does not apply to a model without it. The names of arguments of `forward` and the
 # capabilities are features too.
 FEATURES = {
-    "text": "its main input is not token ids",
+    "text": "it does not take token ids alone",
+    "several senses": "it has one sense",
+    "frames": "it gives no output for every moment of a sound",
     "causal": "it is bidirectional",
     "bidirectional": "it is causal",
     "generation": "it does not generate",
@@ -38,6 +42,8 @@ FEATURES = {
     "linear layers": "it has no linear layer",
     "naive twins": "no operation that it uses has a naive twin",
 }
+INPUTS = {"text": "input_ids", "vision": "pixel_values", "audio": "input_values"}  # what each modality is called
+DEFAULT_PICTURE, DEFAULT_SOUND = (3, 32, 32), (4000,)  # where the config says nothing
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 CAPABILITIES = ("constant_state", "packing", "rollback", "strict_arguments")
 
@@ -68,14 +74,14 @@ class Subject:
     ) -> None:
         self.model_class = source if isinstance(source, type) else type(source)
         if not issubclass(self.model_class, PreTrainedModel):
-            raise HoloError(f"model={self.model_class.__name__} must be a PreTrainedModel of transformers")
+            raise HoloError(f"model: {self.model_class.__name__} is not a PreTrainedModel of transformers")
         self._source = source
         given = config if isinstance(source, type) else source.config
         if given is None:
-            raise HoloError(f"config=None: {self.model_class.__name__} is a class, so the config of a model is needed")
+            raise HoloError(f"config: None; {self.model_class.__name__} is a class, so the config of a model is needed")
         self._given_config = given
         if self._given_config.is_encoder_decoder:
-            raise HoloError(f"model={self.model_class.__name__} is an encoder with a decoder; give one of the two")
+            raise HoloError(f"model: {self.model_class.__name__} is an encoder with a decoder; give one of the two")
         self.name = name or self.model_class.__name__
         self.seed = seed
         self._capabilities = capabilities
@@ -143,9 +149,14 @@ class Subject:
     @cached_property
     def features(self) -> frozenset[str]:
         """Everything that a check may ask for: see `FEATURES`."""
-        text = self.model_class.main_input_name == "input_ids"
+        text = self._takes_text
         features = set(self.arguments.difference(CACHE_NAMES) | (self.capabilities & set(CAPABILITIES)))
+        features -= {argument for name, argument in INPUTS.items() if name not in self.modalities}
         features.add("causal" if self.causal else "bidirectional")
+        if len(self.modalities) > 1:
+            features.add("several senses")
+        if self.modalities == ["audio"] and self.run(**self.inputs(1)).dim() == 3:
+            features.add("frames")
         if text:
             features.add("text")
             per_token = self.run(self.ids(1, 3)).shape[:-1] == (1, 3)
@@ -168,7 +179,7 @@ class Subject:
         """Raise HoloError if a feature is lacking."""
         reason = self.lacks(needs)
         if reason is not None:
-            raise HoloError(f"model={self.name} cannot be checked: {reason}")
+            raise HoloError(f"model: {self.name} cannot be checked: {reason}")
 
     def lacks(self, needs: Sequence[str]) -> str | None:
         """Why a check with these needs does not apply, or None if it does."""
@@ -216,7 +227,7 @@ class Subject:
         # .float() refuses a model that a quantizer has made; transformers wraps .to() without types
         model = model.to(torch.get_default_device(), torch.float32).eval()  # type: ignore[arg-type]
         text_config = model.config.get_text_config()
-        if self._takes_text and getattr(text_config, "pad_token_id", None) is None:
+        if "text" in self.modalities and getattr(text_config, "pad_token_id", None) is None:
             text_config.pad_token_id = 0  # heads that pool find the end of a text by it
         return perturb(model, self.seed) if self._move_weights else model
 
@@ -245,13 +256,27 @@ class Subject:
         transformers' Llama, for one, normalises in float32 even in a float64 model. It shows in the second
         difference of the outputs for a tiny step of the embeddings, which is zero without rounding.
         """
-        if "inputs_embeds" not in self.arguments:
+        start = self._continuous_inputs()
+        if start is None:
             return ROUNDED
-        x = self.embed(self.ids(2, 16))
-        step = 1e-9 * torch.randn(x.shape, generator=self.generator(1), dtype=x.dtype) * x.norm(dim=-1, keepdim=True)
-        first, second, third = (self.run(inputs_embeds=x + n * step) for n in range(3))
+        steps = {name: self._tiny_step(x) for name, x in start.items() if x.is_floating_point()}
+        moved: list[dict[str, Any]] = [
+            {name: x + n * steps[name] if name in steps else x for name, x in start.items()} for n in range(3)
+        ]
+        first, second, third = (self.run(**inputs) for inputs in moved)
         bend = (third - 2 * second + first).norm() / first.norm()
         return EXACT if bend < 1e-12 else ROUNDED
+
+    def _continuous_inputs(self) -> dict[str, Any] | None:
+        """Inputs some of which can be moved a little, None if there are none."""
+        if not self._takes_text:
+            inputs = self.inputs()
+            return inputs if any(x.is_floating_point() for x in inputs.values()) else None
+        return {"inputs_embeds": self.embed(self.ids(2, 16))} if "inputs_embeds" in self.arguments else None
+
+    def _tiny_step(self, x: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(x.shape, generator=self.generator(1), dtype=x.dtype)
+        return 1e-9 * noise * x.norm(dim=-1, keepdim=True)
 
     # ------------------------------------------------------------------------------------------ its inputs
     def generator(self, salt: int = 0) -> torch.Generator:
@@ -293,13 +318,57 @@ class Subject:
             inputs["position_ids"] = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
         return inputs
 
-    def inputs(self, rows: int = 2, length: int = 16) -> dict[str, Any]:
-        """Inputs for one forward pass, whatever the modality: token ids, or the model's own `dummy_inputs`."""
-        return {"input_ids": self.ids(rows, length)} if self._takes_text else self.model.dummy_inputs
+    @cached_property
+    def modalities(self) -> list[str]:
+        """What it takes, of `INPUTS`: what its config says, or the arguments of `forward`."""
+        declared = getattr(self._given_config, "modalities", None)
+        return declared or [name for name, argument in INPUTS.items() if argument in self.arguments]
+
+    def inputs(self, rows: int = 2, length: int = 16, salt: int = 0) -> dict[str, Any]:
+        """Inputs for one forward pass, with all modalities: token ids, pictures, sounds. For models that take other
+        things or say it themselves, their own `dummy_inputs`.
+
+        Args:
+            rows: examples.
+            length: of a text in tokens, of a sound in steps of the model, where it has such.
+            salt: another gives others.
+        """
+        own = self.model_class.dummy_inputs is not PreTrainedModel.dummy_inputs
+        if not self.modalities or (own and not self._takes_text):
+            return self.model.dummy_inputs
+        made: dict[str, Callable[[], torch.Tensor]] = {
+            "text": lambda: self.ids(rows, length, salt),
+            "vision": lambda: self.pixels(rows, salt=salt),
+            "audio": lambda: self.waves(rows, length * self.samples_per_step, salt),
+        }
+        return {INPUTS[name]: made[name]() for name in self.modalities}
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of a step of the model; 0 if its config does not say it."""
+        config = getattr(self._given_config, "audio_config", None) or self._given_config
+        return getattr(config, "samples_per_step", 0)
+
+    def pixels(self, rows: int, height: int | None = None, width: int | None = None, salt: int = 0) -> torch.Tensor:
+        """Random pictures `[rows, C, height, width]` in float64, by default as large as the config says."""
+        channels, *sides = input_sizes(self._given_config).get("pixel_values", DEFAULT_PICTURE)
+        shape = rows, channels, height or sides[0], width or sides[1]
+        return torch.randn(shape, generator=self.generator(20 + salt), dtype=torch.float64)
+
+    def waves(self, rows: int, samples: int = 0, salt: int = 0) -> torch.Tensor:
+        """Random sounds `[rows, samples]` in float64, a rising tone under noise; by default a quarter of a second."""
+        config = getattr(self._given_config, "audio_config", None) or self._given_config
+        rate = getattr(config, "sampling_rate", 16_000)
+        samples = samples or input_sizes(self._given_config).get("input_values", DEFAULT_SOUND)[0]
+        generator = self.generator(40 + salt)
+        start = 200 + 300 * torch.rand(rows, 1, generator=generator, dtype=torch.float64)  # hertz
+        time = torch.arange(samples, dtype=torch.float64) / rate
+        noise = torch.randn(rows, samples, generator=generator, dtype=torch.float64)
+        return 0.4 * torch.sin(2 * torch.pi * (start + 400 * time) * time) + 0.1 * noise
 
     @property
     def _takes_text(self) -> bool:
-        return self.model_class.main_input_name == "input_ids"
+        return self.modalities == ["text"]
 
     # ------------------------------------------------------------------------------------------ running it
     def run(
@@ -429,8 +498,19 @@ def _without_autocast(model: PreTrainedModel) -> None:
 
 
 def main_output(output: Any) -> torch.Tensor:
-    """The logits of a model's output, or else its first tensor."""
-    return output.logits if "logits" in output else output[0]
+    """The logits of a model's output, the embeddings side by side of one that compares them, or else its first tensor
+    that is more than a number, such as a loss."""
+    if "logits" in output:
+        return output.logits
+    embeddings = [x for name, x in output.items() if name.endswith("_embeds")] if isinstance(output, dict) else []
+    if embeddings:
+        return torch.cat(embeddings, -1)
+    return next(x for x in tree_leaves(tuple(output[i] for i in range(len(output)))) if is_output(x))
+
+
+def is_output(x: Any) -> bool:
+    """Whether it is what a model computed of its inputs: a tensor of more than one number for all of them."""
+    return isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() > 1
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ def _smallest_preset(architecture: Architecture) -> dict[str, dict]:
     names = [row["preset"] for row in catalogue() if row["family"] == architecture.name]
     if not names:
         raise HoloError(
-            f"architecture {architecture.name!r} names no model to check: register it with variants= or presets="
+            f"TARGET: {architecture.name!r} names no model to check; register it with variants= or presets="
         )
     return {names[0]: architecture.presets[names[0]]}
 

@@ -1,0 +1,165 @@
+"""Rows of a table with a text, a picture and a sound, any of which may be missing, and one class."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.utils.data import Dataset as TorchDataset
+
+from ..errors import HoloError, unknown
+from .audio import Sounds
+from .images import Images
+from .labelled import (
+    Labelled,
+    LabelledSplits,
+    column_of,
+    labels_of,
+    name_of_data,
+    named_splits,
+    read_tables,
+    split,
+    undecoded,
+)
+from .senses import KEYS, SENSES
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # takes seconds
+
+
+class Scenes(TorchDataset):
+    """Examples with `row`, `labels`, `image`, `audio` and `text`, each of them None where it is missing.
+
+    Args:
+        senses: "vision", "audio" and "text" to what has them: pictures, sounds, or the text of every row.
+        labels: class of every row of the table `[N]`.
+        class_names: names of the classes.
+        source: how errors call the data.
+        rows: which rows of the table these are; default: all.
+    """
+
+    augment = True  # whether a collator may change its examples
+
+    def __init__(
+        self,
+        senses: Mapping[str, Labelled | Sequence[str | None]],
+        labels: np.ndarray,
+        class_names: Sequence[str],
+        source: str,
+        rows: np.ndarray | None = None,
+    ) -> None:
+        self.senses, self.class_names, self.source = dict(senses), list(class_names), source
+        self.rows = np.arange(len(labels)) if rows is None else rows
+        self._labels = labels
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Classes `[N]`."""
+        return self._labels[self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = int(self.rows[index])
+        given = {KEYS[sense]: self._sense(sense, row) for sense in SENSES}
+        return {"row": row, "augment": self.augment, "labels": int(self._labels[row]), **given}
+
+    def _sense(self, sense: str, row: int) -> Any:
+        source = self.senses.get(sense)
+        if source is None:
+            return None
+        if isinstance(source, Labelled):
+            return source.read(row) if source.has(row) else None
+        return source[row] or None
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> "Scenes":
+        """Those of the examples, in this order."""
+        return self._changed(rows=self.rows[np.asarray(indices, dtype=int)])
+
+    def with_senses(self, *senses: str) -> "Scenes":
+        """The same examples, of which only these senses are given."""
+        return self._changed(senses={sense: self.senses[sense] for sense in senses if sense in self.senses})
+
+    def _changed(self, **changes: Any) -> "Scenes":
+        some = type(self).__new__(type(self))
+        vars(some).update(vars(self), **changes)
+        return some
+
+    def check(self) -> "Scenes":
+        """Read every file once.
+
+        Returns:
+            These examples.
+
+        Raises:
+            HoloError: a file is damaged, or a row has nothing at all; the message names the row.
+        """
+        for index, row in enumerate(self.rows):
+            example = self[index]
+            if all(example[KEYS[sense]] is None for sense in SENSES):
+                raise HoloError(f"{self.source}: row {row} has neither {', nor '.join(self.senses)}")
+        return self
+
+
+def load_scenes(
+    train_file: str | Sequence[str] | None = None,
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    image_column: str | None = None,
+    audio_column: str | None = None,
+    text_column: str = "text",
+    label_column: str | None = None,
+    validation_fraction: float = 0.1,
+    seed: int = 0,
+    sampling_rate: int | None = None,
+) -> LabelledSplits[Scenes]:
+    """Read and split tables with at least two of a column of texts, one of pictures and one of sounds.
+
+    Args:
+        text_column: where texts are, if there is such a column.
+        sampling_rate: of the sounds, in Hz; default: as recorded.
+        others: as in [`load_labelled`].
+
+    Raises:
+        HoloError: as [`load_labelled`]; there are fewer than two senses.
+    """
+    source = name_of_data(train_file, dataset_name)
+    tables = dict(read_tables(Images, train_file, dataset_name, dataset_config_name, source))
+    names = [name for name in named_splits(tables, source) if name is not None]
+    labels, class_names = labels_of([tables[name] for name in names], label_column, source)
+    columns = {"vision": image_column, "audio": audio_column, "text": text_column}
+    parts = []
+    for name, numbers in zip(names, labels, strict=True):
+        place = f"{source}, {name}"
+        senses = _senses(tables[name], columns, numbers, class_names, place, sampling_rate)
+        if len(senses) < 2:
+            has = ", ".join(tables[name].column_names)
+            raise HoloError(
+                f"{place}: {len(senses)} of texts, pictures and sounds among its columns {has}; two are needed"
+            )
+        parts.append(Scenes(senses, numbers, class_names, place))
+    return LabelledSplits(*parts) if len(parts) == 2 else split(parts[0], validation_fraction, seed)
+
+
+def _senses(
+    table: "Dataset",
+    columns: Mapping[str, str | None],
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    source: str,
+    sampling_rate: int | None,
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for sense, kind in (("vision", Images), ("audio", Sounds)):
+        typed = any(type(feature).__name__ == kind.feature for feature in table.features.values())
+        if columns[sense] or typed:
+            column = column_of(table, kind, columns[sense], source)
+            found[sense] = kind(undecoded(table, kind, columns[sense], source), column, labels, class_names, source)
+    if "audio" in found and sampling_rate is not None:
+        found["audio"] = found["audio"].at(sampling_rate)
+    text = str(columns["text"])
+    if text in table.column_names:
+        found["text"] = table[text][:]
+    elif text != "text":
+        raise unknown(f"column of {source}", text, table.column_names)
+    return found
