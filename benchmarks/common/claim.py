@@ -63,7 +63,7 @@ class Claim:
 
         try:
             return self.figures(result)
-        except (KeyError, IndexError, StopIteration, ValueError) as error:
+        except (KeyError, IndexError, ValueError) as error:
             raise NotMeasured(str(error)) from error
 
     def verdict(self, folder: Path = RESULTS) -> str:

@@ -18,7 +18,10 @@ PROJECTS = ("holospectralnet", "holo", "resonance")
 
 def _row(rows: list[dict], **wanted: object) -> dict:
     """The first of the rows that has these values."""
-    return next(row for row in rows if wanted.items() <= row.items())
+    for row in rows:
+        if wanted.items() <= row.items():
+            return row
+    raise KeyError(f"no row has {wanted}")
 
 
 def _best(rows: list[dict], **wanted: object) -> dict:
