@@ -49,16 +49,17 @@ def _gpt2(vocab: int, width: int, depth: int, inner: int, positions: int) -> Pre
 
 def _mamba(vocab: int, width: int, depth: int, inner: int, positions: int) -> PretrainedConfig:
     """Twice the layers, as Mamba has none for channels alone; `inner` is the width of their state."""
-    return MambaConfig(
+    config = MambaConfig(
         vocab_size=vocab,
         hidden_size=width,
         num_hidden_layers=2 * depth,
-        expand=(inner + 0.5) / width,  # of which Mamba takes the whole number of channels
         tie_word_embeddings=True,
         pad_token_id=0,
         bos_token_id=None,
         eos_token_id=None,
     )
+    config.intermediate_size = inner  # which the config takes as a multiple of the width only
+    return config
 
 
 PEERS: Mapping[str, tuple[Callable[..., PretrainedConfig], type[PreTrainedModel]]] = {
