@@ -131,11 +131,12 @@ class Animal:
 
 
 def classes() -> dict[str, str]:
-    """The model types of transformers with a causal language model, and the names of its classes."""
+    """The model types of transformers with a causal language model, and the name of its class; each class once."""
     own, public = architectures(), set(dir(transformers))  # which imports nothing
     named = ((kind, names) for kind, names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if kind not in own)
     single = {kind: names if isinstance(names, str) else names[0] for kind, names in named}
-    return {kind: name for kind, name in single.items() if name in public}
+    first = {single[kind]: kind for kind in sorted(single, key=len, reverse=True)}  # of several types the shortest
+    return {kind: name for kind, name in single.items() if name in public and first[name] == kind}
 
 
 def chosen(names: Sequence[str]) -> dict[str, str]:
