@@ -209,11 +209,11 @@ def tiny_config(kind: str) -> PretrainedConfig:
 
 
 def _tiny(config_class: type[PretrainedConfig], usual: PretrainedConfig) -> PretrainedConfig:
-    arguments = {name: value for name, value in TINY.items() if getattr(usual, name, None) is not None}
+    arguments: dict[str, Any] = {name: value for name, value in TINY.items() if getattr(usual, name, None) is not None}
     part = getattr(usual, "text_config", None)
     if isinstance(part, PretrainedConfig):
         arguments["text_config"] = _tiny(type(part), part).to_dict()
-    return config_class(**arguments, **ALWAYS)
+    return config_class(**(arguments | ALWAYS))
 
 
 def tiny_model(kind: str) -> PreTrainedModel:
