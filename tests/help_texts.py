@@ -11,6 +11,7 @@ import hf_holo
 import hf_holo_cli
 
 COLUMNS = 100
+OTHERS = {"serve"}  # whose parser is that of transformers 5
 FOLDER = Path(hf_holo.__file__).with_name("help")
 
 
@@ -24,5 +25,5 @@ def help_of(verb: str) -> str:
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
-    for verb in hf_holo_cli.VERBS:
+    for verb in hf_holo_cli.VERBS.keys() - OTHERS:
         (FOLDER / f"{verb}.txt").write_text(help_of(verb), encoding="utf-8")
