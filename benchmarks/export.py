@@ -40,7 +40,7 @@ def row_of(name: str, record: dict) -> dict[str, object]:
     return row if perplexity is None else row | {"perplexity_rise": perplexity["exported"] / perplexity["float32"] - 1}
 
 
-def measured(source: Source, formats: Sequence[str], text: str | None, folder: Path) -> list[dict[str, object]]:
+def measured(source: SavedModel, formats: Sequence[str], text: str | None, folder: Path) -> list[dict[str, object]]:
     """A row for every format that is installed here."""
     rows = []
     for name in (progress := tqdm(formats, desc="exporting", unit="format", leave=False)):

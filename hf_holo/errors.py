@@ -27,7 +27,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> HoloError:
     return HoloError(f"unknown {kind} {name!r}: {hint}known are {', '.join(known) or 'none'}")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What fits into a one-line message of the error of a library."""
     return str(error).strip().partition("\n")[0]
 

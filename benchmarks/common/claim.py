@@ -63,7 +63,7 @@ class Claim:
 
         try:
             return self.figures(result)
-        except (KeyError, IndexError, StopIteration, ValueError) as error:
+        except (KeyError, IndexError, ValueError) as error:
             raise NotMeasured(str(error)) from error
 
     def verdict(self, folder: Path = RESULTS) -> str:
@@ -86,7 +86,7 @@ class Claim:
             figures = self.read(folder)
         except NotMeasured:
             return ""
-        judged = ", ".join(f"`{name}` {figures[name]:.4g}" for name in self._names)
+        judged = ", ".join(f"`{name}` {_short(figures[name])}" for name in self._names)
         return f"{self.measured.format(**figures)}; {judged}"
 
     @property
@@ -106,6 +106,10 @@ class Claim:
     @property
     def command(self) -> str:
         return f"`{SUITE[self.results[0]].command}`" if self.results and self.results[0] in SUITE else ""
+
+
+def _short(figure: float) -> str:
+    return f"{figure:,.0f}" if abs(figure) >= 1000 else f"{figure:.4g}"
 
 
 def holds(condition: str, figures: Figures) -> bool:

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
 
 
 def evaluate(
-    models: Given | Sequence[Given],
+    models: Given | list[Given],
     suite: str = "quick",
     output_dir: str | Path = "runs/eval",
     budget: float | str | None = None,
@@ -84,7 +84,7 @@ def evaluate(
     usable_device(device)
     chosen = Options(**{**(QUICK if suite == "quick" else {}), **options}, timed=seconds is not None)
     run = Run(output_folder(str(output_dir)), seconds)
-    given = [models] if isinstance(models, str | PreTrainedModel) else models
+    given: list[Given] = models if isinstance(models, list) else [models]
     evaluated = unique_names([_loaded(one, device, dtype, trust_remote_code, chosen.seed) for one in given])
     names = [suite] if suite in SUITES else GROUPS[suite]
     no_questions = [name for name in names if _lacks_questions(name, suite, chosen)]

@@ -39,9 +39,9 @@ class Kept(Generic[T]):
         """
         if torch.is_grad_enabled() or exporting() or not all(type(x) is nn.Parameter for x in weights):
             return compute()
-        held = self._held
-        on_cpu = all(x.is_cpu for x in weights)
-        if held is None or not (on_cpu or step) or not (_same_values if on_cpu else _same_tensors)(weights, held[0]):
+        held, on_cpu = self._held, all(x.is_cpu for x in weights)
+        same = _same_values if on_cpu else _same_tensors
+        if held is None or not (on_cpu or step) or not same(weights, held[0]):
             noted = [x.detach().clone() for x in weights] if on_cpu else [_identity(x) for x in weights]
             held = self._held = noted, compute()
         return held[1]

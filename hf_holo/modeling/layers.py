@@ -79,6 +79,18 @@ def make_norm(config: PretrainedConfig) -> nn.Module:
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
 
 
+def scaled_to_unit(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """`x` `[..., D]` over the root of its mean square. In the plain operations: `F.rms_norm` takes more of them."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def faded(exponent: torch.Tensor) -> torch.Tensor:
+    """e^exponent, and 0 where that is far below rounding: numbers near the least there is slow down all that they meet,
+    their own exponential twenty-five times."""
+    least = 0.5 * math.log(torch.finfo(exponent.dtype).tiny)
+    return exponent.clamp_min(least).exp() * (exponent > least)
+
+
 def same_numbers(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
 

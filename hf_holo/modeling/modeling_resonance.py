@@ -15,7 +15,7 @@ from .configuration_resonance import ResonanceConfig
 from .configuration_resonators import ResonatorConfig
 from .filters import SpectralGate
 from .heads import MaskedLMHead, RecurrentForCausalLM, SequenceClassificationHead, TokenClassificationHead
-from .layers import at_least_float32, init_residual_, make_channel_mix, make_norm
+from .layers import at_least_float32, init_residual_, make_channel_mix, make_norm, scaled_to_unit
 from .layout import TokenLayout
 from .memory import PersistentMemory
 from .pretrained import FamilyPreTrainedModel
@@ -119,7 +119,7 @@ class ResonanceMixer(nn.Module):
         u = layout.mask(value * F.silu(gate)).to(at_least_float32(x.dtype))
         with full_precision(x.device):  # the resonators keep their precision
             y = both_ways(self.listeners, u, layout, cache)
-            y = F.rms_norm(torch.addcmul(y, u, self.skip.to(u.dtype)), y.shape[-1:], eps=self.norm_eps)
+            y = scaled_to_unit(torch.addcmul(y, u, self.skip.to(u.dtype)), self.norm_eps)
         y = y.to(x.dtype) * self.norm_weight
         if self.memories is not None:
             y = y + both_ways(self.memories, filtered, layout, cache)

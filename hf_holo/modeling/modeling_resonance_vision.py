@@ -47,9 +47,11 @@ class GridMerging(nn.Module):
 
     def _squares(self, x: torch.Tensor) -> torch.Tensor:
         """[B, H, W, C] to [B, H', W', side, side, C], with zeros where a square is not whole."""
-        side = self.side
-        x = F.pad(x, (0, 0, 0, -x.shape[2] % side, 0, -x.shape[1] % side))
-        return x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
+        batch, height, width, channels = x.shape
+        rows, columns = ((size + self.side - 1) // self.side for size in (height, width))
+        x = F.pad(x, (0, 0, 0, columns * self.side - width, 0, rows * self.side - height))
+        # not unflatten, after which an exported graph would know the sizes of its example alone
+        return x.reshape(batch, rows, self.side, columns, self.side, channels).transpose(2, 3)
 
 
 class ResonanceVisionBlock(GradientCheckpointingLayer):

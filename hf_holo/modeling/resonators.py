@@ -21,7 +21,7 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from .filters import short_causal_conv
 from .kept import Kept
-from .layers import at_least_float32, init_copy_
+from .layers import at_least_float32, faded, init_copy_
 from .phases import drift_angles, home_of_float64, turn_halves, turning
 from .recording import exporting, levels_to_reach, single_token
 from .validation import check_divides, check_frequencies, check_positive
@@ -175,9 +175,7 @@ def modal_powers(damping: torch.Tensor, omega: torch.Tensor, steps: torch.Tensor
     """
     angle = drift_angles(omega[None], steps.to(omega.device))[:, 0].T  # [K, L]
     cos, sin = (x.to(damping.dtype).to(damping.device) for x in (angle.cos(), angle.sin()))
-    # what has faded far below rounding is zero: denormal numbers would slow down all that they meet
-    exponent, least = -damping[..., None] * steps.to(damping.device), 0.5 * math.log(torch.finfo(damping.dtype).tiny)
-    envelope = exponent.clamp_min(least).exp() * (exponent > least)
+    envelope = faded(-damping[..., None] * steps.to(damping.device))
     return torch.cat([envelope * cos, envelope * sin], 1)
 
 
@@ -305,7 +303,7 @@ def _carry(
         state = state.transpose(0, 1)  # [D, B, 2K]
     if document is not None:
         rows = rows * (document == document[..., -1:])
-    written = _per_bank(rows, powers[..., :-1].flip(-1).mT)  # [D, B, N, 2K]
+    written = _per_bank(rows, powers[..., :-1].flip(-1).transpose(-1, -2))  # [D, B, N, 2K]
     carried = None if document is None else _carried(document)
     if exporting():
         return _carry_by_jumps(
@@ -340,7 +338,7 @@ def _carry_by_jumps(
             seen = seen & (carried[:, :, None] == carried[:, source])  # [B, N, J]
         # 2. what those have gathered, turned and faded on the way, and 3. the sum
         heard = sources[:, :, source] * seen[..., None].to(sources.dtype)  # [D, B, N, J, 2K]
-        turn = _of_channels(powers_of(size * steps).mT, sources)[:, None, None]  # [D, 1, 1, J, 2K]
+        turn = _of_channels(powers_of(size * steps).transpose(-1, -2), sources)[:, None, None]  # [D, 1, 1, J, 2K]
         sources = multiply(heard, turn).sum(-2)
     return sources.masked_fill((at >= JUMPS**LEVELS)[:, None], float("nan"))
 
@@ -361,7 +359,7 @@ def _final_state(
     """The state `[B, D, 2K]` after `lengths` tokens `[B]`, or after all `length` of them if it is None."""
     if lengths is None and document is None and not exporting():  # all rows end together
         size = length - (rows.shape[2] - 1) * rows.shape[-1]
-        state = _per_bank(rows[:, :, -1, :size], powers[..., :size].flip(-1).mT)  # [D, B, 2K]
+        state = _per_bank(rows[:, :, -1, :size], powers[..., :size].flip(-1).transpose(-1, -2))  # [D, B, 2K]
         if before is not None:
             state = state + multiply(before[:, :, -1], _of_channels(powers[..., size], rows)[:, None])
         return state.transpose(0, 1).contiguous()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from .kernels import cancelling_by_kernel, fits, interference_by_kernel
+from .layers import faded
 from .recording import exporting, fixed_table, levels_to_reach, single_token
 
 CHUNK = 32  # tokens handled by one masked product; the fastest of 32, 64 and 128 on two CPU cores
@@ -180,12 +181,9 @@ def _decays(
     if document is not None:
         before = F.pad(document[..., -1], (1, 0))[..., :-1, None]  # the document that the carried state belongs to
         hidden = future | (document[..., :, None] != document[..., None, :])
-    between = total[..., :, None] - source[..., None, :]
-    if exporting():
-        between = between.masked_fill(hidden, float("-inf")).exp()
-    else:
-        between = between.masked_fill_(hidden, float("-inf")).exp_()
-    from_start, to_end, across = total.exp(), (total[..., -1:] - source).exp(), total[..., -1].exp()
+    seen = total.new_zeros(hidden.shape).masked_fill(hidden, float("-inf"))
+    between = faded(total[..., :, None] - source[..., None, :] + seen)
+    from_start, to_end, across = faded(total), faded(total[..., -1:] - source), faded(total[..., -1])
     if document is not None:
         from_start = from_start * (document == before)
         to_end = to_end * (document == document[..., -1:])

@@ -9,6 +9,7 @@ from small_models import new_model
 
 from hf_holo import HoloError, evaluate
 from hf_holo.data.tokenizers import byte_tokenizer
+from hf_holo.eval.conformance.subject import perturb
 from hf_holo.eval.suites import Options, zero_shot
 from hf_holo.eval.suites.models import Evaluated
 
@@ -87,6 +88,6 @@ def test_lm_evals_own_way_gives_the_same(model, questions, tmp_path):
 def test_a_model_that_leaks_is_refused_there_too(wrong_models):
     from hf_holo.eval.harness import HoloLM
 
-    leaking = wrong_models.new_toy("Recurrence", "CircularGate", vocab_size=len(byte_tokenizer()))
+    leaking = perturb(wrong_models.new_toy("Recurrence", "CircularGate", vocab_size=len(byte_tokenizer())))
     with pytest.raises(HoloError, match=r"looks .* tokens ahead"):
         HoloLM(leaking, tokenizer=byte_tokenizer())

@@ -2,14 +2,17 @@
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.optim._muon import _zeropower_via_newtonschulz
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_holo import hsn_tiny
-from hf_holo.training.optim import MuonAdamW, WhitenedAdamW, split_parameters
+from hf_holo.training import optim
+from hf_holo.training.optim import MuonAdamW, WhitenedAdamW, orthogonalized, split_parameters
 
 
 def tiny_hsn(**overrides) -> nn.Module:
@@ -97,7 +100,9 @@ def test_only_matrices_decay():
     assert all(group["weight_decay"] == 0.1 for group in optimizer.param_groups if group["rule"] == "muon")
 
 
-def test_updates_equal_torchs_own_optimizers_exactly():
+def test_updates_equal_torchs_own_optimizers_exactly(monkeypatch):
+    """But for the precision of Muon on a CPU, which is torch's here."""
+    monkeypatch.setattr(optim, "orthogonalized", partial(orthogonalized, dtype=torch.bfloat16))
     ours, theirs = tiny_hsn(), tiny_hsn()
     optimizer = MuonAdamW.for_model(ours, lr=3e-3, muon_lr_ratio=4.0, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-7)
     groups = split_parameters(theirs)
@@ -116,6 +121,24 @@ def test_updates_equal_torchs_own_optimizers_exactly():
             each.step()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (12, 5), (5, 12)])
+def test_orthogonalising_in_float32_is_more_exact_than_torchs(shape):
+    """Both are compared with the same iteration on the singular values alone, in float64."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    a, b, c = coefficients = (3.4445, -4.775, 2.0315)
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    values = values / values.norm()
+    for _ in range(5):
+        values = a * values + b * values**3 + c * values**5
+    wanted = left @ torch.diag(values) @ right
+    ours = orthogonalized(matrix, coefficients, 5, 1e-7)
+    theirs = _zeropower_via_newtonschulz(matrix, coefficients, 5, 1e-7)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), wanted, atol=1e-4, rtol=1e-4)
+    assert (ours - wanted).abs().max() < 0.1 * (theirs - wanted).abs().max()
+    assert torch.equal(orthogonalized(matrix, coefficients, 5, 1e-7, torch.bfloat16), theirs)
 
 
 def test_a_schedule_scales_both_learning_rates():

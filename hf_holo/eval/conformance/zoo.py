@@ -131,11 +131,12 @@ class Animal:
 
 
 def classes() -> dict[str, str]:
-    """The model types of transformers with a causal language model, and the names of its classes."""
+    """The model types of transformers with a causal language model, and the name of its class; each class once."""
     own, public = architectures(), set(dir(transformers))  # which imports nothing
     named = ((kind, names) for kind, names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if kind not in own)
     single = {kind: names if isinstance(names, str) else names[0] for kind, names in named}
-    return {kind: name for kind, name in single.items() if name in public}
+    first = {single[kind]: kind for kind in sorted(single, key=len, reverse=True)}  # of several types the shortest
+    return {kind: name for kind, name in single.items() if name in public and first[name] == kind}
 
 
 def chosen(names: Sequence[str]) -> dict[str, str]:
@@ -208,11 +209,11 @@ def tiny_config(kind: str) -> PretrainedConfig:
 
 
 def _tiny(config_class: type[PretrainedConfig], usual: PretrainedConfig) -> PretrainedConfig:
-    arguments = {name: value for name, value in TINY.items() if getattr(usual, name, None) is not None}
+    arguments: dict[str, Any] = {name: value for name, value in TINY.items() if getattr(usual, name, None) is not None}
     part = getattr(usual, "text_config", None)
     if isinstance(part, PretrainedConfig):
         arguments["text_config"] = _tiny(type(part), part).to_dict()
-    return config_class(**arguments, **ALWAYS)
+    return config_class(**(arguments | ALWAYS))
 
 
 def tiny_model(kind: str) -> PreTrainedModel:

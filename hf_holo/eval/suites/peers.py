@@ -49,16 +49,17 @@ def _gpt2(vocab: int, width: int, depth: int, inner: int, positions: int) -> Pre
 
 def _mamba(vocab: int, width: int, depth: int, inner: int, positions: int) -> PretrainedConfig:
     """Twice the layers, as Mamba has none for channels alone; `inner` is the width of their state."""
-    return MambaConfig(
+    config = MambaConfig(
         vocab_size=vocab,
         hidden_size=width,
         num_hidden_layers=2 * depth,
-        expand=(inner + 0.5) / width,  # of which Mamba takes the whole number of channels
         tie_word_embeddings=True,
         pad_token_id=0,
         bos_token_id=None,
         eos_token_id=None,
     )
+    config.intermediate_size = inner  # which the config takes as a multiple of the width only
+    return config
 
 
 PEERS: Mapping[str, tuple[Callable[..., PretrainedConfig], type[PreTrainedModel]]] = {
@@ -84,16 +85,22 @@ def peer(kind: str, model: PreTrainedModel, positions: int) -> PreTrainedModel:
     config, wanted = model.config.get_text_config(), sum(p.numel() for p in model.parameters())
     width, depth = max(HEAD, round(config.hidden_size / HEAD) * HEAD), config.num_hidden_layers
 
-    def built(inner: int) -> PreTrainedModel:
-        return model_class(make(config.vocab_size, width, depth, inner, positions))
-
-    def size(inner: int) -> int:
+    def size(depth: int, inner: int) -> int:
         with torch.device("meta"):
-            return sum(p.numel() for p in built(inner).parameters())
+            return sum(
+                p.numel() for p in model_class(make(config.vocab_size, width, depth, inner, positions)).parameters()
+            )
 
-    low, high = 1, 64 * width
-    while low < high:  # the smallest with at least as many parameters
-        middle = (low + high) // 2
-        low, high = (low, middle) if size(middle) >= wanted else (middle + 1, high)
-    inner = min((max(1, low - 1), low), key=lambda i: abs(size(i) - wanted))
-    return built(inner).eval()
+    def nearest(depth: int) -> tuple[int, int]:
+        """That depth, and the inner width that brings it closest."""
+        low, high = 1, 64 * width
+        while low < high:  # the smallest with at least as many parameters
+            middle = (low + high) // 2
+            low, high = (low, middle) if size(depth, middle) >= wanted else (middle + 1, high)
+        return depth, min((max(1, low - 1), low), key=lambda inner: abs(size(depth, inner) - wanted))
+
+    found = [nearest(depth)]
+    while abs(size(*found[-1]) / wanted - 1) > CLOSE and found[-1][0] > 1:  # its layers are too large, so fewer of them
+        found.append(nearest(found[-1][0] - 1))
+    depth, inner = min(found, key=lambda sizes: abs(size(*sizes) - wanted))
+    return model_class(make(config.vocab_size, width, depth, inner, positions)).eval()
