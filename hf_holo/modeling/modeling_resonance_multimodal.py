@@ -85,8 +85,8 @@ class Fidelity(NamedTuple):
 
 
 def along(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """`[B]` as `[B, 1, ...]`, with as many dimensions as `x`."""
-    return rows.view(-1, *(1,) * (x.dim() - 1))
+    """`[B]` as `[B, 1, ...]`, with as many dimensions as `x`; without a `view`, which would fix B in an exported graph."""
+    return rows[(slice(None), *(None,) * (x.dim() - 1))]
 
 
 def mean_of_tokens(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
