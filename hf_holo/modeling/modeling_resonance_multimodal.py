@@ -85,7 +85,7 @@ class Fidelity(NamedTuple):
 
 
 def along(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """`[B]` as `[B, 1, ...]`, with as many dimensions as `x`; without a `view`, which would fix B in an exported graph."""
+    """`[B]` as `[B, 1, ...]`, with as many dimensions as `x`."""
     return rows[(slice(None), *(None,) * (x.dim() - 1))]
 
 
