@@ -96,7 +96,7 @@ def grid_filter_dense(x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
     taps = _resize_lags(_resize_lags(kernel, height, 1), width, 2).flip(1, 2)  # [D, 2H - 1, 2W - 1]
     windows = taps.unfold(1, height, 1).unfold(2, width, 1).flip(1, 2)  # [D, H, W, H, W]: out and in
     matrix = windows.reshape(-1, height * width, height * width)
-    y = x.flatten(1, 2).permute(2, 0, 1) @ matrix.transpose(-1, -2)  # [D, B, HW]
+    y = x.flatten(1, 2).permute(2, 0, 1) @ matrix.mT  # [D, B, HW]
     return y.permute(1, 2, 0).unflatten(1, (height, width))
 
 

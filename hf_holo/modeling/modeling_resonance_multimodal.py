@@ -86,7 +86,7 @@ class Fidelity(NamedTuple):
 
 def along(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """`[B]` as `[B, 1, ...]`, with as many dimensions as `x`."""
-    return rows.view(-1, *(1,) * (x.dim() - 1))
+    return rows[(slice(None), *(None,) * (x.dim() - 1))]
 
 
 def mean_of_tokens(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
