@@ -130,11 +130,15 @@ class HoloTrainer(Trainer):
             self._restore_counters(state)
             if self._has_ended(state):
                 return self._load_ended(resume_from_checkpoint, state)
+        self._processor = self.processing_class
+        if getattr(self._processor, "tokenizer", self._processor) is None:  # a processor of pictures and sounds, whose
+            self.processing_class = None  # tokens transformers would look for; it comes back with the first step
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """With the batch size that this run asks for, where transformers 4.57 keeps that of the checkpoint: the
         number of processes that share the batch may be another one now."""
+        self.processing_class = self._processor
         if not self.args.auto_find_batch_size:
             batch_size = self.args.train_batch_size
         return super()._inner_training_loop(batch_size, *args, **kwargs)
