@@ -1,6 +1,6 @@
 """What the configs of all families share."""
 
-from typing import Any
+from typing import Any, cast
 
 from transformers import PretrainedConfig
 from transformers.utils import logging
@@ -22,7 +22,7 @@ class FamilyConfig(PretrainedConfig):
     The names of HoloSpectralNet are understood too: `dim`, `depth`, `max_seq_len` and `tie_weights`.
 
     Args:
-        vocab_size: number of tokens; None: the model reads no text.
+        vocab_size: number of tokens; None where the class says that it does not read (`reads_text`).
         hidden_size: width D of the residual stream.
         num_hidden_layers: number of blocks.
         causal: whether a token sees only the past. None: what the head needs (masked LM: False, all others: True).
@@ -49,6 +49,7 @@ class FamilyConfig(PretrainedConfig):
         "max_seq_len": "max_position_embeddings",
         "tie_weights": "tie_word_embeddings",
     }
+    reads_text = True  # without a vocabulary only where this is False
     norm_type = "layer"  # what a family normalises with, unless its config says otherwise
 
     def __init__(
@@ -75,8 +76,8 @@ class FamilyConfig(PretrainedConfig):
                 f"format_version: {format_version} was written by a newer hf_holo; this release reads up to {FORMAT}: "
                 "upgrade with `pip install -U hf-holo`"
             )
-        if vocab_size is not None:
-            check_positive(vocab_size=vocab_size)
+        if self.reads_text or vocab_size is not None:
+            check_positive(vocab_size=cast(int, vocab_size))
         check_positive(WIDEST, hidden_size=hidden_size, num_labels=kwargs.get("num_labels") or 2)
         check_positive(DEEPEST, num_hidden_layers=num_hidden_layers)
         check_choice("causal", causal, (None, True, False))

@@ -38,6 +38,7 @@ class ResonanceAudioConfig(ResonatorConfig):
     """
 
     model_type = "resonance_audio"
+    reads_text = False
     attribute_map = {"dim": "hidden_size", "depth": "num_hidden_layers"}
 
     def __init__(

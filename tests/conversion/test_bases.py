@@ -118,7 +118,7 @@ def converted() -> HoloForCausalLM:
     [
         (twin, batches(), None, "basis='data'"),
         (converted, batches(), None, "surgery has fitted it"),
-        (model, batches(), shallow, "source has no linear layer 'model.layers.1"),
+        (model, batches(), shallow, "source: it has no linear layer 'model.layers.1"),
         (model, batches(), silent, "'model.layers.1.attention.o_proj' are all zero"),
         (model, [], None, "batches: 0 tokens"),
     ],

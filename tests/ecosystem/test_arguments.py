@@ -50,9 +50,9 @@ def test_what_transformers_passes_to_every_model_changes_nothing(tiny, family, h
 
 def test_generation_ends_at_a_string(tiny, family, ids):
     """generate() needs the tokenizer for that, and hands it on to every forward."""
-    tokenizer = character_tokenizer(["abc"])
+    tokenizer = character_tokenizer(["abcdef"])  # the letters by which transformers tries a tokenizer
     model = tiny(family, vocab_size=len(tokenizer))
-    options = {"do_sample": True, "pad_token_id": 0, "max_new_tokens": 200}
+    options = {"do_sample": True, "pad_token_id": 0, "max_new_tokens": 1000}
     torch.manual_seed(0)
     said = model.generate(ids[:1] % 3, tokenizer=tokenizer, stop_strings=["ab"], **options)[0, 9:]
     assert tokenizer.decode(said).endswith("ab") and tokenizer.decode(said).count("ab") == 1
