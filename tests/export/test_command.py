@@ -190,7 +190,7 @@ def test_a_folder_that_is_none_is_named(hsn_folder, tmp_path, capsys):
     assert "missing' is not a folder" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert main(["export", str(hsn_folder), str(tmp_path / "file")]) == 2
-    assert f"out={str(tmp_path / 'file')!r} cannot be a folder" in capsys.readouterr().err
+    assert f"out: {str(tmp_path / 'file')!r} cannot be a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [None, "{"])

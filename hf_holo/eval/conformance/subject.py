@@ -499,13 +499,14 @@ def _without_autocast(model: PreTrainedModel) -> None:
 
 def main_output(output: Any) -> torch.Tensor:
     """The logits of a model's output, the embeddings side by side of one that compares them, or else its first tensor
-    that is more than a number, such as a loss."""
+    that is more than a number; the loss where nothing else is given, as by compressed vocabularies in training."""
     if "logits" in output:
         return output.logits
     embeddings = [x for name, x in output.items() if name.endswith("_embeds")] if isinstance(output, dict) else []
     if embeddings:
         return torch.cat(embeddings, -1)
-    return next(x for x in tree_leaves(tuple(output[i] for i in range(len(output)))) if is_output(x))
+    given = tuple(output[i] for i in range(len(output)))
+    return next((x for x in tree_leaves(given) if is_output(x)), given[0])
 
 
 def is_output(x: Any) -> bool:
