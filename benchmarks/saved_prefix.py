@@ -86,8 +86,8 @@ def sentence(result: dict) -> str:
     return (
         f"{figures['tokens']:,} tokens are read in {figures['read_seconds']:.0f} s and saved in "
         f"{figures['file_bytes'] / 2**20:.1f} MiB; from that file to the first new token after a question it takes "
-        f"{figures['first_ms']:.0f} ms the first time in a process and {figures['later_ms']:.0f} ms after that, a median "
-        f"(`{figures['model']}` with random weights)"
+        f"{figures['first_ms']:.0f} ms the first time in a process and {figures['later_ms']:.0f} ms after that "
+        f"(a median; `{figures['model']}` with random weights)"
     )
 
 
