@@ -131,7 +131,7 @@ class Prefix:
         """What [`save`] has written, on the device of `model`.
 
         Raises:
-            OSError: there is no such file, or it is damaged.
+            OSError: the file does not exist, or is damaged.
             ValueError: it is something else, holds no tokens, or was saved by a model of another config or with other
                 weights.
         """

@@ -252,7 +252,7 @@ class RecurrentCache(Cache):
         """What [`save`] has written, on the device of `model`.
 
         Raises:
-            OSError: there is no such file, or it is damaged.
+            OSError: the file does not exist, or is damaged.
             ValueError: it is something else, or was saved by a model with another config or other weights.
         """
         return cls.restored(read_states(path, model))

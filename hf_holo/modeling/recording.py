@@ -49,6 +49,6 @@ def levels_to_reach(size: int, base: int, most: int) -> int:
 
 def full_precision(device: torch.device) -> AbstractContextManager:
     """No autocast within: states and phases keep their precision."""
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()  # which costs a step of decoding nothing

@@ -83,7 +83,7 @@ def read_states(path: str | os.PathLike, model: PreTrainedModel) -> SavedStates:
     """What [`write_states`] has written, on the device of `model`.
 
     Raises:
-        OSError: there is no such file, or it is damaged.
+        OSError: the file does not exist, or is damaged.
         ValueError: it is something else, or was written for another model or by a newer release.
     """
     path = Path(path)
