@@ -52,7 +52,7 @@ def check_server() -> None:
 
 
 def make_known() -> None:
-    """Put the model classes of all registered families in the module transformers, under their own names."""
+    """Give the module transformers the model classes of all registered families, under their own names."""
     transformers = sys.modules["transformers"]  # which puts another module in its own place while it is imported
     for architecture in architectures().values():
         for model in architecture.models.values():
