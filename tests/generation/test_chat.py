@@ -176,6 +176,14 @@ def test_ctrl_c_ends_the_answer_and_keeps_the_turn(capsys):
 
 
 def test_a_second_ctrl_c_interrupts():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it
+    try:
+        _interrupt_twice()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt_twice() -> None:
     with pytest.raises(KeyboardInterrupt), stopping_at_ctrl_c() as stopping:
         assert isinstance(stopping, StoppingCriteriaList)
         os.kill(os.getpid(), signal.SIGINT)
