@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
         message = getattr(error, "format_message", None)  # of whichever click typer brings
         if message is None:
             raise
-        raise HoloError(f"serve: {message()}") from None
+        raise HoloError(f"serve: {message().strip().splitlines()[0]}") from None
 
 
 def check_server() -> None:

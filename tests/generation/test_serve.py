@@ -164,7 +164,7 @@ def test_families_are_made_known(monkeypatch):
     ("argv", "message"),
     [
         (["no/such/model"], "serve: "),
-        (["--prot", "1"], "serve: No such option: --prot"),
+        (["--prot", "1"], "serve: No such option"),
     ],
 )
 @pytest.mark.skipif(IS_4, reason="refused altogether")
@@ -172,7 +172,7 @@ def test_errors_are_one_line(capsys, argv, message):
     pytest.importorskip("uvicorn", reason="needs hf-holo[serve]")
     assert cli.main(["serve", *argv]) == 2
     err = capsys.readouterr().err
-    assert f"hf-holo: error: {message}" in err
+    assert f"hf-holo: error: {message}" in err and err.count("\n") == 1
 
 
 @pytest.mark.skipif(not IS_4, reason="there is a server")
