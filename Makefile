@@ -52,8 +52,8 @@ format: setup
 	$(VENV)/bin/ruff format .
 
 # What `hf-holo VERB --help` says; a test compares it with the parsers.
-help-texts: setup
-	$(VENV)/bin/python tests/help_texts.py
+help-texts: setup setup-5x
+	for env in $(VENV5) $(VENV); do $$env/bin/python tests/help_texts.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) $(VENV5)

@@ -74,9 +74,10 @@ def _run(verb: str, argv: list[str]) -> int:
 def written_help(verb: str) -> str | None:
     """What the parser of a verb would say, from a file: to import it takes seconds. (`make help-texts` writes them.)"""
     package = find_spec("hf_holo")
-    folder = next(iter(package.submodule_search_locations or ()), None) if package else None
-    file = Path(folder or "", "help", f"{verb}.txt")
-    return file.read_text(encoding="utf-8") if folder and file.is_file() else None
+    folders = (package.submodule_search_locations or ()) if package else ()
+    names = (f"{verb}.txt", f"{verb}-{version('transformers')}.txt")  # the second: with the arguments of that release
+    files = [file for folder in folders for name in names if (file := Path(folder, "help", name)).is_file()]
+    return files[0].read_text(encoding="utf-8") if files else None
 
 
 def usage() -> str:

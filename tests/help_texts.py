@@ -7,11 +7,14 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from unittest.mock import patch
 
+import transformers
+
 import hf_holo
 import hf_holo_cli
 
 COLUMNS = 100
 OTHERS = {"serve"}  # whose parser is that of transformers 5
+BY_RELEASE = {"train", "distill"}  # which take the arguments of transformers, other ones in each release
 FOLDER = Path(hf_holo.__file__).with_name("help")
 
 
@@ -26,4 +29,5 @@ def help_of(verb: str) -> str:
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
     for verb in hf_holo_cli.VERBS.keys() - OTHERS:
-        (FOLDER / f"{verb}.txt").write_text(help_of(verb), encoding="utf-8")
+        release = f"-{transformers.__version__}" if verb in BY_RELEASE else ""
+        (FOLDER / f"{verb}{release}.txt").write_text(help_of(verb), encoding="utf-8")

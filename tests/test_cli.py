@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from help_texts import OTHERS, help_of
+from help_texts import BY_RELEASE, OTHERS, help_of
 
 import hf_holo
 import hf_holo_cli
@@ -34,10 +34,13 @@ def test_help_and_version(capsys):
 
 @pytest.mark.parametrize("verb", sorted(hf_holo_cli.VERBS.keys() - OTHERS))
 def test_the_written_help_is_that_of_the_parser(verb):
-    assert hf_holo_cli.written_help(verb) == help_of(verb), "run `make help-texts`"
+    written = hf_holo_cli.written_help(verb)
+    if written is None and verb in BY_RELEASE:
+        pytest.skip("no text was written with this release of transformers: the parser is asked")
+    assert written == help_of(verb), "run `make help-texts`"
 
 
-@pytest.mark.parametrize("argument", ["--help", "--version", "train --help"])
+@pytest.mark.parametrize("argument", ["--help", "--version", "convert --help"])
 def test_help_and_version_take_no_time(argument):
     """The script reads the verb before torch is imported: CPU time, and the best of three, as others work here too."""
     code = f"import sys, hf_holo_cli; hf_holo_cli.main({argument.split()!r}); sys.exit('hf_holo' in sys.modules)"
