@@ -98,7 +98,7 @@ def name_of_source(train_file: str | Sequence[str] | None, dataset_name: str | N
     """The argument that names the data and its value, to begin a message with."""
     if dataset_name:
         return f"dataset_name: {dataset_name!r}"
-    return f"train_file: {', '.join(map(repr, _listed(train_file)))}"
+    return f"train_file: {', '.join(map(repr, listed(train_file)))}"
 
 
 def find_files(train_file: str | Sequence[str] | None) -> list[Path]:
@@ -109,10 +109,11 @@ def find_files(train_file: str | Sequence[str] | None) -> list[Path]:
     """
     if not train_file:
         raise HoloError("train_file: name a text file, a folder, a parquet or JSON file, or give --dataset_name")
-    return [file for name in _listed(train_file) for file in _files_at(name)]
+    return [file for name in listed(train_file) for file in _files_at(name)]
 
 
-def _listed(train_file: str | Sequence[str] | None) -> list[str]:
+def listed(train_file: str | Sequence[str] | None) -> list[str]:
+    """One or more names as a list."""
     return [train_file] if isinstance(train_file, str) else list(train_file or [])
 
 

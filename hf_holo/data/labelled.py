@@ -4,11 +4,12 @@ What is the same for pictures (`images.py`) and sounds (`audio.py`) is here. Fil
 leaves them as the bytes that they are; each kind decodes its own.
 """
 
+import copy
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -16,50 +17,40 @@ from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
 from ..errors import HoloError, first_line, unknown
-from .documents import TABLE_FORMATS
+from .documents import TABLE_FORMATS, listed
 
 if TYPE_CHECKING:
     from datasets import Dataset  # takes seconds
 
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "test")  # the first that a data set has is scored
 LABEL_COLUMNS = ("label", "labels", "class", "target")
-Own = TypeVar("Own", bound="Labelled")
+Own = TypeVar("Own", bound="Examples")
+AnyDataset = TypeVar("AnyDataset", bound=TorchDataset)
+AnyLabelled = TypeVar("AnyLabelled", bound="Labelled")
+AnyExamples = TypeVar("AnyExamples", bound="Examples")
 Augmentation = Callable[[Any, np.random.Generator], Any]  # an example, changed at random
 
 
-class Labelled(TorchDataset):
-    """Labelled files of one sense. An example is a mapping with `row`, `labels` and what the sense calls its own.
+class Examples(TorchDataset):
+    """Rows of a table with a class each, which can be split, chosen from and checked.
 
     Args:
-        table: rows of `datasets` whose column `column` holds undecoded files, `{"bytes": ..., "path": ...}`.
-        column: its name.
         labels: class of every row of the table `[N]`.
         class_names: names of the classes.
         source: how errors call the data, such as "train_file: 'pictures'".
         rows: which rows of the table these are, in this order; default: all.
 
     Attributes:
-        feature: how `datasets` calls the type of the column.
-        key: the name of what is decoded, in an example.
         augment: whether a collator that augments does so to these examples.
     """
 
-    feature: ClassVar[str]
-    key: ClassVar[str]
-    folder_suffixes: ClassVar[frozenset[str]] = frozenset()  # of files that `datasets` does not read from folders
     augment = True  # whether a collator may change its examples
 
     def __init__(
-        self,
-        table: "Dataset",
-        column: str,
-        labels: np.ndarray,
-        class_names: Sequence[str],
-        source: str,
-        rows: np.ndarray | None = None,
+        self, labels: np.ndarray, class_names: Sequence[str], source: str, rows: np.ndarray | None = None
     ) -> None:
-        self.table, self.column, self.source, self.class_names = table, column, source, list(class_names)
-        self.rows = np.arange(len(table)) if rows is None else rows
+        self.class_names, self.source = list(class_names), source
+        self.rows = np.arange(len(labels)) if rows is None else rows
         self._labels = labels
 
     @property
@@ -70,15 +61,61 @@ class Labelled(TorchDataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def select(self: Own, indices: Sequence[int] | np.ndarray) -> Own:
+        """Those of the examples, in this order."""
+        return changed(self, rows=self.rows[np.asarray(indices, dtype=int)])
+
+    def check(self: Own) -> Own:
+        """Read every file once, so that a damaged one is found before any work is done.
+
+        Returns:
+            These examples.
+
+        Raises:
+            HoloError: a file is missing, damaged or empty; the message names the row.
+        """
+        raise NotImplementedError
+
+
+def changed(examples: AnyDataset, **attributes: Any) -> AnyDataset:
+    """The same examples but for these attributes."""
+    some = copy.copy(examples)
+    vars(some).update(attributes)
+    return some
+
+
+class Labelled(Examples):
+    """Labelled files of one sense. An example is a mapping with `row`, `labels` and what the sense calls its own.
+
+    Args:
+        table: rows of `datasets` whose column `column` holds undecoded files, `{"bytes": ..., "path": ...}`.
+        column: its name.
+        others: as for [`Examples`].
+
+    Attributes:
+        feature: how `datasets` calls the type of the column.
+        key: the name of what is decoded, in an example.
+    """
+
+    feature: ClassVar[str]
+    key: ClassVar[str]
+    folder_suffixes: ClassVar[frozenset[str]] = frozenset()  # of files that `datasets` does not read from folders
+
+    def __init__(
+        self,
+        table: "Dataset",
+        column: str,
+        labels: np.ndarray,
+        class_names: Sequence[str],
+        source: str,
+        rows: np.ndarray | None = None,
+    ) -> None:
+        super().__init__(labels, class_names, source, rows)
+        self.table, self.column = table, column
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = int(self.rows[index])
         return {"row": row, "augment": self.augment, self.key: self.read(row), "labels": int(self._labels[row])}
-
-    def select(self: Own, indices: Sequence[int] | np.ndarray) -> Own:
-        """Those of the examples, in this order."""
-        chosen = type(self).__new__(type(self))
-        vars(chosen).update(vars(self), rows=self.rows[np.asarray(indices, dtype=int)])
-        return chosen
 
     def values(self, column: str) -> list[Any]:
         """Another column of these rows, such as the speaker.
@@ -116,15 +153,8 @@ class Labelled(TorchDataset):
         """The content of one file."""
         raise NotImplementedError
 
-    def check(self: Own) -> Own:
-        """Read every file once, so that a damaged one is found before any work is done.
-
-        Returns:
-            These examples.
-
-        Raises:
-            HoloError: as [`read`].
-        """
+    def check(self: AnyLabelled) -> AnyLabelled:
+        """As [`Examples.check`]."""
         for row in tqdm(self.rows, desc=f"reading {self.key}s", unit="file", leave=False, delay=2):
             self.read(int(row))
         return self
@@ -133,24 +163,6 @@ class Labelled(TorchDataset):
 def _content(entry: Mapping[str, Any]) -> bytes:
     """The bytes of a file, which a table holds or names."""
     return entry["bytes"] if entry.get("bytes") else Path(entry.get("path") or "").read_bytes()
-
-
-AnyLabelled = TypeVar("AnyLabelled", bound="Labelled")
-
-
-class Examples(Protocol):
-    """What can be split, read and counted."""
-
-    class_names: list[str]
-
-    def __len__(self) -> int: ...
-
-    def select(self, indices: Sequence[int] | np.ndarray) -> Any: ...
-
-    def check(self) -> Any: ...
-
-
-AnyExamples = TypeVar("AnyExamples", bound=Examples)
 
 
 @dataclass(frozen=True)
@@ -264,7 +276,7 @@ def name_of_data(train_file: str | Sequence[str] | None, dataset_name: str | Non
     """The argument that names the data and its value, to begin a message with."""
     if dataset_name:
         return f"dataset_name: {dataset_name!r}"
-    files = [train_file] if isinstance(train_file, str) else list(train_file or [])
+    files = listed(train_file)
     if not files:
         raise HoloError("train_file: name a folder, or a parquet, JSON or CSV file, or give --dataset_name")
     return f"train_file: {', '.join(map(repr, map(str, files)))}"
@@ -283,7 +295,7 @@ def read_tables(
     try:
         if dataset_name:
             return load_dataset(dataset_name, config)
-        files = [train_file] if isinstance(train_file, str) else list(train_file or [])
+        files = listed(train_file)
         for file in files:
             if not Path(file).exists():
                 raise HoloError(f"{source}: there is no file or folder {str(file)!r}")

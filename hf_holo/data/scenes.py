@@ -4,14 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch.utils.data import Dataset as TorchDataset
 
 from ..errors import HoloError, unknown
 from .audio import Sounds
 from .images import Images
 from .labelled import (
+    Examples,
     Labelled,
     LabelledSplits,
+    changed,
     column_of,
     labels_of,
     name_of_data,
@@ -26,18 +27,13 @@ if TYPE_CHECKING:
     from datasets import Dataset  # takes seconds
 
 
-class Scenes(TorchDataset):
+class Scenes(Examples):
     """Examples with `row`, `labels`, `image`, `audio` and `text`, each of them None where it is missing.
 
     Args:
         senses: "vision", "audio" and "text" to what has them: pictures, sounds, or the text of every row.
-        labels: class of every row of the table `[N]`.
-        class_names: names of the classes.
-        source: how errors call the data.
-        rows: which rows of the table these are; default: all.
+        others: as for [`Examples`].
     """
-
-    augment = True  # whether a collator may change its examples
 
     def __init__(
         self,
@@ -47,17 +43,8 @@ class Scenes(TorchDataset):
         source: str,
         rows: np.ndarray | None = None,
     ) -> None:
-        self.senses, self.class_names, self.source = dict(senses), list(class_names), source
-        self.rows = np.arange(len(labels)) if rows is None else rows
-        self._labels = labels
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Classes `[N]`."""
-        return self._labels[self.rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        super().__init__(labels, class_names, source, rows)
+        self.senses = dict(senses)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = int(self.rows[index])
@@ -72,18 +59,9 @@ class Scenes(TorchDataset):
             return source.read(row) if source.has(row) else None
         return source[row] or None
 
-    def select(self, indices: Sequence[int] | np.ndarray) -> "Scenes":
-        """Those of the examples, in this order."""
-        return self._changed(rows=self.rows[np.asarray(indices, dtype=int)])
-
     def with_senses(self, *senses: str) -> "Scenes":
         """The same examples, of which only these senses are given."""
-        return self._changed(senses={sense: self.senses[sense] for sense in senses if sense in self.senses})
-
-    def _changed(self, **changes: Any) -> "Scenes":
-        some = type(self).__new__(type(self))
-        vars(some).update(vars(self), **changes)
-        return some
+        return changed(self, senses={sense: self.senses[sense] for sense in senses if sense in self.senses})
 
     def check(self) -> "Scenes":
         """Read every file once.

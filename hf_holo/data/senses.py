@@ -19,7 +19,7 @@ from ..errors import HoloError
 from . import audio, images
 from .audio import Sounds, load_audio, with_noise
 from .images import Images, load_images
-from .labelled import LabelledCollator, named_augmentations
+from .labelled import LabelledCollator, changed, named_augmentations
 
 SENSES = ("text", "vision", "audio")  # in the order of `config.modalities`
 KEYS = {"text": "text", "vision": "image", "audio": "audio"}  # what an example calls them
@@ -138,9 +138,7 @@ class Digits(Dataset):
 
     def with_senses(self, *senses: str) -> "Digits":
         """The same examples, of which only these senses are given."""
-        some = type(self).__new__(type(self))
-        vars(some).update(vars(self), senses=senses)
-        return some
+        return changed(self, senses=senses)
 
 
 def _digits_of(examples: Images | Sounds) -> np.ndarray:
