@@ -86,6 +86,13 @@ def _say(chosen: str) -> None:
     logger.info(f"scan: {chosen}")
 
 
+def _kernels() -> Kernels:
+    """The kernels, where [`fits`] has said that there are some."""
+    kernels = load_kernels()
+    assert isinstance(kernels, Kernels)
+    return kernels
+
+
 def interference_by_kernel(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -96,9 +103,7 @@ def interference_by_kernel(
     document: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`interference_scan` by fla-core: the weight of a write goes into its value."""
-    kernels = load_kernels()
-    assert isinstance(kernels, Kernels)
-    return _scan(kernels.simple_gla, q, k, v * log_write.exp()[..., None].to(v.dtype), log_decay, state, document)
+    return _scan(_kernels().simple_gla, q, k, v * log_write.exp()[..., None].to(v.dtype), log_decay, state, document)
 
 
 def cancelling_by_kernel(
@@ -111,9 +116,7 @@ def cancelling_by_kernel(
     document: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`cancelling_scan` by fla-core."""
-    kernels = load_kernels()
-    assert isinstance(kernels, Kernels)
-    return _scan(kernels.gated_delta_rule, q, k, v, log_decay, state, document, strength)
+    return _scan(_kernels().gated_delta_rule, q, k, v, log_decay, state, document, strength)
 
 
 def _scan(

@@ -46,6 +46,14 @@ def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
+def loss_of(closure: Callable[[], float] | None) -> float | None:
+    """What a closure says that evaluates the model again, if there is one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class FloatMuon(Muon):
     """`torch.optim.Muon`, which orthogonalises in bfloat16 wherever it runs; here it is float32 on a CPU.
 
@@ -56,10 +64,7 @@ class FloatMuon(Muon):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update all parameters once; `closure` re-evaluates the model and returns the loss, as in torch."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -183,10 +188,7 @@ class MuonAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update all parameters once; `closure` re-evaluates the model and returns the loss, as in torch."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for rule, optimizer in self._rules.items():
             # Lent again at each step, because load_state_dict replaces both objects.
             optimizer.param_groups = [group for group in self.param_groups if group["rule"] == rule]
@@ -256,10 +258,7 @@ class WhitenedAdamW(AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update all parameters once; `closure` re-evaluates the model and returns the loss, as in torch."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         whitened = [group for group in self.param_groups if "whitener" in group]
         moved = [(group, p, p.clone()) for group in whitened for p in group["params"] if p.grad is not None]
         for group, parameter, _ in moved:
