@@ -20,7 +20,7 @@ from .arguments import check_arguments
 from .backbone import Backbone, wants_dict
 from .cache import CACHE_NAME, CACHE_NAMES, RecurrentCache, given_cache
 from .embeddings import CompressedEmbedding, num_embeddings
-from .layers import at_least_float32
+from .layers import at_least_float32, mean_of_real
 from .losses import CLASSES, IGNORED, check_labels, classification_loss, dense_token_losses, language_loss
 from .pretrained import FamilyPreTrainedModel
 from .self_test import check_decoding
@@ -319,7 +319,7 @@ class SequenceClassificationHead(_ClassificationHead):
         # bfloat16 counts no further than 256
         valid = attention_mask[:, -hidden.shape[1] :].to(at_least_float32(hidden.dtype))
         if not self.config.is_causal:
-            return ((hidden * valid[..., None]).sum(1) / valid.sum(1, keepdim=True).clamp_min(1)).to(hidden.dtype)
+            return mean_of_real(hidden, valid)
         last = (valid * torch.arange(1, hidden.shape[1] + 1, device=hidden.device)).argmax(1)
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
 

@@ -91,6 +91,15 @@ def faded(exponent: torch.Tensor) -> torch.Tensor:
     return exponent.clamp_min(least).exp() * (exponent > least)
 
 
+def mean_of_real(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """`[B, T, D]` to the mean `[B, D]` over the places where the mask `[B, T]` is 1, zeros where there is none; without
+    a mask over all."""
+    if mask is None:
+        return x.mean(1)
+    real = mask.to(at_least_float32(x.dtype))  # bfloat16 counts no further than 256
+    return ((x * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp_min(1)).to(x.dtype)
+
+
 def same_numbers(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
 

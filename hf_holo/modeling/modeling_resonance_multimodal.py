@@ -18,7 +18,7 @@ from .arguments import check_arguments
 from .backbone import wants_dict
 from .configuration_resonance_multimodal import ResonanceMultimodalConfig
 from .fusion import Fusion, drop_modalities
-from .layers import at_least_float32
+from .layers import mean_of_real
 from .losses import classification_loss, contrastive_loss
 from .modeling_resonance import ResonanceModel
 from .modeling_resonance_audio import ResonanceAudioModel
@@ -89,14 +89,6 @@ def along(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return rows[(slice(None), *(None,) * (x.dim() - 1))]
 
 
-def mean_of_tokens(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """`[B, T, D]` to the mean `[B, D]` over the tokens where the mask `[B, T]` is 1, zeros where there is none."""
-    if mask is None:
-        return hidden.mean(1)
-    real = mask.to(at_least_float32(hidden.dtype))  # bfloat16 counts no further than 256
-    return ((hidden * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp_min(1)).to(hidden.dtype)
-
-
 # ---------------------------------------------------------------------------------------------- models
 class ResonanceMultimodalPreTrainedModel(FamilyPreTrainedModel):
     config_class = ResonanceMultimodalConfig
@@ -147,7 +139,7 @@ class _Encoders(ResonanceMultimodalPreTrainedModel):
             values = values.where(along(present, values), 0)
             mask = None if mask is None else mask.where(along(present, mask), 1)
         if name == "text":
-            return mean_of_tokens(encoder(values, mask, return_dict=True).last_hidden_state, mask)
+            return mean_of_real(encoder(values, mask, return_dict=True).last_hidden_state, mask)
         if name == "vision":
             return encoder(pixel_values=values, pixel_mask=mask, return_dict=True).pooler_output
         return encoder(input_values=values, attention_mask=mask, use_cache=False, return_dict=True).pooler_output

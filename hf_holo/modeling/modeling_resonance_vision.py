@@ -14,7 +14,7 @@ from .checkpoint import check_memory
 from .configuration_resonance_vision import ResonanceVisionConfig
 from .feature_maps import BackboneMixin
 from .grids import GridFilter
-from .layers import at_least_float32, init_residual_
+from .layers import init_residual_, mean_of_real
 from .losses import classification_loss
 from .pretrained import FamilyPreTrainedModel
 from .recording import exporting
@@ -215,16 +215,14 @@ class ResonanceVisionModel(ResonanceVisionPreTrainedModel):
         check_arguments(self, kwargs)
         grids, masks = self.encoder(pixel_values, pixel_mask)
         hidden = self.norm(grids[-1]).flatten(1, 2)  # [B, patches, D]
-        if masks[-1] is None:
-            pooled = hidden.mean(1)
-        else:
-            real = masks[-1].flatten(1).to(at_least_float32(hidden.dtype))[..., None]
-            hidden = hidden * real.to(hidden.dtype)
-            pooled = (hidden.sum(1) / real.sum(1).clamp_min(1)).to(hidden.dtype)
+        real = None if masks[-1] is None else masks[-1].flatten(1)
+        pooled = mean_of_real(hidden, real)
+        if real is not None:
+            hidden = hidden * real[..., None]
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         maps = tuple(grid.permute(0, 3, 1, 2) for grid in grids) if output_hidden_states else None
-        output = BaseModelOutputWithPooling(hidden, pooled, maps)
+        output = BaseModelOutputWithPooling(hidden, pooled, maps)  # type: ignore[arg-type]
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
 
 
