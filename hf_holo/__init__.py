@@ -8,6 +8,11 @@ import importlib
 import warnings
 from typing import Any
 
+# Before all else: its processors make transformers 5.24 put another module in its own place, and the one that was there
+# is what the user has imported.
+from .modeling.versions import REMEDY, VERSION, in_use, is_newer_than_tested
+
+# isort: split
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from . import moved, peft_defaults
@@ -22,7 +27,6 @@ from .modeling.configuration_resonance_multimodal import ResonanceMultimodalConf
 from .modeling.configuration_resonance_vision import ResonanceVisionConfig
 from .modeling.remote_code import card_writers
 from .modeling.tokenization_holo import HoloTokenizer
-from .modeling.versions import REMEDY, VERSION, in_use, is_newer_than_tested
 from .registry import PRESETS, VARIANTS, architectures, load_plugins, preset_model, register_architecture
 
 __version__ = VERSION

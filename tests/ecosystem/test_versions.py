@@ -12,9 +12,8 @@ from hf_holo.modeling import self_test
 from hf_holo.modeling.versions import TESTED, VERSION, is_newer_than_tested
 
 NEWER = """
-import sys
-import transformers.processing_utils  # which puts another module in the place of transformers
-sys.modules["transformers"].__version__ = "{version}"
+import transformers
+transformers.__version__ = "{version}"
 import hf_holo
 """
 
