@@ -11,8 +11,10 @@ sum        the last digit of the sum of the digit that is seen and the one that 
 new_pairs  the same, but a fifth of the hundred pairs of digits never comes in training; what is scored is those pairs.
 
 All models have the same encoders and within 5 % as many parameters, see the same examples in the same order, and are
-shown at the best of the same learning rates and weight decays. Late fusion is the concatenation, with the same two
-layers on top as all others; averaging takes the mean of unit vectors, as one does with the embeddings of CLIP.
+shown at the best of the same learning rates and weight decays. The choice is made on examples of pictures and
+recordings that were kept back from the training; for `new_pairs`, on those of pairs that come in training. Late fusion
+is the concatenation, with the same two layers on top as all others; averaging takes the mean of unit vectors, as one
+does with the embeddings of CLIP.
 A finished run is kept in the result file and not repeated, so that runs can be made one at a time.
 """
 
@@ -26,11 +28,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common.fitting import OPTIMIZERS, make_optimizer
+from common.fitting import KEPT_BACK, OPTIMIZERS, make_optimizer
 from common.report import RESULTS, best_runs, earlier_rows, markdown_table, measured_on, print_footer, write_report
 from transformers import PreTrainedModel
 
 from hf_holo import preset_config
+from hf_holo.data.labelled import split
 from hf_holo.data.senses import SENSES, Digits, load_digits
 from hf_holo.data.tokenizers import make_tokenizer
 from hf_holo.modeling.fusion import Fusion
@@ -91,6 +94,14 @@ class Examples:
             inputs["input_values"] = self.input_values[rows, :longest]
             inputs["audio_attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
         return inputs
+
+
+def parts_of(digits: Digits, size: int) -> tuple[Digits, Digits]:
+    """As many examples to learn from, and `size` to choose by; the two share no picture and no recording."""
+    pictures, sounds = split(digits.pictures, KEPT_BACK), split(digits.sounds, KEPT_BACK)
+    options = digits.question, digits.seed
+    train = Digits(pictures.train, sounds.train, digits.sentences, len(digits), *options)
+    return train, Digits(pictures.validation, sounds.validation, digits.sentences, size, *options)
 
 
 def held_out_pairs() -> torch.Tensor:
@@ -174,6 +185,11 @@ def scores(model: PreTrainedModel, test: Examples, task: str, senses: Sequence[s
     }
 
 
+def overall(right: dict[str, float]) -> float:
+    """The mean of scores, those of pairs that never come in training left out: by it the best run is chosen."""
+    return right["known pairs"] if "known pairs" in right else sum(right.values()) / len(right)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mnist", help="pictures of digits: a folder, a file or a data set on the Hub")
@@ -196,13 +212,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     name = f"{NAME}_{args.task}"
     kept = ("optimizer", "steps", "rows", "modality_dropout", "train_size", "test_size", "sampling_rate")
-    settings = {key: getattr(args, key) for key in kept}
+    settings = {key: getattr(args, key) for key in kept} | {"kept_back": KEPT_BACK}
     runs, seconds = earlier_rows(name, {"settings": settings}, args.results, "runs")
     question = "digit" if args.task == "digit" else "sum"
     sizes = args.sampling_rate, args.train_size, args.test_size
     digits = load_digits(args.mnist, args.fsdd, question, *sizes)
     tokenizer = make_tokenizer("bpe", [sentence.text for sentence in digits.train.sentences], 512)
-    training, test = Examples(digits.train, tokenizer), Examples(digits.validation, tokenizer)
+    training, chosen_by, test = (
+        Examples(part, tokenizer) for part in (*parts_of(digits.train, args.test_size), digits.validation)
+    )
     rows = torch.arange(len(training.labels))
     if args.task == "new_pairs":
         rows = rows[~held_out_pairs()[training.pairs[:, 0], training.pairs[:, 1]]]
@@ -224,6 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     model = build(fusion, len(tokenizer), dropout, seed)
                     train(model, training, rows, senses, how | settings)
                     run |= {"parameters": model.num_parameters(), "right": scores(model, test, args.task, senses)}
+                    run["validation"] = overall(scores(model, chosen_by, args.task, senses))
                     if fusion == "binding" and len(senses) > 1:
                         some = test.batch(torch.arange(min(IDENTIFIED_AMONG, len(test.labels))), senses)
                         measured = unbinding_fidelity(model.model, **some)
@@ -243,15 +262,10 @@ def task_of(result: dict) -> str:
     return result["benchmark"].removeprefix(f"{NAME}_")
 
 
-def overall(run: dict) -> float:
-    """By what the best of a fusion's runs is chosen: the mean over what it is scored on."""
-    right = run["right"]
-    return right["test"] if "test" in right else sum(right.values()) / len(right)
-
-
 def best(figures: dict) -> list[dict]:
-    """Of every fusion, of every subset that a model was trained on and of every seed the best run."""
-    return best_runs(figures["runs"], ("fusion", "senses", "seed"), overall)
+    """Of every fusion, of every subset that a model was trained on and of every seed the best run, by what was kept
+    back."""
+    return best_runs(figures["runs"], ("fusion", "senses", "seed"), lambda run: run["validation"])
 
 
 def spread(values: Sequence[float]) -> str:

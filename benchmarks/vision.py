@@ -3,11 +3,12 @@
     python benchmarks/vision.py cifar10 --data cifar10
     python benchmarks/vision.py mnist --data mnist --epochs 12
 
-The first argument is a folder with `train.parquet` and `test.parquet`. Each model is trained once for each learning
-rate and each seed, and shown at the rate whose mean over the seeds is best. All see the same pictures in the same order
-with the same augmentation (shifted by up to an eighth and, in colour, mirrored half of the time) for as many epochs,
-with the same optimizer and schedule, and have the same number of parameters up to 5 %. ViT and Mixer cut patches of
-`--patch_size` pixels. `plain` is Resonance without interference, its channel mix as much wider as that saves.
+The first argument is a folder with `train.parquet` and `test.parquet`. A tenth of the former is kept back. Each model
+is trained once for each learning rate and each seed, and shown at the rate whose mean over the seeds is best on what
+was kept back; the test pictures have no part in that. All see the same pictures in the same order with the same
+augmentation (shifted by up to an eighth and, in colour, mirrored half of the time) for as many epochs, with the same
+optimizer and schedule, and have the same number of parameters up to 5 %. ViT and Mixer cut patches of `--patch_size`
+pixels. `plain` is Resonance without interference, its channel mix as much wider as that saves.
 The last lines are about time: pictures from 32² to 512² pixels.
 A finished run is kept in the result file and not repeated, so that runs can be made one at a time
 (`--models vit --learning_rates 0.004 --seeds 1`).
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common.fitting import OPTIMIZERS, make_optimizer
+from common.fitting import KEPT_BACK, OPTIMIZERS, make_optimizer, rates_tried
 from common.report import (
     RESULTS,
     best_runs,
@@ -41,6 +42,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from hf_holo import ResonanceVisionForImageClassification, preset_config, preset_model
 from hf_holo.data.images import SHIFT, load_images
+from hf_holo.data.labelled import split
 
 MODELS = {"resonance": "Resonance", "plain": "without interference", "vit": "ViT", "mixer": "MLP-Mixer"}
 PRESET = "resonance-vision-tiny"
@@ -168,16 +170,17 @@ class Pictures(NamedTuple):
     labels: torch.Tensor
 
 
-def read(folder: Path, limit: int | None) -> tuple[Pictures, Pictures]:
-    """Those to learn from and those to score, normalised by the mean and deviation of the former."""
+def read(folder: Path, limit: int | None) -> tuple[Pictures, Pictures, Pictures]:
+    """Those to learn from, to choose a learning rate by, and to score, normalised as the first are."""
     splits = load_images(str(folder))
+    known = split(splits.train, KEPT_BACK)
     parts = []
-    for part in (splits.train, splits.validation):
+    for part in (known.train, known.validation, splits.validation):
         part = part if limit is None else part.select(range(min(limit, len(part))))
         parts.append(Pictures(torch.from_numpy(part.arrays()).permute(0, 3, 1, 2) / 255, torch.from_numpy(part.labels)))
     deviation, centre = torch.std_mean(parts[0].pixels, (0, 2, 3), keepdim=True)
-    train, test = (part._replace(pixels=(part.pixels - centre) / deviation) for part in parts)
-    return train, test
+    train, chosen_by, test = (part._replace(pixels=(part.pixels - centre) / deviation) for part in parts)
+    return train, chosen_by, test
 
 
 def augmented(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -264,11 +267,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     name = f"vision_{args.data}"
     names = ("data", "optimizer", "epochs", "rows", "patch_size", "width", "depth", "limit")
-    settings = {option: getattr(args, option) for option in names}
+    settings = {option: getattr(args, option) for option in names} | {"kept_back": KEPT_BACK}
     runs, seconds = earlier_rows(name, {"settings": settings}, args.results, "runs")
     figures = {"settings": settings, "runs": runs}
     figures["speed"] = read_report(name, args.results)["figures"].get("speed") if runs else None
-    train_pictures, test_pictures = read(args.folder, args.limit)
+    train_pictures, chosen_by, test_pictures = read(args.folder, args.limit)
     channels, side = train_pictures.pixels.shape[1:3]
     sizes = Sizes(channels, side, int(train_pictures.labels.max()) + 1, args.patch_size, args.width, args.depth)
     for seed in args.seeds:
@@ -282,8 +285,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 start = time.perf_counter()
                 train(model, train_pictures, rate, seed, settings)
                 taken = time.perf_counter() - start
-                run = wanted | {"parameters": parameters(model), "accuracy": accuracy(model, test_pictures)}
-                runs.append(run | {"seconds": round(taken, 1)})
+                run = wanted | {"parameters": parameters(model), "validation": accuracy(model, chosen_by)}
+                runs.append(run | {"accuracy": accuracy(model, test_pictures), "seconds": round(taken, 1)})
                 seconds += taken
                 write_report(name, figures, seed=args.seeds[0], seconds=seconds, folder=args.results)
     if figures["speed"] is None:
@@ -295,12 +298,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def best(runs: Sequence[dict]) -> dict[str, list[dict]]:
-    """Of every model the runs at the learning rate whose mean over the seeds is highest."""
+    """Of every model the runs at the learning rate whose mean over the seeds is highest on what was kept back."""
 
     def alike(run: Mapping) -> list[dict]:
         return [r for r in runs if (r["model"], r["learning_rate"]) == (run["model"], run["learning_rate"])]
 
-    chosen = best_runs(runs, ("model",), lambda run: mean(r["accuracy"] for r in alike(run)))
+    chosen = best_runs(runs, ("model",), lambda run: mean(r["validation"] for r in alike(run)))
     return {run["model"]: alike(run) for run in chosen}
 
 
@@ -319,8 +322,8 @@ def sentence(result: dict) -> str:
     seeds, size = max(len(runs) for runs in chosen.values()), f"{chosen['resonance'][0]['parameters']:,}"
     return (
         f"right on the test pictures of {settings['data']} after {settings['epochs']} epochs with "
-        f"{OPTIMIZERS[settings['optimizer']]}, {size} parameters ± {NEAR:.0%}, each at the best "
-        f"of its learning rates, seeds: {seeds}: {told}; a pixel takes "
+        f"{OPTIMIZERS[settings['optimizer']]}, {size} parameters ± {NEAR:.0%}, each "
+        f"{rates_tried(f['runs'])}, seeds: {seeds}: {told}; a pixel takes "
         f"{f['speed'][large] / f['speed'][small]:.2f} times as long at {large}² as at {small}² (log n: "
         f"{math.log(int(large)) / math.log(int(small)):.2f})"
     )

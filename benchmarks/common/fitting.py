@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 from hf_holo.training.optim import MuonAdamW, split_parameters
 
+KEPT_BACK = 0.1  # share of what is learned from, by which a learning rate is chosen where there is a test as well
 OPTIMIZERS = {"muon": "Muon", "adamw": "AdamW"}  # and what tables call them
 
 
@@ -88,3 +90,10 @@ def _progress(how: Fit, step: int, elapsed: float) -> float:
 
 def _scale(progress: float) -> float:
     return min(1.0, progress / 0.1) * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def rates_tried(runs: Sequence[Mapping]) -> str:
+    """At which learning rate a model is shown, in words: nothing is best of one."""
+    tried = Counter(model for model, _ in {(run["model"], run["learning_rate"]) for run in runs})
+    most = max(tried.values())
+    return "at one learning rate" if most == 1 else f"at the best of up to {most} learning rates, by data kept back"

@@ -148,6 +148,7 @@ TABLES = {  # of the pages in docs, by page and mark, likewise
     ("memory", "measured"): ("memory_recall",),
     ("vision", "cifar10"): ("vision_cifar10",),
     ("vision", "mnist"): ("vision_mnist",),
+    ("audio", "measured"): ("audio",),
     ("multimodal", "digit"): ("multimodal_digit",),
     ("multimodal", "sum"): ("multimodal_sum",),
     ("multimodal", "new pairs"): ("multimodal_new_pairs",),
