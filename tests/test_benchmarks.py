@@ -207,6 +207,11 @@ def test_saved_prefix(run):
     assert report["figures"]["tokens"] == 40 and report["figures"]["first_ms"] > 0
 
 
+def test_muon_precision(run):
+    report, printed = run("muon_precision", "--widths", 8, 16, "--repeats", 1)
+    assert [row["width"] for row in report["figures"]["rows"]] == [8, 16] and "float32_ms" in printed
+
+
 def test_generation_speed(run):
     argv = ("--contexts", 4, "--tokens", 2, "--repeats", 1, "--width", 32, "--depth", 1)
     report, _ = run("generation_speed", *argv)

@@ -103,6 +103,7 @@ GROUPS: dict[str, dict[str, Benchmark]] = {
         "saved_prefix": Benchmark("saved_prefix"),
         "generation_speed": Benchmark("generation_speed", "--threads 1"),
         "static_speed": Benchmark("static_speed", quick=True),
+        "muon_precision": Benchmark("muon_precision", quick=True),
         "holo_speed": Benchmark("holo_speed", quick=True),
         "long_context": Benchmark("long_context", "--repeats 3"),
     },

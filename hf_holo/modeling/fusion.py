@@ -108,8 +108,8 @@ class Fusion(nn.Module):
     def features(self, name: str, pooled: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
         """The phasors of a modality: of mean power one, in at least float32, and zeros where it is missing.
 
-        `[B, width]` and `[B]` to `[B, D]`. Their lengths are free: a phasor of no length says nothing about an example.
-        Where all are of length one, the same is learned more slowly.
+        `[B, width]` and `[B]` to `[B, D]`. Their lengths are free: a phasor of no length says nothing about an
+        example.
         """
         projected = self.projections[name](self.centres[name](pooled, present))
         projected = projected.to(at_least_float32(projected.dtype))

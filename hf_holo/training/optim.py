@@ -57,8 +57,8 @@ def loss_of(closure: Callable[[], float] | None) -> float | None:
 class FloatMuon(Muon):
     """`torch.optim.Muon`, which orthogonalises in bfloat16 wherever it runs; here it is float32 on a CPU.
 
-    Most CPUs have no units for bfloat16: on one with AVX2, float32 is 18 to 30 times as fast, and with bfloat16 the
-    optimizer took as long as the model. On other devices the updates are torch's, to the bit.
+    Most CPUs have no units for bfloat16, and it takes many times as long there (benchmarks/muon_precision.py). On other
+    devices the updates are torch's, to the bit.
     """
 
     @torch.no_grad()
