@@ -72,15 +72,15 @@ class Run:
             parts: its measurements. One that fails is named in the outcome, and does not stop the others.
             share: of the time that is left, for this suite.
         """
-        outcome, missing = Outcome(), [part for part in parts if self._saved(suite, part) is None]
+        outcome, records = Outcome(), [self._saved(suite, part) for part in parts]
+        missing = records.count(None)
         end = None if self._end is None else time.monotonic() + share * max(0.0, self._end - time.monotonic())
         with tqdm(parts, desc=suite, unit="part", leave=False) as progress:
-            for part in progress:
+            for part, record in zip(progress, records, strict=True):
                 progress.set_postfix_str(part.name)
-                record = self._saved(suite, part)
                 if record is None:
-                    seconds = None if end is None else (end - time.monotonic()) / max(1, len(missing))
-                    missing.remove(part)
+                    seconds = None if end is None else (end - time.monotonic()) / missing
+                    missing -= 1
                     record = self._measure(suite, part, seconds, outcome)
                 if record is not None:
                     outcome.tables.setdefault(part.table, []).extend(record["rows"])
