@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ...data.tokenizers import byte_tokenizer, saved_tokenizer
 from ...errors import UNREADABLE, HoloError, first_line, unknown
+from ...modeling.state_file import checksum
 from ...registry import capabilities_of, preset_model, presets
 from ..conformance import CausalityReport, Subject
 from ..conformance.causality import LENGTHS, probe_causality
@@ -54,10 +55,8 @@ class Evaluated:
     @cached_property
     def fingerprint(self) -> str:
         """Equal for equal configs and weights."""
-        digest = hashlib.sha256(self.model.config.to_json_string().encode())
-        for key, value in self.model.state_dict().items():
-            digest.update(f"{key} {value.double().sum().item()} {value.double().square().sum().item()}".encode())
-        return digest.hexdigest()[:16]
+        told = f"{self.model.config.to_json_string()} {checksum(self.model.state_dict())}"
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def needed_tokenizer(self) -> PreTrainedTokenizerBase:
         """Raises HoloError if it has none."""
