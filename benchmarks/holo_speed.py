@@ -4,8 +4,9 @@
 
 Layers take turns in one process; the figures are medians, freed memory is kept for reuse, and every step is measured
 with one thread and with all. `largest` is the largest tensor that forward and backward make, in units of tokens times
-max(harmonics, outputs). Decoding compares a dense language model with one whose layers are converted: by default
-random weights in the shapes of SmolLM2-135M and 80 % of the values kept, or the checkpoints that are named.
+max(harmonics, outputs). Decoding and prefill compare a dense language model with ones whose layers have the form that
+`hf-holo convert` gives them (stored pivoted bases, shared by the layers that read the same input): by default random
+weights in the shapes of SmolLM2-135M, or the checkpoints that are named. All of them take turns.
 """
 
 import argparse
@@ -27,10 +28,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from hf_holo.conversion import HoloSurgeryConfig, apply_surgery
-from hf_holo.modeling.harmonics import HoloLinear
+from hf_holo.conversion import HoloSurgeryConfig
+from hf_holo.conversion.surgery.calibration import find_sites, surgery_plan
+from hf_holo.modeling.harmonics import HarmonicBasis, HoloLinear
+from hf_holo.modeling.quantizer import swap
 
-KEPT = 0.8
+KEPT = (0.8, 0.6)
 SMOLLM2 = {
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -42,6 +45,7 @@ SMOLLM2 = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+PREFILL = 512  # tokens
 
 
 class Largest(TorchDispatchMode):
@@ -104,12 +108,21 @@ def compare_layers(width: int, harmonics: int, tokens: int, repeats: int) -> lis
     return rows
 
 
-def build_pair(depth: int) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """A dense model with random weights, and the same with all layers of its blocks converted."""
+def build(depth: int) -> tuple[PreTrainedModel, list[PreTrainedModel]]:
+    """A dense model with random weights, and ones with all layers of their blocks converted, also random."""
     config = LlamaConfig(**SMOLLM2 | {"num_hidden_layers": depth})
-    dense, holographic = (AutoModelForCausalLM.from_config(config) for _ in range(2))
-    apply_surgery(holographic, HoloSurgeryConfig(ratio=KEPT, folded=True, basis="dct"))
-    return dense, holographic
+    return AutoModelForCausalLM.from_config(config), [converted(config, ratio) for ratio in KEPT]
+
+
+def converted(config: LlamaConfig, ratio: float) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_config(config)
+    sites = find_sites(model, HoloSurgeryConfig(basis="data", shared=True))
+    ranks = [site.largest_rank(ratio, pivoted=True) for site in sites]
+    swap(model, HoloSurgeryConfig(basis="data", layers=surgery_plan(sites, ranks)))
+    for module in model.modules():
+        if isinstance(module, HarmonicBasis):
+            torch.nn.init.normal_(module.tail, std=module.in_features**-0.5)
+    return model
 
 
 def decoding_step(model: PreTrainedModel, context: int) -> Callable[[], None]:
@@ -127,29 +140,66 @@ def decoding_step(model: PreTrainedModel, context: int) -> Callable[[], None]:
     return step
 
 
-def compare_decoding(dense: PreTrainedModel, student: PreTrainedModel, context: int, repeats: int) -> list[dict]:
-    """Milliseconds a token of the dense model and of the converted one: with thin factors, then merged."""
-    layers = [module for module in student.modules() if isinstance(module, HoloLinear)]
-    counts = [layer.count_numbers() for layer in layers]
-    kept = sum(count["stored"] for count in counts) / sum(count["dense"] for count in counts)
+def prefill(model: PreTrainedModel, tokens: int) -> Callable[[], None]:
+    """Read `tokens` tokens at once, as a function without arguments."""
+    ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def step() -> None:
+        model(ids, logits_to_keep=1)
+
+    return step
+
+
+def holo_layers(model: PreTrainedModel) -> list[HoloLinear]:
+    return [module for module in model.modules() if isinstance(module, HoloLinear)]
+
+
+def kept_in(model: PreTrainedModel) -> float:
+    """Share of the values of the converted layers that a checkpoint keeps."""
+    counts = [layer.count_numbers() for layer in holo_layers(model)]
+    return sum(count["stored"] for count in counts) / sum(count["dense"] for count in counts)
+
+
+def compare_decoding(
+    dense: PreTrainedModel, students: Sequence[PreTrainedModel], context: int, repeats: int
+) -> list[dict]:
+    """Milliseconds a token of the dense model and of the converted ones: with thin factors, then merged."""
     rows = []
     for form in ("thin", "merged"):
         if form == "merged":
-            for layer in layers:
+            students = students[:1]  # a dense matrix has one size
+            for layer in holo_layers(students[0]):
                 layer.merge()
-        steps = {"dense": decoding_step(dense, context), "student": decoding_step(student, context)}
-        seconds = interleaved_medians(steps, repeats)
-        rows.append(
-            {
-                "factors": form,
-                "context": context,
-                "kept": kept,
-                "dense_ms": 1e3 * seconds["dense"],
-                "student_ms": 1e3 * seconds["student"],
-                "time_ratio": seconds["student"] / seconds["dense"],
-            }
-        )
+        rows += timed(decoding_step, dense, students, form, context, repeats)
+        if form == "thin":
+            rows += timed(prefill, dense, students, "thin, prefill", PREFILL, max(3, repeats // 3))
     return rows
+
+
+def timed(
+    task: Callable[[PreTrainedModel, int], Callable[[], None]],
+    dense: PreTrainedModel,
+    students: Sequence[PreTrainedModel],
+    form: str,
+    tokens: int,
+    repeats: int,
+) -> list[dict]:
+    """Milliseconds of a task for all models, in turns."""
+    steps = {"dense": task(dense, tokens)} | {str(n): task(student, tokens) for n, student in enumerate(students)}
+    seconds = interleaved_medians(steps, repeats)
+    return [
+        {
+            "factors": form,
+            "tokens": tokens,
+            "threads": torch.get_num_threads(),
+            "kept": kept_in(student),
+            "dense_ms": 1e3 * seconds["dense"],
+            "student_ms": 1e3 * seconds[str(n)],
+            "time_ratio": seconds[str(n)] / seconds["dense"],
+        }
+        for n, student in enumerate(students)
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -174,10 +224,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_table(layers)
     print()
     if args.teacher is None:
-        pair = build_pair(args.depth)
+        dense, students = build(args.depth)
     else:
-        pair = (AutoModelForCausalLM.from_pretrained(folder) for folder in (args.teacher, args.student))
-    decoding = compare_decoding(*pair, args.context, 3 * args.repeats)
+        dense, student = (AutoModelForCausalLM.from_pretrained(folder) for folder in (args.teacher, args.student))
+        students = [student]
+    decoding = compare_decoding(dense, students, args.context, 3 * args.repeats)
     print_table(decoding)
     seconds = time.perf_counter() - start
     figures = {"layers": layers, "decoding": decoding, "checkpoints": args.teacher is not None}
@@ -192,12 +243,14 @@ def sentence(result: dict) -> str:
         for row in f["layers"]
         if row["layer"] != first["layer"]
     ]
-    decoding = [f"{row['factors']} {row['time_ratio']:.2f}" for row in f["decoding"]]
+    times: dict[str, list[str]] = {}
+    for row in f["decoding"]:
+        times.setdefault(row["factors"], []).append(f"{row['time_ratio']:.2f} ({row['kept']:.0%} kept)")
+    decoding = "; ".join(f"{form} {', '.join(ratios)}" for form, ratios in times.items())
     return (
         f"a training step of HoloLinear {first['width']}→{first['width']} with {first['harmonics']} harmonics, "
-        f"{first['tokens']} tokens, is faster than nn.Linear's by the factors: {', '.join(layers)}; decoding with "
-        f"{f['decoding'][0]['kept']:.0%} of the stored values kept, time per token of the dense model being 1: "
-        f"{', '.join(decoding)}; medians"
+        f"{first['tokens']} tokens, is faster than nn.Linear's by the factors: {', '.join(layers)}; time per token "
+        f"of a converted model, the dense one's being 1: {decoding}; medians"
     )
 
 

@@ -571,14 +571,15 @@ def test_conformance(run, tmp_path):
     assert "1 of 1 models that are wrong on purpose caught with every one of 2 seeds" in table
 
 
-def test_holo_speed(run):
+def test_holo_speed(run, monkeypatch):
     argv = ("--width", 64, "--harmonics", 8, "--tokens", 32, "--repeats", 1, "--depth", 1, "--context", 4)
+    monkeypatch.setattr(importlib.import_module("holo_speed"), "PREFILL", 8)
     report, _ = run("holo_speed", *argv)
     layers, decoding = report["figures"]["layers"], report["figures"]["decoding"]
     assert all(row["largest"] == (2 if row["layer"] == "nn.Linear" else 1) for row in layers)
     assert all(row["times_quicker"] == 1 for row in layers if row["layer"] == "nn.Linear")
-    assert [row["factors"] for row in decoding] == ["thin", "merged"]
-    assert all(0.79 <= row["kept"] <= 0.8 for row in decoding)
+    assert [row["factors"] for row in decoding] == ["thin"] * 2 + ["thin, prefill"] * 2 + ["merged"]
+    assert all(0.79 <= row["kept"] <= 0.8 or 0.59 <= row["kept"] <= 0.6 for row in decoding)
 
 
 def test_holo_curve(run, text, tmp_path, monkeypatch):

@@ -5,7 +5,9 @@ thin products compute it; nothing larger than [tokens, max(R, O)] is ever made.
 """
 
 import math
+import operator
 import re
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .recording import exporting
 from .validation import check_choice, check_positive
 
 BASES = ("random", "dct", "golden", "data")
@@ -79,6 +82,42 @@ def harmonic_linear_naive(
     return y if bias is None else y + bias
 
 
+class LastProduct:
+    """The product of a basis and the input that it saw last, for the other layers that read this input next.
+
+    Queries, keys and values share a basis and are computed one after the other from the same tensor. Only where no
+    gradients are recorded; it holds no longer than the input lives and is not written to. Copies begin with nothing.
+    """
+
+    def __init__(self) -> None:
+        self._held: tuple[Any, ...] | None = None
+
+    def get(
+        self, compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, tables: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """`compute(x)`, or what it gave for this very tensor; `tables` are all else that it depends on."""
+        # a tensor of inference mode does not count what is written to it
+        if torch.is_grad_enabled() or exporting() or torch.is_inference(x) or type(x) is not torch.Tensor:
+            return compute(x)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        held, key = self._held, (autocast, *(y._version for y in (x, *tables)))
+        same = held is not None and held[0]() is x and held[1] == key and all(map(operator.is_, held[2], tables))
+        if held is None or not same:
+            held = self._held = weakref.ref(x, self._drop), key, tables, compute(x)
+        return held[3]
+
+    def _drop(self, reference: Any) -> None:
+        held = self._held
+        if held is not None and held[0] is reference:
+            self._held = None
+
+    def __deepcopy__(self, memo: dict) -> "LastProduct":
+        return LastProduct()
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return LastProduct, ()
+
+
 class HarmonicBasis(nn.Module):
     """The fixed basis of one or several [`HoloLinear`] layers that read the same input.
 
@@ -138,7 +177,13 @@ class HarmonicBasis(nn.Module):
             table = torch.zeros(harmonics, in_features, device=device, dtype=dtype)
             self.register_buffer("table", table, persistent=kind == "data")
         self.checksum: int | None = None
+        self.last: LastProduct | None = None  # where several layers read it, see `share`
         self.regenerate()
+
+    def share(self) -> "HarmonicBasis":
+        """The basis, for one more layer that reads the same input."""
+        self.last = self.last or LastProduct()
+        return self
 
     @torch.no_grad()
     def regenerate(self, device: torch.device | None = None) -> None:
@@ -186,6 +231,9 @@ class HarmonicBasis(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., I]` to `[..., R]`, in the dtype of the input: casts that look at parameters alone miss a basis."""
+        return self._product(x) if self.last is None else self.last.get(self._product, x, list(self.buffers()))
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         if not self.pivoted:
             return F.linear(x, self.table.to(x.dtype))
         x = x.index_select(-1, self.order)
@@ -253,7 +301,7 @@ class HoloLinear(nn.Linear):
         self.in_features, self.out_features, self.harmonics = in_features, out_features, harmonics
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         if isinstance(basis, HarmonicBasis):
-            self._lent = (basis,)  # in a tuple, so that it is not a submodule: a second owner would break saving
+            self._lent = (basis.share(),)  # in a tuple it is no submodule: a second owner would break saving
         else:
             self.own_basis = HarmonicBasis(in_features, harmonics, basis, seed, pivoted, **made)
         for name in ("coefficients",) if folded else ("amplitude", "phase"):

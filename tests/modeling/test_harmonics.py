@@ -261,6 +261,66 @@ def test_a_shared_basis_is_saved_once(tmp_path):
     assert twin[1].basis is twin[0].basis and twin[0].basis is not model[0].basis
 
 
+def sharing(**options) -> tuple[nn.ModuleList, HarmonicBasis]:
+    """Three layers of one basis, which counts how often it is computed in `basis.count`."""
+    owner = fitted(pivoted=True, **options)
+    layers = [owner, *(HoloLinear(INPUTS, n, R, owner.basis, folded=True, dtype=torch.float64) for n in (8, 8))]
+    basis, product = owner.basis, owner.basis._product
+
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        basis.count += 1
+        return product(x)
+
+    basis.count, basis._product = 0, counted
+    return nn.ModuleList(layers), basis
+
+
+@torch.no_grad()
+def test_layers_that_share_a_basis_compute_its_product_once():
+    layers, basis = sharing()
+    for rows in (1, 5):
+        x, basis.count = torch.randn(rows, INPUTS, dtype=torch.float64), 0
+        got = [layer(x) for layer in layers]
+        assert basis.count == 1
+        for layer, y in zip(layers, got, strict=True):
+            torch.testing.assert_close(y, x @ layer.dense_matrix().T + layer.bias)
+
+
+@torch.no_grad()
+def test_a_shared_product_is_not_used_for_anything_else():
+    """Another input, the same one written to, another basis, another number type, or gradients to be recorded."""
+    layers, basis = sharing()
+    changes = {
+        "the input": lambda: x.mul_(2),
+        "the basis": lambda: basis.tail.add_(1),
+        "its memory": lambda: setattr(basis, "tail", basis.tail + 1),
+        "gradients": lambda: torch.set_grad_enabled(True),
+    }
+    for name, change in changes.items():
+        x = torch.randn(2, INPUTS, dtype=torch.float64)
+        with torch.no_grad():
+            layers[0](x)
+            change()
+            torch.testing.assert_close(layers[1](x), x @ layers[1].dense_matrix().T + layers[1].bias, msg=name)
+    assert basis.count == 2 * len(changes)
+    with torch.inference_mode():  # where a change of the input leaves no trace
+        x = torch.randn(2, INPUTS, dtype=torch.float64)
+        layers[0](x)
+        x.mul_(2)
+        torch.testing.assert_close(layers[1](x), x @ layers[1].dense_matrix().T + layers[1].bias)
+
+
+@torch.no_grad()
+def test_a_shared_product_lives_as_long_as_its_input():
+    layers, basis = sharing()
+    x = torch.randn(2, INPUTS, dtype=torch.float64)
+    layers[0](x)
+    assert basis.last._held is not None
+    assert copy.deepcopy(layers)[0].basis.last._held is None  # and copies do not fail
+    del x
+    assert basis.last._held is None
+
+
 # ---------------------------------------------------------------------------------------------- errors
 @pytest.mark.parametrize(
     ("options", "message"),
