@@ -220,6 +220,14 @@ def test_generation_speed(run):
     assert all(row["ms_per_token"] > 0 for row in report["figures"]["rows"])
 
 
+def test_speculative(run):
+    report, _ = run(
+        "speculative", "--width", 32, "--depth", 1, "--vocab_size", 50, "--tokens", 12, "--guesses", 4, "--repeats", 1
+    )
+    for row in report["figures"]["rows"]:
+        assert row["same_tokens"] and 1 < row["tokens_per_call"] <= 5 and row["cost_of_1"] == 1
+
+
 def test_stepwise_loss(run, text, tmp_path, monkeypatch):
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

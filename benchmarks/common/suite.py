@@ -102,6 +102,7 @@ GROUPS: dict[str, dict[str, Benchmark]] = {
         "decode_speed": Benchmark("decode_speed", quick=True),
         "saved_prefix": Benchmark("saved_prefix"),
         "generation_speed": Benchmark("generation_speed", "--threads 1"),
+        "speculative": Benchmark("speculative", "--threads 1"),
         "static_speed": Benchmark("static_speed", quick=True),
         "muon_precision": Benchmark("muon_precision", quick=True),
         "holo_speed": Benchmark("holo_speed", quick=True),
