@@ -24,6 +24,7 @@ from .recording import exporting, single_token
 
 BLOCK = 128  # queries handled by one masked product; the fastest of 16 to 256 on a CPU core where the window is as long
 RECORDED_BLOCK = 32  # in an exported graph, where a single token takes as long as a block
+FILL = -2  # label of what fills blocks up, which nothing else sees
 WINDOW_BASE = 10000.0  # of the rotary positions in a window, where the config names none
 
 
@@ -250,8 +251,8 @@ def window_attention(
     Args:
         q: `[B, H·G, T, V]`; G neighbouring query heads read one key head.
         k, v: `[B, H, P + T, V]`: of the P tokens before the queries, and of their own.
-        labels: `[B, P + T]` what is read together: a query sees keys of its own label, such as the document, and
-            padding has a label of its own.
+        labels: `[B, P + T]` what is read together: a query sees keys of its own label, such as the number of its
+            document, and -1 for padding.
         window: W.
         past: P, at most W - 1.
         causal: whether later tokens are hidden.
@@ -266,13 +267,13 @@ def window_attention(
     # 1. blocks of queries [B, N, C, ...], the last one filled up
     missing = (block - length % block) % block
     queries = F.pad(q, (0, 0, 0, missing)).unflatten(2, (-1, block)).transpose(1, 2)  # [B, N, H·G, C, V]
-    query_labels = F.pad(labels[:, past:], (0, missing), value=-1).unflatten(1, (-1, block))
+    query_labels = F.pad(labels[:, past:], (0, missing), value=FILL).unflatten(1, (-1, block))
     # 2. the keys that a block reaches: its own, of whole blocks before it and, unless causal, after it
     reach = -(-(window - 1) // block)
     front, back = reach * block - past, missing + (0 if causal else reach * block)
     blocks = reach + 1 if causal else 2 * reach + 1
     k, v = (_overlapping(F.pad(x, (0, 0, front, back)).transpose(1, 2), block, blocks) for x in (k, v))
-    key_labels = _overlapping(F.pad(labels, (front, back), value=-1), block, blocks)  # [B, N, blocks · C]
+    key_labels = _overlapping(F.pad(labels, (front, back), value=FILL), block, blocks)  # [B, N, blocks · C]
     # 3. every block is a row of its own
     seen = _within(query_labels.flatten(0, 1), key_labels.flatten(0, 1), window, reach * block, causal)
     k, v = (x.flatten(0, 1).transpose(1, 2) for x in (k, v))  # [B · N, H, blocks · C, V]
