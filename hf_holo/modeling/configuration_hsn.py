@@ -17,7 +17,11 @@ class HsnConfig(FamilyConfig):
             HoloSpectralNet: two learned keys of `hidden_size` values in place of all projections of the mixer, which
             mix tokens by their distance alone, in `num_heads` memories of different length).
         write: `"bundle"` (superpose) or `"cancel"` (subtract what the key recalls first); dynamic binding only.
-        mixer_types: `"holographic"` or `"attention"` for every layer; default: holographic everywhere.
+        mixer_types: `"holographic"`, `"attention"` (to the whole text, keys and values grow with it) or `"window"`
+            (attention to the last `window` tokens, the state has a constant size) for every layer; default:
+            holographic everywhere.
+        window: tokens W that layers with a window see, the present one included; a bidirectional one sees W - 1 tokens
+            on each side.
         channel_mix: `"factorized"` (D → rank → D with GELU) or `"gated"` (SwiGLU).
         rank: inner width of the factorized channel mix; default: hidden_size / 8.
         intermediate_size: inner width of the gated channel mix; default: 8/3 hidden_size, a multiple of 8.
@@ -26,7 +30,8 @@ class HsnConfig(FamilyConfig):
         gate_taps: length K of the gate's kernel in tokens; a bidirectional gate hears K // 2 tokens on each side.
         drift_base: the phase drift runs from 1 radian a token down to 1/drift_base, evenly in the logarithm.
         norm_type: `"layer"` (LayerNorm without bias) or `"rms"` (RMSNorm, as Llama and Phi-3 have it).
-        rotary_base: base of the rotary positions of attention layers, which are as in Llama; None: they have none.
+        rotary_base: base of the rotary positions of attention layers, which are as in Llama; None: they have none, and
+            those with a window 10,000.
         kwargs: what all families share, see [`FamilyConfig`] (`vocab_size`, `hidden_size` or `dim`,
             `num_hidden_layers` or `depth`, `causal`, ...), and arguments of [`~transformers.PretrainedConfig`].
 
@@ -51,6 +56,7 @@ class HsnConfig(FamilyConfig):
         binding: str = "dynamic",
         write: str = "bundle",
         mixer_types: list[str] | None = None,
+        window: int = 64,
         channel_mix: str = "factorized",
         rank: int | None = None,
         intermediate_size: int | None = None,
@@ -75,6 +81,7 @@ class HsnConfig(FamilyConfig):
         self.binding = binding
         self.write = write
         self.mixer_types = ["holographic"] * self.num_hidden_layers if mixer_types is None else list(mixer_types)
+        self.window = window
         self.channel_mix = channel_mix
         self.rank = max(1, hidden_size // 8) if rank is None else rank
         self.intermediate_size = default_intermediate(hidden_size) if intermediate_size is None else intermediate_size
@@ -94,6 +101,7 @@ class HsnConfig(FamilyConfig):
             rank=self.rank,
             intermediate_size=self.intermediate_size,
             gate_taps=self.gate_taps,
+            window=self.window,
         )
         check_choice("binding", self.binding, ("dynamic", "static"))
         check_choice("write", self.write, ("bundle", "cancel"))
@@ -101,7 +109,7 @@ class HsnConfig(FamilyConfig):
         check_choice("gate_placement", self.gate_placement, ("mixer", "sublayer"))
         check_choice("norm_type", self.norm_type, ("layer", "rms"))
         for name in self.mixer_types:
-            check_choice("mixer_types", name, ("holographic", "attention"))
+            check_choice("mixer_types", name, ("holographic", "attention", "window"))
         if len(self.mixer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"mixer_types: {len(self.mixer_types)} entries, but num_hidden_layers={self.num_hidden_layers}; "
@@ -114,15 +122,23 @@ class HsnConfig(FamilyConfig):
             )
         if self.binding == "static" and self.write == "cancel":
             raise ValueError("write: 'cancel' needs binding='dynamic'; static binding accepts write='bundle'")
-        if self.binding == "static" and self.num_key_heads != self.num_heads and "attention" not in self.mixer_types:
+        attends = "attention" in self.mixer_types or "window" in self.mixer_types
+        if self.binding == "static" and self.num_key_heads != self.num_heads and not attends:
             raise ValueError(
                 f"num_key_heads: {self.num_key_heads} needs binding='dynamic' or attention; static binding has no "
                 f"queries that could share keys: leave it at num_heads={self.num_heads}"
             )
-        if not self.is_causal and self.rotary_base is None and "holographic" not in self.mixer_types:
+        if not self.is_causal and self.rotary_base is None and set(self.mixer_types) == {"attention"}:
             raise ValueError(
                 "causal: False; attention without positions in all layers cannot tell before from after; set "
                 "rotary_base (10000.0), or keep a holographic layer"
+            )
+        if self.window < 2:
+            raise ValueError(f"window: {self.window} holds no token before the present one; give at least 2")
+        if "window" in self.mixer_types and self.head_dim % 2:
+            raise ValueError(
+                f"num_heads: {self.num_heads} makes heads of width {self.head_dim}; a window turns channels in pairs, "
+                "so the width must be even"
             )
         if self.drift_base < 1:
             raise ValueError(f"drift_base: {self.drift_base} is not at least 1")

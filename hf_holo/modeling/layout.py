@@ -22,6 +22,7 @@ class TokenLayout:
         document: `[B, T]` document index, 0 for the document that the cache holds; None for one document.
         drift: `[T, H, P]` phase drift of every position, filled by the first layer that needs it, since all share it.
         turn: of a single token, how the phases of a state drift until the next one, filled likewise.
+        angles: `[P + T, V/2]` rotary angles of a window of P tokens and of those after it, filled likewise.
     """
 
     length: int
@@ -30,6 +31,7 @@ class TokenLayout:
     document: torch.Tensor | None = None
     drift: torch.Tensor | None = None
     turn: tuple[torch.Tensor, torch.Tensor] | None = None
+    angles: torch.Tensor | None = None
 
     def first(self, tokens: int) -> "TokenLayout":
         """The layout of the first `tokens` positions."""

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .attention import AttentionMixer, WindowMixer
 from .backbone import RecurrentBackbone
 from .binding import bind, unbind
 from .binding import bind as fft_circular_conv
@@ -35,7 +36,6 @@ from .phases import (
     RotaryEmbedding,
     home_of_float64,
     phase_features,
-    rotate_pairs,
     rotate_state,
     turn_halves,
 )
@@ -297,87 +297,7 @@ class HolographicMixer(nn.Module):
         return rotate_state(state, self.drift.angles(tokens))
 
 
-class AttentionMixer(nn.Module):
-    """Softmax attention for hybrids. Without `rotary_base` it has no positions: the layers around it know the order.
-
-    With it, queries and keys are turned as in Llama, by the number of real tokens before them; padding has no position.
-    Keys and values live in the same cache as the states of the other layers, and grow with the text.
-
-    Args:
-        config: an [`HsnConfig`].
-    """
-
-    def __init__(self, config: HsnConfig) -> None:
-        super().__init__()
-        dim, self.heads, self.key_heads = config.hidden_size, config.num_heads, config.num_key_heads
-        self.causal, self.head_dim = config.is_causal, config.head_dim
-        self.q_proj = nn.Linear(dim, dim, bias=False)
-        self.k_proj = nn.Linear(dim, self.key_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(dim, self.key_heads * self.head_dim, bias=False)
-        self.out_proj = nn.Linear(dim, dim, bias=False)
-        base = config.rotary_base
-        self.rotary = None if base is None else RotaryEmbedding(self.head_dim, base=base)
-
-    def init_residual_(self, depth: int) -> None:
-        """Start what writes to the residual stream for a model of `depth` blocks, see [`init_residual_`]."""
-        init_residual_(depth, self.out_proj)
-
-    def forward(
-        self, x: torch.Tensor, layout: TokenLayout | None = None, cache: RecurrentLayer | None = None
-    ) -> torch.Tensor:
-        """`[B, T, D]` to `[B, T, D]`; continues from `cache` and updates it, if given."""
-        layout = TokenLayout(x.shape[1]) if layout is None else layout
-        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, T, V]
-        k = self.k_proj(x).unflatten(-1, (self.key_heads, -1)).transpose(1, 2)
-        v = self.v_proj(x).unflatten(-1, (self.key_heads, -1)).transpose(1, 2)
-        if self.rotary is not None:
-            angles = self.rotary.angles(self._positions(layout, cache, x.device))[:, None]  # [B, 1, T, V/2]
-            q, k = rotate_pairs(q, angles), rotate_pairs(k, angles)
-        labels = self._labels(x, layout, cache)
-        query_labels = labels
-        if cache is not None:
-            k, v = self._append("keys", k, 2, cache), self._append("values", v, 2, cache)
-            labels = self._append("labels", labels, 1, cache)
-        groups = self.heads // self.key_heads
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask(query_labels, labels))
-        return self.out_proj(y.transpose(1, 2).flatten(2))
-
-    def _labels(self, x: torch.Tensor, layout: TokenLayout, cache: RecurrentLayer | None) -> torch.Tensor:
-        """Document of every token `[B, T]`, counted on from the cached ones; -1 at padding."""
-        labels = layout.document
-        if labels is None:
-            labels = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
-        past = cache.get("labels") if cache is not None else None
-        if past is not None:
-            labels = labels + F.pad(past, (1, 0)).amax(1, keepdim=True)  # at least 0: a past of padding has none
-        return labels if layout.valid is None else labels.masked_fill(~layout.valid, -1)
-
-    def _positions(self, layout: TokenLayout, cache: RecurrentLayer | None, device: torch.device) -> torch.Tensor:
-        """How many real tokens come before every token, `[B, T]` (`[1, T]` without a past)."""
-        past = cache.get("labels") if cache is not None else None
-        if past is None:
-            return torch.arange(layout.length, device=home_of_float64(device))[None]
-        return torch.arange(layout.length, device=device) + (past >= 0).sum(1, keepdim=True)
-
-    def _append(self, name: str, new: torch.Tensor, dim: int, cache: RecurrentLayer) -> torch.Tensor:
-        past, tokens = cache.get(name), new.shape[dim]
-        whole = new if past is None else torch.cat([past, new], dim)
-        kept = whole.shape[dim] - tokens
-        cache.put(name, whole, tokens, lambda n: whole.narrow(dim, 0, kept + n))
-        return whole
-
-    def _mask(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Which key a query sees, `[B, 1, T, S]`: those of its document, and if causal not the later ones."""
-        seen = queries[:, :, None] == keys[:, None]
-        if self.causal:
-            new, total = queries.shape[1], keys.shape[1]
-            at = torch.arange(total, device=keys.device)
-            seen = seen & (at <= at[total - new :, None])
-        return seen[:, None]
-
-
-MIXERS = {"holographic": HolographicMixer, "attention": AttentionMixer}
+MIXERS = {"holographic": HolographicMixer, "attention": AttentionMixer, "window": WindowMixer}
 
 
 class HoloSpectralBlock(GradientCheckpointingLayer):
@@ -422,8 +342,7 @@ class HoloSpectralBlock(GradientCheckpointingLayer):
 
     def state_spec(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the states, without the batch; the keys of attention grow and are not listed."""
-        spec = self.mixer.state_spec() if isinstance(self.mixer, HolographicMixer) else {}
-        return spec | (self.gate.state_spec() if self.gate is not None else {})
+        return self.mixer.state_spec() | (self.gate.state_spec() if self.gate is not None else {})
 
 
 class HsnPreTrainedModel(FamilyPreTrainedModel):

@@ -17,7 +17,7 @@ from hf_holo.data.windows import SlidingWindows, encode, scoring_windows
 from hf_holo.eval import command
 from hf_holo.eval.conformance import CausalityReport
 from hf_holo.eval.conformance.subject import perturb
-from hf_holo.eval.suites import SUITES, Options, Part, Run, language, long, recall, speed
+from hf_holo.eval.suites import SUITES, Options, Part, Run, branches, language, long, recall, speed
 from hf_holo.eval.suites.models import Evaluated, load
 from hf_holo.eval.suites.peers import CLOSE, PEERS, peer
 from hf_holo.modeling.losses import IGNORED
@@ -130,6 +130,59 @@ def test_the_same_tokens_are_predicted_from_every_context(model):
     assert short["loss"] != whole["loss"]
     llama = Evaluated("llama", tiny_llama(positions=100), model.tokenizer)
     assert long.with_context(llama, ids, 64, 64) == []  # 64 and 64 are more than 100
+
+
+# Branches -------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def trained() -> Evaluated:
+    """A hybrid that has learned the text, whose window writes nothing to the residual stream."""
+    tokenizer = byte_tokenizer()
+    layers = {"num_hidden_layers": 3, "mixer_types": ["window", "holographic", "attention"], "window": 8}
+    model = new_model("hsn", vocab_size=len(tokenizer), **layers).train()
+    torch.nn.init.zeros_(model.model.layers[0].mixer.out_proj.weight)
+    model.model.layers[0].mixer.requires_grad_(False)
+    ids = torch.from_numpy(encode(tokenizer, [TEXT])).long()[:256].view(8, 32)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    for _ in range(60):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return Evaluated("hybrid", model.eval(), tokenizer)
+
+
+def test_a_branch_that_adds_nothing_is_worth_nothing(trained):
+    rows = {(row["layer"], row["kind"]): row for row in branches.score(trained, [TEXT], Options(block_size=32))}
+    kinds = ["window", "holographic", "attention"]
+    assert list(rows) == [*enumerate(kinds), *((None, kind) for kind in kinds)]
+    whole = held_out_loss(
+        trained.model, scoring_windows(encode(trained.tokenizer, [TEXT]), 32), 4, trained.tokenizer.pad_token_id
+    )
+    assert all(row["loss"] == whole and row["worth"] == row["without"] - whole for row in rows.values())
+    assert rows[0, "window"]["worth"] == rows[None, "window"]["worth"] == 0.0
+    assert rows[1, "holographic"]["worth"] > 0.1 and rows[2, "attention"]["worth"] > 0.1
+
+
+def test_mixers_of_a_kind_are_switched_off_together_and_on_again(model):
+    rows = branches.score(model, [TEXT], Options(**SMALL))
+    assert [(row["layer"], row["mixers"]) for row in rows] == [(0, 1), (1, 1), (None, 2)]
+    ids = torch.arange(1, 9)[None]
+    whole = model.model(ids).logits
+    with branches.without(branches.mixers_of(model.model)):
+        alone = torch.cat([model.model(token).logits for token in ids.split(1, 1)], 1)
+        torch.testing.assert_close(model.model(ids).logits, alone)  # nothing but mixers lets tokens meet
+    assert torch.equal(model.model(ids).logits, whole) and not torch.allclose(whole, alone)
+
+
+def test_branches_are_drawn_and_written_and_a_model_without_mixers_is_left_out(trained, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "causality_of", lambda *_: CausalityReport((), None, None))  # it takes long
+    given = [(trained.model, trained.tokenizer), (tiny_llama(), trained.tokenizer)]
+    options = {"output_dir": tmp_path, "eval_file": (str(text),), **SMALL}
+    told = evaluate(given, "branches", **options).read_text(encoding="utf-8")
+    assert "| layer 0, window | 1 |" in told and "| all attention | 1 |" in told and " 0.000 |" in told
+    assert "LlamaForCausalLM is left out: none of its blocks has a `mixer` that could be switched off." in told
+    assert (tmp_path / "branches.png").read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "branches_ablations.csv").open(newline="", encoding="utf-8") as file:
+        assert [float(row["worth"]) for row in csv.DictReader(file) if row["kind"] == "window"] == [0.0, 0.0]
 
 
 # Speed --------------------------------------------------------------------------------------------------------------

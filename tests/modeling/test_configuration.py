@@ -73,6 +73,12 @@ BAD = {
     "drift_base": ({"drift_base": 0.5}, "0.5"),
     "write for static binding": ({"binding": "static", "write": "cancel"}, "cancel"),
     "mixer_types": ({"num_hidden_layers": 2, "mixer_types": ["holographic", "mamba"]}, "mamba"),
+    "window": ({"window": 1}, "1"),
+    "window of no size": ({"window": 2.5}, "2.5"),
+    "num_heads of odd width": (
+        {"hidden_size": 15, "num_heads": 1, "num_hidden_layers": 1, "mixer_types": ["window"]},
+        "15",
+    ),
     "mixer_types length": ({"num_hidden_layers": 2, "mixer_types": ["holographic"]}, "1"),
 }
 

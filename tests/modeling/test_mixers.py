@@ -116,6 +116,7 @@ KINDS = {
     "static": {"binding": "static"},
     "static, sublayer": {"binding": "static", "gate_placement": "sublayer"},
     "attention": {"mixer_types": ["attention"] * 2, "rotary_base": 100.0},
+    "window": {"mixer_types": ["window"] * 2, "window": 5},
     "shared keys": {"num_heads": 4, "num_key_heads": 2},
 }
 

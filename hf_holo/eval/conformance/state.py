@@ -113,11 +113,13 @@ def _one_more(subject: Subject, model: PreTrainedModel, cache: Any) -> Any:
 
 
 def _rounded_to(state: torch.Tensor) -> torch.dtype | None:
-    """The half precision that all values of a state fit into, if there is one."""
+    """The half precision that all values of a state fit into, if there is one; whole numbers are counts or marks."""
+    if torch.equal(state, state.round()):
+        return None
     fitting = (
         dtype for dtype in (torch.bfloat16, torch.float16) if torch.equal(state.to(dtype).to(state.dtype), state)
     )
-    return next(fitting, None) if state.any() else None
+    return next(fitting, None)
 
 
 def _holds_inputs(subject: Subject, model: PreTrainedModel, cache: Any, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Pictures of the suites: lines of one measure over another, one line for each model."""
+"""Pictures of the suites: lines of one measure over another, a line for each model; and bars."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,5 +44,32 @@ def draw_lines(
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def draw_bars(rows: Sequence[Row], name: str, value: str, path: Path, title: str, label: str, by: str = "kind") -> None:
+    """Draw a PNG with a bar for each row, the first at the top.
+
+    Args:
+        rows: with the columns `name`, `value` and `by`.
+        name, value: names of columns: what stands next to a bar, and how long it is.
+        path: of the picture.
+        title: above it.
+        label: of the axis of values.
+        by: name of the column whose values have a colour each.
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(8, 1.2 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for group in dict.fromkeys(row[by] for row in rows):
+        places = [place for place, row in enumerate(rows) if row[by] == group]
+        axes.barh(places, [rows[place][value] for place in places], label=group)
+    axes.set_yticks(range(len(rows)), [row[name] for row in rows])
+    axes.invert_yaxis()
+    axes.set(xlabel=label, title=title)
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
