@@ -199,6 +199,7 @@ def test_half_precision_stays_half(saved, texts, tmp_path):
     assert report["texts"][0]["ratio"] < 1.1
 
 
+@pytest.mark.slow
 def test_little_memory_gives_the_same_model(saved, texts, tmp_path):
     """Statistics of one site at a time: the text is read more often, nothing else changes."""
     teacher = saved()
@@ -223,6 +224,7 @@ def test_only_calibrated_layers_can_be_refitted(saved, tmp_path):
         run(saved(), tmp_path / "out", "--method", "harmonic", "--refit", "true")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks live in the repository only")
 def test_benchmark_compares_at_the_same_share(saved, texts, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
@@ -292,6 +294,7 @@ def stopping_after(calls: int, function, finished: list):
     return stopping
 
 
+@pytest.mark.slow
 def test_a_stopped_run_continues(saved, texts, tmp_path, monkeypatch, capsys):
     teacher, out, words = saved(), tmp_path / "out", ["--train_file", *texts, "--memory", "1e-5"]
     run(teacher, tmp_path / "whole", *words)

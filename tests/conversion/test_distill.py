@@ -126,7 +126,7 @@ def test_a_run_writes_all_it_promises_and_leaves_the_teacher(folders, capsys):
     ("surgery", "changes", "trains"),
     [
         ({"folded": True}, {}, {"coefficients", "bias"}),
-        ({}, {}, {"amplitude", "phase", "bias"}),
+        pytest.param({}, {}, {"amplitude", "phase", "bias"}, marks=pytest.mark.slow),
         ({"folded": True}, {"lora_rank": 2}, None),  # what is saved is the adapter
     ],
 )
@@ -150,7 +150,7 @@ def test_the_recipe_of_surgery_teaches_every_student(tmp_path, surgery, changes,
         assert {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])} == trains
 
 
-@pytest.mark.parametrize("kind", ["hsn", "surgery"])
+@pytest.mark.parametrize("kind", ["hsn", pytest.param("surgery", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("match", ["layers", "blocks", "hidden_states", "logits"])
 def test_every_stage_lowers_its_own_loss(kind, match):
     teacher = make_teacher(kind).requires_grad_(False)

@@ -366,6 +366,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_it(tmp_path):
     model = converted_model("phi3")
     model.save_pretrained(tmp_path / "model")

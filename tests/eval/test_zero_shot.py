@@ -69,6 +69,7 @@ def test_every_task_reads_its_file(model, questions, tmp_path):
     assert paradigms == ["blimp/syntax/p0", "blimp/syntax/p1", "blimp/syntax/p2"]
 
 
+@pytest.mark.slow
 def test_lm_evals_own_way_gives_the_same(model, questions, tmp_path):
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager

@@ -11,7 +11,10 @@ from hf_holo.eval.conformance import zoo
 FEW = ("llama", "mamba", "gpt2")
 
 
-@pytest.mark.parametrize("kind", [*FEW, "mixtral", "bert", "bart", "gemma3_text"])
+RARE = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("mixtral", "bert", "gemma3_text")]
+
+
+@pytest.mark.parametrize("kind", [*FEW, "bart", *RARE])
 def test_tiny_models_are_built(kind):
     model = zoo.tiny_model(kind)
     assert 0 < sum(p.numel() for p in model.parameters()) <= zoo.LARGEST

@@ -33,6 +33,7 @@ CASES = [
     ("resonance_multimodal", "AutoModelForSequenceClassification", "plain"),
     ("resonance_multimodal", "AutoModelForSequenceClassification", "vision and audio"),
 ]
+QUICK = CASES[0::3]  # one of each family
 SIZES = [(1, 0), (3, 0), (1, 7), (3, 7), (1, 40), (3, 40)]  # batch, and by how much larger than the config says
 PROCESSORS = {"resonance_vision": "AutoImageProcessor", "resonance_audio": "AutoFeatureExtractor"}
 
@@ -53,7 +54,11 @@ def saved(family: str, auto: str, variant: str, folder: Path) -> torch.nn.Module
 
 
 @pytest.mark.feature("export", "onnx", family="{family}")
-@pytest.mark.parametrize(("family", "auto", "variant"), CASES, ids=lambda x: str(x).removeprefix("AutoModel"))
+@pytest.mark.parametrize(
+    ("family", "auto", "variant"),
+    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES],
+    ids=lambda x: str(x).removeprefix("AutoModel"),
+)
 def test_onnx_gives_the_outputs_of_pytorch(tmp_path, family, auto, variant):
     model = saved(family, auto, variant, tmp_path / "saved")
     register()
@@ -112,7 +117,9 @@ def test_the_stock_classes_of_optimum_load_it(tmp_path, family):
 
 
 @pytest.mark.feature("export", "hf-holo export", family="{family}")
-@pytest.mark.parametrize("name", ["onnx", "torchscript", pytest.param("torch-export", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["onnx", *(pytest.param(n, marks=pytest.mark.slow) for n in ("torchscript", "torch-export"))]
+)
 @pytest.mark.parametrize("family", PROCESSORS)
 def test_every_format_is_measured(tmp_path, quick_export, family, name):
     auto = "AutoModelForImageClassification" if family == "resonance_vision" else "AutoModelForAudioClassification"

@@ -26,7 +26,7 @@ MODELS = {
 IDS = torch.randint(5, 80, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("converted", [False, True], ids=["dense", "converted"])
+@pytest.mark.parametrize("converted", [pytest.param(False, marks=pytest.mark.slow), True], ids=["dense", "converted"])
 @pytest.mark.parametrize("name", MODELS)
 def test_onnx(name, converted, tmp_path, quick_export):
     auto, sizes = MODELS[name]

@@ -21,6 +21,7 @@ HEADS = {
     "resonance_multimodal": "AutoModelForSequenceClassification",
 }
 PROCESSORS = ("AutoImageProcessor", "AutoFeatureExtractor", "AutoProcessor")
+SINGLE = [family for family in HEADS if family != "resonance_multimodal"]  # whose code goes along with it, too
 FAMILIES = pytest.mark.parametrize("family", HEADS)
 
 LOAD = """
@@ -87,7 +88,7 @@ def saved(tmp_path, family):
     return tmp_path / "model", auto
 
 
-@FAMILIES
+@pytest.mark.parametrize("family", ["resonance_multimodal", *(pytest.param(f, marks=pytest.mark.slow) for f in SINGLE)])
 @pytest.mark.feature("Hub", "code and processor go along", family="{family}")
 @pytest.mark.timeout(900)
 def test_it_loads_where_hf_holo_is_missing(saved, elsewhere, family):
