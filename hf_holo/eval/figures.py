@@ -1,14 +1,14 @@
-"""Pictures of the suites: lines of one measure over another, one line for each model."""
+"""Pictures of results: lines of one measure over another, one line for each model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from ...files import replacing
-from .run import Row
+from ..files import replacing
 
 
 def draw_lines(
-    rows: Sequence[Row],
+    rows: Sequence[Mapping[str, Any]],
     x: str,
     y: str,
     path: Path,
