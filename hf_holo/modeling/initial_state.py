@@ -1,7 +1,7 @@
 """Where a text begins: a learned state in place of an empty one.
 
-Every layer with a state of constant size may learn the state that a text begins with. It is broadcast over the batch,
-cached and continued like any other state, and starts at zero, so that a model that gets one computes what it did.
+Every mixer with a state of constant size may learn what it remembers when a text begins. That is broadcast over the
+batch, cached and continued like any other state, and starts at zero, so that a model that gets one computes what it did.
 Trained alone it is the smallest adapter of a recurrent model (state tuning; Kang et al., "State-offset tuning", 2025).
 
 A document in the middle of a row begins with it, too. The scans know how to begin with nothing, or with one state a
@@ -22,7 +22,7 @@ from .layers import at_least_float32
 from .layout import TokenLayout
 from .recording import exporting
 
-COUNTS = "_chunk"  # the end of the names of states that count tokens: a text begins with none
+REMEMBERED = ("memory", "modes", "context")  # the others, the last inputs of filters and counts, begin empty
 
 
 @dataclass
@@ -71,16 +71,16 @@ class Documents:
 
 
 class InitialState(nn.Module):
-    """The state that a text begins with, of one layer.
+    """The state that a text begins with, of one mixer.
 
     Args:
-        spec: names and shapes of the states of the layer, without the batch; those that count tokens are left out.
+        spec: names and shapes of the states of the mixer, without the batch; those that are `REMEMBERED` are learned.
     """
 
     def __init__(self, spec: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__()
         for name, shape in spec.items():
-            if not name.endswith(COUNTS):
+            if name in REMEMBERED:
                 self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.reset_parameters()
 
@@ -99,7 +99,7 @@ class InitialState(nn.Module):
         """`mixer(x, layout, cache)` `[B, T, D]`, where every text begins with the learned states of the mixer.
 
         Args:
-            mixer: of the layer, which names its states (`state_spec`).
+            mixer: that names its states (`state_spec`).
             x: `[B, T, D]`.
             layout: of the tokens; None: one text in every row.
             cache: what it continues from, and updates; None: every row begins a text, and nothing is kept.

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -407,8 +408,8 @@ class HoloSpectralBlock(GradientCheckpointingLayer):
         self.channel_norm = make_norm(config)
         self.channel_mix = make_channel_mix(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        learned = self.state_spec() if config.learned_state else {}
-        self.initial_state = InitialState(learned) if learned else None
+        remembers = config.learned_state and isinstance(self.mixer, HolographicMixer)
+        self.initial_state = InitialState(self.mixer.state_spec()) if remembers else None
 
     def forward(
         self,
@@ -419,18 +420,11 @@ class HoloSpectralBlock(GradientCheckpointingLayer):
         """`[B, T, D]` to `[B, T, D]`."""
         x = hidden_states
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        x = x + self.dropout(self._run(self.mixer, self.mixer_norm(x), layout, cache))
+        mixer = self.mixer if self.initial_state is None else partial(self.initial_state.run, self.mixer)
+        x = x + self.dropout(mixer(self.mixer_norm(x), layout, cache))
         if self.gate is not None:
-            x = x + self.dropout(self._run(self.gate, self.gate_norm(x), layout, cache))
+            x = x + self.dropout(self.gate(self.gate_norm(x), layout, cache))
         return x + self.dropout(self.channel_mix(self.channel_norm(x)))
-
-    def _run(
-        self, part: nn.Module, x: torch.Tensor, layout: TokenLayout | None, cache: RecurrentLayer | None
-    ) -> torch.Tensor:
-        """A mixer or a gate, from the learned state where a text begins; attention keeps none."""
-        if self.initial_state is None or not isinstance(part, (HolographicMixer, SpectralGate)):
-            return part(x, layout, cache)
-        return self.initial_state.run(part, x, layout, cache)
 
     def state_spec(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the states, without the batch; the keys of attention grow and are not listed."""

@@ -157,12 +157,8 @@ class ResonanceBlock(GradientCheckpointingLayer):
         """`[B, T, D]` to `[B, T, D]`."""
         x = hidden_states
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        mixed = self.mixer_norm(x)
-        if self.initial_state is None:
-            mixed = self.mixer(mixed, layout, cache)
-        else:
-            mixed = self.initial_state.run(self.mixer, mixed, layout, cache)
-        x = x + self.dropout(mixed)
+        mixer = self.mixer if self.initial_state is None else partial(self.initial_state.run, self.mixer)
+        x = x + self.dropout(mixer(self.mixer_norm(x), layout, cache))
         return x + self.dropout(self.channel_mix(self.channel_norm(x)))
 
 
