@@ -1,7 +1,7 @@
 """Where a text begins: a learned state in place of an empty one.
 
 Every mixer with a state of constant size may learn what it remembers when a text begins. That is broadcast over the
-batch, cached and continued like any other state, and starts at zero, so that a model that gets one computes what it did.
+batch, cached and continued like any other state, and starts at zero: a model that gets one computes what it did.
 Trained alone it is the smallest adapter of a recurrent model (state tuning; Kang et al., "State-offset tuning", 2025).
 
 A document in the middle of a row begins with it, too. The scans know how to begin with nothing, or with one state a
