@@ -106,7 +106,7 @@ class InitialState(nn.Module):
         """
         layout = TokenLayout(x.shape[1]) if layout is None else layout
         if layout.document is None:
-            return mixer(x, layout, self._begun(mixer, len(x), layout, cache))
+            return mixer(x, layout, self._begun(mixer, x.shape[0], layout, cache))
         if layout.apart is None:
             layout.apart = Documents.of(layout, layout.document)
         documents = layout.apart
@@ -122,11 +122,11 @@ class InitialState(nn.Module):
         """What the mixer continues from: the cache, with learned states where a row has read nothing yet."""
         cache = RecurrentLayer() if cache is None else cache
         for name in self._learned(mixer):
-            state = cache.get(name)
+            state, learned = cache.get(name), self.rows(name, count)
             if state is None:
-                cache.states[name] = self.rows(name, count).contiguous()
+                cache.states[name] = learned.contiguous()
             elif exporting() and layout.begun is not None:  # a graph is given zeros for a text that begins
-                cache.states[name] = torch.where(_per_row(layout.begun, state), state, self.rows(name, count))
+                cache.states[name] = torch.where(_per_row(layout.begun, state), state, learned)
         return cache
 
     def _begun_apart(self, mixer: Any, documents: Documents, cache: RecurrentLayer | None) -> RecurrentLayer:

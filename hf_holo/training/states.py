@@ -62,7 +62,7 @@ class PassedStates:
     def __init__(self, config: PretrainedConfig, share: float, streams: bool = False, seed: int = 0) -> None:
         self.config, self.share, self.streams = config, share, streams
         self.generator = torch.Generator().manual_seed(seed)
-        self.steps_in_epoch: int | None = None  # after which streams begin again
+        self.sampler: StreamSampler | None = None  # of the streams
         self.fed = 0
         self._held: RecurrentCache | None = None
 
@@ -70,7 +70,7 @@ class PassedStates:
         """The cache that a batch of so many rows begins with."""
         held, self._held = self._held, None
         if self.streams:
-            begins = self.steps_in_epoch is not None and self.fed % self.steps_in_epoch == 0
+            begins = self.sampler is not None and self.fed % self.sampler.steps == 0  # with the text
         else:
             begins = float(torch.rand((), generator=self.generator)) >= self.share
         if held is None or begins:
@@ -86,19 +86,24 @@ class PassedStates:
         self._held = cache.detach_()
         self.fed += 1
 
+    @property
+    def _count(self) -> str:
+        """How many streams all processes read, as a note in a file."""
+        return "no" if self.sampler is None else str(self.sampler.streams)
+
     def save(self, folder: Path, process: int) -> None:
         """Write them next to a checkpoint."""
         layers = [] if self._held is None else self._held.layers
         tensors = {f"{i}.{name}": x.contiguous() for i, layer in enumerate(layers) for name, x in layer.states.items()}
         seen = 0 if self._held is None else self._held.get_seq_length()
-        notes = {"fed": str(self.fed), "seen": str(seen)}
+        notes = {"fed": str(self.fed), "seen": str(seen), "streams": self._count}
         save_file(tensors | {RANDOM: self.generator.get_state()}, states_file(folder, process), notes)
 
     def load(self, folder: Path, process: int, device: torch.device) -> None:
         """Take over what [`save`] has written.
 
         Raises:
-            HoloError: the run that wrote the checkpoint passed no states on, or had fewer processes.
+            HoloError: the run that wrote the checkpoint passed no states on, had fewer processes, or other streams.
         """
         file = states_file(folder, process)
         if not file.is_file():
@@ -108,6 +113,11 @@ class PassedStates:
             )
         with safe_open(file, "pt") as saved:
             notes, names = saved.metadata(), set(saved.keys())
+            if notes["streams"] != self._count:
+                raise HoloError(
+                    f"resume_from_checkpoint: {str(folder)!r} was saved with {notes['streams']} streams, and this run "
+                    f"reads {self._count}; give it the batch size and the processes that it was begun with"
+                )
             self.generator.set_state(saved.get_tensor(RANDOM))
             states = {name: saved.get_tensor(name).to(device, copy=True) for name in names - {RANDOM}}
         self.fed, self._held = int(notes["fed"]), None

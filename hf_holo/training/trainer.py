@@ -207,7 +207,7 @@ class HoloTrainer(Trainer):
             return super()._get_train_sampler(*args, **kwargs)
         windows: Any = self.train_dataset
         sampler = StreamSampler(len(windows), self.args.train_batch_size, self.args.world_size)
-        self.states.steps_in_epoch = sampler.steps
+        self.states.sampler = sampler
         return sampler
 
     def compute_loss(

@@ -10,6 +10,7 @@ from hf_holo.modeling.initial_state import Documents
 from hf_holo.modeling.layout import TokenLayout
 
 MODELS = [("hsn", "learned-state"), ("hsn", "learned-state-cancel"), ("resonance", "learned-state")]
+MEMORY = {"memory_dimension": 12, "memory_chunk_length": 6}  # of resonance, whose states begin learned too
 EXACT = {"rtol": 1e-8, "atol": 1e-8}
 LENGTHS = (7, 1, 12)  # of documents in a row
 each_model = pytest.mark.parametrize(("family", "variant"), MODELS, ids=[f"{f}-{v}" for f, v in MODELS])
@@ -17,6 +18,7 @@ each_model = pytest.mark.parametrize(("family", "variant"), MODELS, ids=[f"{f}-{
 
 def moved(family: str, variant: str, **overrides) -> torch.nn.Module:
     """A model in float64 whose weights, the learned states among them, are away from where they start."""
+    overrides = {**(MEMORY if family == "resonance" else {}), **overrides}
     return perturb(new_model(family, variant=variant, **overrides).double())
 
 

@@ -76,7 +76,7 @@ def test_a_text_in_streams_is_read_as_if_in_one_piece(tiny_run, monkeypatch):
     monkeypatch.setattr(trainers.HoloTrainer, "compute_loss", watched)
     flags = ("--learning_rate", "0", "--optimizer", "adamw", "--ema_decay", "0", "--model", "hidden_dropout_prob=0")
     trainer = tiny_run(*STREAMS, *flags, "hidden_size=16", "num_hidden_layers=2", "--max_steps", "4")
-    steps = trainer.states.steps_in_epoch
+    steps = trainer.states.sampler.steps
     assert steps > 4
     with torch.no_grad():
         whole = trainer.model.eval()(torch.cat(read, 1), use_cache=True)[CACHE_NAME]
@@ -96,6 +96,9 @@ def test_resume_is_bitwise_exact(tiny_run, tmp_path, options):
     assert same_weights(tmp_path / "whole", tmp_path / "part")
     assert _states(tmp_path / "whole") == _states(tmp_path / "part")
 
+    if options is STREAMS:
+        with pytest.raises(HoloError, match="was saved with 4 streams, and this run reads 2"):
+            tiny_run(*flags, "--resume_from_checkpoint", "--per_device_train_batch_size", "2", folder="part")
     for file in (tmp_path / "part").glob("checkpoint-6/states_*"):
         file.unlink()
     with pytest.raises(HoloError, match=r"has no states_0\.safetensors: it comes from a run of fewer processes"):
