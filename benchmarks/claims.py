@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 from common.characters import CharacterText, windowed_loss
+from common.contenders import small_llama
 from common.fitting import Fit, fit
 from common.ledger import PAGE, PROJECTS, verdicts, write_page
 from common.report import RESULTS, interleaved_medians, print_footer, print_table, write_report
-from llama_comparison import small_llama
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM, PreTrainedModel
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 from common.characters import CharacterText, windowed_loss
+from common.contenders import small_llama
 from common.fitting import OPTIMIZERS, Fit, fit
 from common.report import RESULTS, earlier_rows, print_footer, print_table, write_report
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from hf_holo import HsnConfig, HsnForCausalLM
 
@@ -26,21 +27,6 @@ LEARNING_RATES = {"muon": (0.002, 0.004, 0.008), "adamw": (0.001, 0.002, 0.004)}
 def build_hsn(vocab_size: int, width: int, depth: int, **options) -> HsnForCausalLM:
     sizes = {"vocab_size": vocab_size, "hidden_size": width, "num_hidden_layers": depth}
     return HsnForCausalLM(HsnConfig(**sizes, channel_mix="gated", **options))
-
-
-def small_llama(vocab_size: int, width: int, depth: int, intermediate_size: int) -> LlamaForCausalLM:
-    """A Llama with heads of 32 channels and a tied head."""
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=width,
-        num_hidden_layers=depth,
-        num_attention_heads=max(1, width // 32),
-        intermediate_size=intermediate_size,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config)
 
 
 def build_llama(vocab_size: int, width: int, depth: int, parameters: int) -> LlamaForCausalLM:

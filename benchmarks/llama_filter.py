@@ -15,23 +15,14 @@ from pathlib import Path
 
 import torch
 from common.characters import CharacterText, windowed_loss
+from common.contenders import add_filter
 from common.fitting import Fit, fit
 from common.report import RESULTS, earlier_rows, print_footer, print_table, write_report
 from llama_comparison import build, build_hsn
-from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedModel
-
-from hf_holo import SpectralGate
+from transformers import PreTrainedModel
 
 NAME = "llama_filter"
 MODELS = ("hsn", "hsn without filter", "llama", "llama with filter")
-
-
-def add_filter(llama: LlamaForCausalLM, taps: int, delayed: float) -> None:
-    """Filter what the attention of every layer reads, as the mixers of HoloSpectralNet do."""
-    for layer in llama.model.layers:
-        gate = SpectralGate(llama.config.hidden_size, taps, delayed=delayed)
-        layer.input_layernorm = nn.Sequential(layer.input_layernorm, gate)
 
 
 def make(name: str, vocab_size: int, width: int, depth: int, seed: int) -> PreTrainedModel:
@@ -41,7 +32,7 @@ def make(name: str, vocab_size: int, width: int, depth: int, seed: int) -> PreTr
         return build_hsn(vocab_size, width, depth, gate_taps=1)  # a gain per channel is left
     model = build(name.split()[0], vocab_size, width, depth, seed)
     if name == "llama with filter":
-        add_filter(model, taps=4, delayed=0.5)
+        add_filter(model)
     return model
 
 

@@ -135,20 +135,8 @@ def test_every_design_choice_is_a_model(monkeypatch):
             design_choices.make(family, vocab_size=11, hidden_size=128, num_hidden_layers=1, **options)
 
 
-def test_the_answers_of_pair_recall_are_in_its_sequences(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    task = importlib.import_module("pair_recall").Pairs(pairs=4, symbols=8)
-    tokens, labels = task.batch(3, 5, torch.Generator().manual_seed(0))
-    assert tokens.shape == labels.shape == (3, 4 * 4 + 5 - 1)
-    for row, scored in zip(tokens.tolist(), labels.tolist(), strict=True):
-        named = dict(zip(row[:8:2], row[1:8:2], strict=True))
-        assert len(named) == 4 and max(named) < 8 <= min(named.values()) < 16 <= min(row[8:13])
-        assert [label for label in scored if label != -100] == [named[row[i]] for i in range(13, 20, 2)]
-        assert all(scored[i] != -100 for i in range(13, 20, 2))
-
-
 def test_pair_recall(run, monkeypatch):
-    models = ("resonance", "resonance, memory of 64", "llama")
+    models = ("resonance", "resonance, memory of 64", "llama with filter")
     sizes = ("--rows", 2, "--pairs", 2, "--filler", 4, "--longer_filler", 40, "--sequences", 2, "--width", 32)
     argv = ("--models", *models, "--learning_rates", 0.002, 0.004, "--steps", 2, *sizes)
     report, _ = run("pair_recall", *argv)
@@ -163,6 +151,56 @@ def test_pair_recall(run, monkeypatch):
     monkeypatch.setattr("pair_recall.fit", lambda *_: pytest.fail("a finished run was repeated"))
     again, _ = run("pair_recall", *argv)
     assert again["figures"] == report["figures"]
+
+
+def test_multi_query_recall(run, monkeypatch):
+    models = ("hsn, write=cancel, num_phases=4", "llama with filter")
+    sizes = ("--sizes", "2x16", "--tokens", 32, "--vocabulary", 32, "--width", 32, "--depth", 1, "--sequences", 4)
+    argv = ("--models", *models, "--learning_rates", 0.002, "--steps", 2, "--seeds", 0, 1, *sizes)
+    report, _ = run("multi_query_recall", *argv)
+    runs = report["figures"]["runs"]
+    assert [(run["model"], run["seed"]) for run in runs] == [(model, seed) for model in models for seed in (0, 1)]
+    assert runs[0]["state_bytes"] > 0 and runs[-1]["state_bytes"] is None
+    script = importlib.import_module("multi_query_recall")
+    assert "2 pairs in 16 tokens" in script.table(report) and "attention has not learned" in script.table(report)
+
+    monkeypatch.setattr("multi_query_recall.fit", lambda *_: pytest.fail("a finished run was repeated"))
+    assert run("multi_query_recall", *argv)[0]["figures"] == report["figures"]
+
+
+def test_state_tracking(run, tmp_path):
+    sizes = ("--rows", 2, "--width", 32, "--depth", 1, "--sequences", 2, "--lengths", 8, 48)
+    argv = ("--models", "hsn", "--tasks", "parity", "S3", "--learning_rates", 0.002, "--steps", 2, "--seeds", 0, *sizes)
+    report, _ = run("state_tracking", *argv)
+    runs = report["figures"]["runs"]
+    assert [run["task"] for run in runs] == ["parity", "S3"] and set(runs[0]["accuracies"]) == {"8", "48"}
+    assert (tmp_path / "state_tracking_parity.png").exists()
+    assert "48 tokens" in importlib.import_module("state_tracking").table(report)
+
+
+def test_the_best_learning_rate_is_looked_for_beyond_the_edge(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    contenders = importlib.import_module("common.contenders")
+    tried = []
+
+    def score(rate: float, best: float) -> float:
+        tried.append(rate)
+        return 0.9 - abs(math.log2(rate / best))
+
+    contenders.search((0.001, 0.002), partial(score, best=0.008))
+    assert tried == [0.001, 0.002, 0.004, 0.008, 0.016]
+    runs = [{"model": "a", "learning_rate": rate, "chosen_by": score(rate, 0.008)} for rate in (0.004, 0.008, 0.016)]
+    runs += [{"model": "b", "learning_rate": rate, "chosen_by": rate} for rate in (0.1, 0.2)]
+    rows = contenders.at_best_rate(runs, ("model",))
+    assert [(row["model"], row["learning_rate"], row["at_edge"]) for row in rows] == [
+        ("a", 0.008, False),
+        ("b", 0.2, True),
+    ]
+    assert contenders.edge_note(rows).endswith("for b")
+    assert contenders.options_of("hsn, mixer_types=[holographic,window], causal=false") == (
+        "hsn",
+        {"mixer_types": ["holographic", "window"], "causal": False},
+    )
 
 
 def test_leaking_gate(run, text, tmp_path):

@@ -94,6 +94,8 @@ GROUPS: dict[str, dict[str, Benchmark]] = {
     },
     "recall": {
         "pair_recall": Benchmark("pair_recall"),
+        "multi_query_recall": Benchmark("multi_query_recall"),
+        "state_tracking": Benchmark("state_tracking"),
         "memory_recall": Benchmark("memory_recall"),
     },
     "speed": {

@@ -26,6 +26,7 @@ from ..errors import HoloError, unknown
 from ..modeling.cache import CACHE_NAME, PADDING, RecurrentCache, RecurrentLayer
 from ..modeling.harmonics import HoloLinear
 from ..modeling.layers import at_least_float32
+from ..modeling.recording import exporting
 from ..registry import architectures, capabilities_of
 
 # Optimum's names of the tasks that can be exported, and the Auto class that has the head for each.
@@ -253,7 +254,10 @@ class Graph:
             return (forward(**inputs)[self.output],)
         cache = make_cache(self.config, self.states, tensors[len(self.inputs) :])
         if isinstance(cache, RecurrentCache):
-            cache.advance(inputs["attention_mask"].shape[1] - inputs["input_ids"].shape[1])
+            past = inputs["attention_mask"].shape[1] - inputs["input_ids"].shape[1]
+            if not exporting() and not past:  # zeros stand for a text that begins, in whatever state
+                cache = RecurrentCache(self.config)
+            cache.advance(past)
         name = CACHE_NAME if CACHE_NAME in self.arguments else "past_key_values"  # of code older than transformers 5.24
         result = forward(**inputs, **{name: cache})
         return (result[self.output], *take_states(self.states, result[CACHE_NAME]))

@@ -32,6 +32,8 @@ class HsnConfig(FamilyConfig):
         norm_type: `"layer"` (LayerNorm without bias) or `"rms"` (RMSNorm, as Llama and Phi-3 have it).
         rotary_base: base of the rotary positions of attention layers, which are as in Llama; None: they have none, and
             those with a window 10,000.
+        learned_state: whether every layer learns the state that a text begins with (False: it begins empty); in a
+            bidirectional model that of the forward direction. See [`InitialState`].
         kwargs: what all families share, see [`FamilyConfig`] (`vocab_size`, `hidden_size` or `dim`,
             `num_hidden_layers` or `depth`, `causal`, ...), and arguments of [`~transformers.PretrainedConfig`].
 
@@ -65,6 +67,7 @@ class HsnConfig(FamilyConfig):
         drift_base: float = 1000.0,
         norm_type: str = "layer",
         rotary_base: float | None = None,
+        learned_state: bool = False,
         **kwargs,
     ) -> None:
         heads = {"num_heads": num_heads, "num_key_heads": num_key_heads}
@@ -90,6 +93,7 @@ class HsnConfig(FamilyConfig):
         self.drift_base = drift_base
         self.norm_type = norm_type
         self.rotary_base = rotary_base
+        self.learned_state = learned_state
         self.check()
         changed = "This bidirectional model could not tell before from after and can now: train it again"
         self.take_over_format(None if self.is_causal else changed)
@@ -108,6 +112,7 @@ class HsnConfig(FamilyConfig):
         check_choice("channel_mix", self.channel_mix, ("factorized", "gated"))
         check_choice("gate_placement", self.gate_placement, ("mixer", "sublayer"))
         check_choice("norm_type", self.norm_type, ("layer", "rms"))
+        check_choice("learned_state", self.learned_state, (True, False))
         for name in self.mixer_types:
             check_choice("mixer_types", name, ("holographic", "attention", "window"))
         if len(self.mixer_types) != self.num_hidden_layers:

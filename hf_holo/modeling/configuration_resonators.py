@@ -27,6 +27,8 @@ class ResonatorConfig(FamilyConfig):
         channel_mix: `"gated"` (SwiGLU) or `"factorized"` (D → rank → D with GELU).
         intermediate_size: inner width of the gated channel mix; default: 8/3 hidden_size, a multiple of 8.
         rank: inner width of the factorized channel mix; default: hidden_size / 8.
+        learned_state: whether every layer learns the state that a text begins with (False: it begins empty); in a
+            bidirectional model that of the forward direction. See [`InitialState`].
         kwargs: what all families share, see [`FamilyConfig`], and arguments of [`~transformers.PretrainedConfig`].
 
     Raises:
@@ -49,6 +51,7 @@ class ResonatorConfig(FamilyConfig):
         channel_mix: str = "gated",
         intermediate_size: int | None = None,
         rank: int | None = None,
+        learned_state: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**self.own_names(kwargs))
@@ -65,6 +68,7 @@ class ResonatorConfig(FamilyConfig):
         self.channel_mix = channel_mix
         self.intermediate_size = default_intermediate(hidden_size) if intermediate_size is None else intermediate_size
         self.rank = max(1, hidden_size // 8) if rank is None else rank
+        self.learned_state = learned_state
 
     def check(self) -> None:
         check_positive(
@@ -83,4 +87,5 @@ class ResonatorConfig(FamilyConfig):
         check_divides("num_banks", self.num_banks, "hidden_size", self.hidden_size)
         check_choice("channel_mix", self.channel_mix, ("gated", "factorized"))
         check_choice("interference", self.interference, (True, False))
+        check_choice("learned_state", self.learned_state, (True, False))
         check_frequencies(lowest_frequency=self.lowest_frequency, highest_frequency=self.highest_frequency)

@@ -1,6 +1,7 @@
 """Where the real tokens and the documents of a batch are: found once per forward pass, read by every layer."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,6 +24,8 @@ class TokenLayout:
         drift: `[T, H, P]` phase drift of every position, filled by the first layer that needs it, since all share it.
         turn: of a single token, how the phases of a state drift until the next one, filled likewise.
         angles: `[P + T, V/2]` rotary angles of a window of P tokens and of those after it, filled likewise.
+        apart: the documents as rows of their own, filled by the first layer that learns how a text begins.
+        begun: `[B]` where a graph is recorded, whether a row has read real tokens before; None if nothing says so.
     """
 
     length: int
@@ -32,6 +35,8 @@ class TokenLayout:
     drift: torch.Tensor | None = None
     turn: tuple[torch.Tensor, torch.Tensor] | None = None
     angles: torch.Tensor | None = None
+    apart: Any = None
+    begun: torch.Tensor | None = None
 
     def first(self, tokens: int) -> "TokenLayout":
         """The layout of the first `tokens` positions."""
@@ -108,6 +113,8 @@ def arrange(
         if not none_is_padding and (exporting() or not bool(valid.all())):
             real = valid.long().cumsum(1)  # ONNX sums no booleans
             layout.lengths = real[:, -1]
+            if exporting():
+                layout.begun = attention_mask.sum(1) > layout.lengths
             after = layout.lengths[:, None] + (~valid).long().cumsum(1) - 1
             order = torch.where(valid, real - 1, after)
             layout.valid = torch.arange(length, device=x.device) < layout.lengths[:, None]

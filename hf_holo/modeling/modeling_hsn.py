@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from .cache import RecurrentCache, RecurrentLayer
 from .configuration_hsn import HsnConfig, reference_config
 from .filters import SpectralGate
 from .heads import MaskedLMHead, RecurrentForCausalLM, SequenceClassificationHead, TokenClassificationHead
+from .initial_state import InitialState
 from .layers import (
     GatedChannelMix,
     LiteChannelMix,
@@ -133,7 +135,8 @@ class HolographicMixer(nn.Module):
         """`[B, T, D]` to `[B, T, D]`; continues from `cache` and updates it, if given."""
         layout = TokenLayout(x.shape[1]) if layout is None else layout
         source = x if self.filter is None else F.silu(self.filter(x, layout, cache))
-        before = None if cache is None or not single_token(layout.length) else cache.get("memory")
+        single = self.causal and single_token(layout.length)
+        before = cache.get("memory") if cache is not None and single else None
         if cache is not None and before is not None:
             return (self._dynamic_step if self.dynamic else self._static_step)(x, source, layout, cache, before)
         return (self._dynamic if self.dynamic else self._static)(x, source, layout, cache)
@@ -325,6 +328,8 @@ class HoloSpectralBlock(GradientCheckpointingLayer):
         self.channel_norm = make_norm(config)
         self.channel_mix = make_channel_mix(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        remembers = config.learned_state and isinstance(self.mixer, HolographicMixer)
+        self.initial_state = InitialState(self.mixer.state_spec()) if remembers else None
 
     def forward(
         self,
@@ -335,7 +340,8 @@ class HoloSpectralBlock(GradientCheckpointingLayer):
         """`[B, T, D]` to `[B, T, D]`."""
         x = hidden_states
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        x = x + self.dropout(self.mixer(self.mixer_norm(x), layout, cache))
+        mixer = self.mixer if self.initial_state is None else partial(self.initial_state.run, self.mixer)
+        x = x + self.dropout(mixer(self.mixer_norm(x), layout, cache))
         if self.gate is not None:
             x = x + self.dropout(self.gate(self.gate_norm(x), layout, cache))
         return x + self.dropout(self.channel_mix(self.channel_norm(x)))

@@ -15,6 +15,7 @@ from .configuration_resonance import ResonanceConfig
 from .configuration_resonators import ResonatorConfig
 from .filters import SpectralGate
 from .heads import MaskedLMHead, RecurrentForCausalLM, SequenceClassificationHead, TokenClassificationHead
+from .initial_state import InitialState
 from .layers import at_least_float32, init_residual_, make_channel_mix, make_norm, scaled_to_unit
 from .layout import TokenLayout
 from .memory import PersistentMemory
@@ -145,6 +146,7 @@ class ResonanceBlock(GradientCheckpointingLayer):
         self.channel_norm = make_norm(config)
         self.channel_mix = make_channel_mix(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.initial_state = InitialState(self.mixer.state_spec()) if config.learned_state else None
 
     def forward(
         self,
@@ -155,7 +157,8 @@ class ResonanceBlock(GradientCheckpointingLayer):
         """`[B, T, D]` to `[B, T, D]`."""
         x = hidden_states
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        x = x + self.dropout(self.mixer(self.mixer_norm(x), layout, cache))
+        mixer = self.mixer if self.initial_state is None else partial(self.initial_state.run, self.mixer)
+        x = x + self.dropout(mixer(self.mixer_norm(x), layout, cache))
         return x + self.dropout(self.channel_mix(self.channel_norm(x)))
 
 

@@ -121,6 +121,13 @@ class HoloTrainingArguments(TrainingArguments):
     optimizer: Literal["muon", "adamw"] = described("MuonAdamW, or the optimizer that --optim names.", "muon")
     muon_lr_ratio: float = described("Learning rate of Muon as a multiple of learning_rate.", 5.0)
     ema_decay: float = described("Decay of the average of the weights that is evaluated and saved; 0: none.", 0.0)
+    state_passing: float = described(
+        "Share of the batches that begin with the final states of the batch before, dealt to other rows; 0: none.", 0.0
+    )
+    tbptt: bool = described(
+        "Read the text in as many streams as a batch has rows, and continue each from window to window.", False
+    )
+    state_tuning: bool = described("Train the learned states alone (--model learned_state=true).", False)
     causality_check: bool = described("Stop the run if the model sees tokens that it should predict.", True)
     learning_rate: float = described("Peak learning rate of AdamW.", 4e-3)
     weight_decay: float = described("Weight decay of matrices.", 0.1)
@@ -141,6 +148,10 @@ class HoloTrainingArguments(TrainingArguments):
             raise ValueError(f"muon_lr_ratio: {self.muon_lr_ratio} is not positive")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay: {self.ema_decay} is not in [0, 1)")
+        if not 0.0 <= self.state_passing <= 1.0:
+            raise ValueError(f"state_passing: {self.state_passing} is not in [0, 1]")
+        if self.state_passing and self.tbptt:
+            raise ValueError("state_passing and tbptt: a batch begins with one state; choose one of them")
         if self.prediction_loss_only or self.batch_eval_metrics:
             raise ValueError("prediction_loss_only and batch_eval_metrics: the exact validation loss needs both off")
         if self.ema_decay and self.load_best_model_at_end:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, set_seed
 from ..errors import UNREADABLE, HoloError, first_line
 from ..files import write_text
 from ..modeling.checkpoint import within_memory
+from ..modeling.initial_state import InitialState
 from ..registry import preset_config
 from .arguments import Run, parse
 from .language import CausalTask, MaskedTask
@@ -19,6 +20,7 @@ from .optim import MuonAdamW, split_parameters
 from .progress import say_what_comes, show_progress
 from .report import RunReport, folder_of, plot_losses, write_metrics
 from .senses import AudioTask, ImageTask, MultimodalTask
+from .states import passed_states
 from .task import Task
 from .trainer import UNFINISHED, HoloTrainer, complete_checkpoints
 
@@ -200,7 +202,23 @@ def load_model(run: Run, task: Task) -> PreTrainedModel:
         where = f"model_name_or_path: cannot load {source!r}" if source else f"preset: cannot make {preset!r}"
         raise HoloError(f"{where}{values and f' with {values}'}: {first_line(error)}") from None
     task.check_model(model)
+    if run.training.state_tuning:
+        freeze_all_but_states(model)
     return model
+
+
+def freeze_all_but_states(model: PreTrainedModel) -> None:
+    """Leave nothing to be trained but the states that texts begin with.
+
+    Raises:
+        HoloError: the model learns none.
+    """
+    learned = [module for module in model.modules() if isinstance(module, InitialState)]
+    if not learned:
+        raise HoloError("state_tuning: the model learns no states; give hsn or resonance --model learned_state=true")
+    model.requires_grad_(False)
+    for module in learned:
+        module.requires_grad_(True)
 
 
 def make_trainer(run: Run, model: PreTrainedModel, task: Task) -> HoloTrainer:
@@ -227,6 +245,7 @@ def make_trainer(run: Run, model: PreTrainedModel, task: Task) -> HoloTrainer:
         callbacks=[RunReport(task.loss_unit), *task.callbacks()],
         scores=task.scores(),
         ema_decay=args.ema_decay,
+        states=passed_states(run, model),
     )
     show_progress(trainer)
     return trainer

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.optim import Optimizer
+from torch.utils.data import Sampler
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
@@ -25,7 +26,9 @@ from transformers.trainer_utils import TrainOutput
 
 from ..errors import HoloError
 from ..eval.metrics import LanguageScores
+from ..modeling.cache import CACHE_NAME
 from ..modeling.checkpoint import check_files, check_finite, weight_files
+from .states import PassedStates, StreamSampler
 
 UNFINISHED = "unfinished"  # the folder next to the checkpoints of what is being written or deleted
 
@@ -103,13 +106,21 @@ class HoloTrainer(Trainer):
     Args:
         scores: what is measured; default: a causal language model.
         ema_decay: decay of the weight average, 0 for none.
+        states: that batches begin with; None: all begin empty.
     """
 
     model: PreTrainedModel  # transformers' own may be None, or another module
     processing_class: Any  # a tokenizer, or what else prepares the inputs
 
-    def __init__(self, *args: Any, scores: Scores | None = None, ema_decay: float = 0.0, **kwargs: Any) -> None:
-        self.saving = False
+    def __init__(
+        self,
+        *args: Any,
+        scores: Scores | None = None,
+        ema_decay: float = 0.0,
+        states: PassedStates | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.saving, self.states = False, states
         self.average = WeightAverage(ema_decay) if ema_decay else None
         scores = LanguageScores() if scores is None else scores
         super().__init__(*args, compute_metrics=scores, preprocess_logits_for_metrics=scores.reduce, **kwargs)
@@ -180,6 +191,39 @@ class HoloTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with reading(checkpoint, "optimizer.pt or scheduler.pt"):
             super()._load_optimizer_and_scheduler(checkpoint)
+
+        if checkpoint is not None and self.states is not None:
+            with reading(checkpoint, "states_*.safetensors"):
+                self.states.load(Path(checkpoint), self.args.process_index, self.args.device)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """What is random, and the states, for every process."""
+        super()._save_rng_state(output_dir)
+        if self.states is not None:
+            self.states.save(Path(output_dir), self.args.process_index)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
+        if self.states is None or not self.states.streams:
+            return super()._get_train_sampler(*args, **kwargs)
+        windows: Any = self.train_dataset
+        sampler = StreamSampler(len(windows), self.args.train_batch_size, self.args.world_size)
+        self.states.sampler = sampler
+        return sampler
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """As in transformers; in training from the states that batches begin with, if there are any."""
+        if self.states is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[arg-type]
+        given = {**inputs, CACHE_NAME: self.states.begin(len(inputs["input_ids"]))}
+        loss, outputs = super().compute_loss(model, given, True, num_items_in_batch)  # type: ignore[arg-type]
+        self.states.end(outputs[CACHE_NAME])
+        return (loss, outputs) if return_outputs else loss
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with reading(checkpoint, "the random state, rng_state*.pth,"):
@@ -269,6 +313,8 @@ def reading(checkpoint: str | Path | None, what: str) -> Iterator[None]:
     """
     try:
         yield
+    except HoloError:
+        raise
     except Exception as error:  # a damaged pickle may raise anything
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" ...")
         raise HoloError(f"resume_from_checkpoint: {what} of {str(checkpoint)!r} cannot be used: {reason}") from error

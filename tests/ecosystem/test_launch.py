@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from hf_holo import cli
 
@@ -32,6 +33,7 @@ LAUNCHERS = {
 def arguments(folder: Path, rows: int, *flags: str) -> list[str]:
     """Of a run in this folder, in which each process sees this many rows at a time; the text is next to it."""
     text = folder.parent / "text.txt"
+    text.parent.mkdir(parents=True, exist_ok=True)
     text.write_text("the wave binds a key to a value, " * 100)
     places = ["--train_file", str(text), "--output_dir", str(folder)]
     return ["train", *FLAGS, *places, "--per_device_train_batch_size", str(rows), *flags]
@@ -96,3 +98,18 @@ def test_what_one_has_begun_two_end(one, tmp_path):
     together("accelerate launch", tmp_path / "run", "--resume_from_checkpoint")
     assert "rng_state_1.pth" in names(tmp_path / "run" / "checkpoint-50")
     assert losses(tmp_path / "run") == pytest.approx(losses(one), abs=1.01e-4)
+
+
+@pytest.mark.feature("Accelerate", "states in training, in two processes", family="hsn")
+def test_every_process_continues_its_own_streams(tmp_path):
+    streams = ("--tbptt", "true", "--stride", "16", "--max_steps", "8", "--save_steps", "4", "--eval_steps", "8")
+    together("torchrun", tmp_path / "whole" / "run", *streams)
+    checkpoint = tmp_path / "whole" / "run" / "checkpoint-4"
+    one, two = (load_file(checkpoint / f"states_{process}.safetensors")["0.memory"] for process in (0, 1))
+    assert len(one) == len(two) == 2 and not one.equal(two)
+    shutil.copytree(checkpoint, tmp_path / "part" / "run" / "checkpoint-4")
+    together("torchrun", tmp_path / "part" / "run", *streams, "--resume_from_checkpoint")
+    ends = [load_file(tmp_path / name / "run" / "model.safetensors") for name in ("whole", "part")]
+    assert all(ends[0][name].equal(ends[1][name]) for name in ends[0])
+    shutil.copytree(checkpoint, tmp_path / "alone" / "run" / "checkpoint-4")
+    assert cli.main(arguments(tmp_path / "alone" / "run", 2, *streams, "--resume_from_checkpoint")) == 2

@@ -20,6 +20,7 @@ from hf_holo.eval.conformance.subject import perturb
 from hf_holo.eval.suites import SUITES, Options, Part, Run, branches, language, long, recall, speed
 from hf_holo.eval.suites.models import Evaluated, load
 from hf_holo.eval.suites.peers import CLOSE, PEERS, peer
+from hf_holo.eval.tasks import Pairs, Repeat
 from hf_holo.modeling.losses import IGNORED
 
 TEXT = "It is the east, and Juliet is the sun. Arise, fair sun, and kill the envious moon. " * 12
@@ -110,17 +111,38 @@ class LooksUp(nn.Module):
 
 def test_who_looks_up_finds_every_pair_and_who_does_not_guesses(model):
     generator = torch.Generator().manual_seed(0)
-    question = recall.pair_questions(torch.arange(1, 61), 4, 8, 5, generator)
-    assert question.ids.shape == (4, 4 * 8 + 5)
+    task = Pairs(8, 20, distinct=True)
+    question = recall.ask(task, torch.arange(1, 61), 4, task.length(5), generator)
+    assert question.ids.shape == (4, 4 * 8 + 5 - 1)
     assert recall.answer(Evaluated("finder", LooksUp()), question) == (1.0, 1.0)
-    untrained = recall.answer(model, recall.pair_questions(torch.arange(1, 250), 32, 8, 5, generator))
+    untrained = recall.answer(model, recall.ask(Pairs(8, 83, distinct=True), torch.arange(1, 250), 32, 36, generator))
     assert untrained[0] < 0.1 and untrained[1] < 0.4
 
 
 def test_copies_come_twice():
-    question = recall.copy_questions(torch.arange(100, 200), 3, 6, torch.Generator().manual_seed(0))
-    assert question.ids[:, :6].equal(question.ids[:, 6:]) and question.ids.min() >= 100
-    assert question.places.tolist() == [6, 7, 8, 9, 10]
+    question = recall.ask(Repeat(100), torch.arange(100, 200), 3, 11, torch.Generator().manual_seed(0))
+    assert question.ids[:, :5].equal(question.ids[:, 6:]) and question.ids.min() >= 100
+    assert question.places.tolist() == [6, 7, 8, 9, 10] and question.answers.equal(question.ids[:, 1:6])
+
+
+def test_a_pass_key_is_found_by_who_looks_up(model):
+    class Finder(LooksUp):
+        """Says what followed the last six tokens, the last time."""
+
+        def forward(self, input_ids, use_cache):
+            logits = torch.zeros(*input_ids.shape, 258)
+            for row, ids in enumerate(input_ids.tolist()):
+                for t in range(5, len(ids)):
+                    seen = [s for s in range(5, t) if ids[s - 5 : s + 1] == ids[t - 5 : t + 1]]
+                    logits[row, t, ids[seen[-1] + 1] if seen else 0] = 1.0
+            return type("Output", (), {"logits": logits})
+
+        config = model.model.config
+
+    finder = Evaluated("finder", Finder(), model.tokenizer)
+    (row,) = long.with_pass_key(finder, [TEXT], 160, seed=0)
+    assert row["named"] == 1 and row["sequences"] == long.KEYS and row["chance"] == pytest.approx(10 ** (-5 / 6))
+    assert long.with_pass_key(finder, [TEXT], 20, seed=0) == []
 
 
 def test_the_same_tokens_are_predicted_from_every_context(model):

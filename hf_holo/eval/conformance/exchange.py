@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ...modeling.cache import RecurrentCache
 from .subject import Subject, main_output
 
 ARGUMENTS = ("attention_mask", "position_ids", "labels")  # what Trainer and its collators send in addition to the ids
@@ -128,8 +129,9 @@ class Reading:
 def read(model: nn.Module, inputs: dict[str, Any], seed: int = 0) -> Reading:
     """One pass that leaves the model as it was. Random numbers start from the seed."""
     torch.manual_seed(seed)
+    given = {name: x.copy() if isinstance(x, RecurrentCache) else x for name, x in inputs.items()}  # it is updated
     with buffers_kept(model):
-        output = model(**inputs)
+        output = model(**given)
     outputs = main_output(output)
     if outputs is not None and outputs.shape[:-1] == inputs_shape(inputs):
         return Reading(outputs, None)

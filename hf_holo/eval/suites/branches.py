@@ -16,8 +16,8 @@ from torch import nn
 from ...data.scoring import held_out_loss
 from ...data.windows import encode, scoring_windows
 from ...errors import HoloError
+from ..figures import draw_bars
 from ..markdown import markdown_table
-from .figures import draw_bars
 from .language import TEXT, block_of, chosen, pad_id
 from .models import Evaluated
 from .options import Options

@@ -12,8 +12,8 @@ from torch.utils.data import Subset
 from ...data.scoring import summed_by_position, summed_over
 from ...data.windows import AnyWindows, SlidingWindows, encode, evenly, scoring_windows
 from ...errors import HoloError
+from ..figures import draw_lines
 from ..markdown import markdown_table
-from .figures import draw_lines
 from .models import Evaluated
 from .options import Options
 from .run import Part, Row, Tables, affordable

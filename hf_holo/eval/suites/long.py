@@ -1,4 +1,5 @@
-"""What more context is worth: the loss of the same tokens, predicted from the last 128, 512, 2,048, ... tokens."""
+"""What more context is worth: the loss of the same tokens, predicted from the last 128, 512, 2,048, ... tokens; and
+whether a number that was named once in a text of that length is found again, [`Passkey`]. Nothing is trained."""
 
 import inspect
 import time
@@ -11,17 +12,20 @@ import torch
 from ...data.scoring import summed_losses
 from ...data.windows import encode
 from ...modeling.losses import IGNORED
+from ..figures import draw_lines
+from ..learning import UNSEEN, accuracy
 from ..markdown import markdown_table
-from .figures import draw_lines
+from ..tasks import Passkey
 from .models import Evaluated
 from .options import Options
 from .run import Part, Row, Tables, affordable
 
 TARGETS, PLACES = 64, 32  # tokens that are predicted at a place, and places in the text
+KEYS = 16  # sequences with a pass key
 
 
 def parts(models: Sequence[Evaluated], options: Options) -> Iterator[Part]:
-    """Every length of context for every model.
+    """Every length of context, and of a text with a pass key, for every model.
 
     Raises:
         HoloError: the text is not there, or a model has no tokenizer.
@@ -34,6 +38,9 @@ def parts(models: Sequence[Evaluated], options: Options) -> Iterator[Part]:
         for length in (length for length in options.lengths if length <= longest):
             measure = partial(with_context, model, ids, length, longest)
             yield Part("contexts", f"{model.name}, {length:,} tokens", settings, measure)
+        for length in options.lengths:
+            measure = partial(with_pass_key, model, documents, length, options.seed)
+            yield Part("pass_keys", f"{model.name}, pass key in {length:,} tokens", settings, measure)
 
 
 @torch.no_grad()
@@ -72,6 +79,33 @@ def with_context(
     return [{"model": model.name, "context": length, "loss": nats / tokens, "tokens": int(tokens)}]
 
 
+def with_pass_key(
+    model: Evaluated, documents: Sequence[str], length: int, seed: int, seconds: float | None = None
+) -> list[Row]:
+    """One row: the share of the tokens of a number that are named again in `length` tokens of prose.
+
+    Args:
+        model: that reads.
+        documents: the prose.
+        length: of a sequence.
+        seed: of numbers and places.
+        seconds: to spend; fewer sequences are tried where they would take longer.
+
+    Returns:
+        No row if the model has fewer positions, or the sentences take more than `length` tokens.
+    """
+    task = Passkey(model.needed_tokenizer(), documents)
+    if length < task.shortest or (model.max_length is not None and length > model.max_length):
+        return []
+    found: list[float] = []
+    count, start = KEYS, time.perf_counter()
+    while len(found) < count:
+        found.append(accuracy(model.model, task, length, sequences=1, seed=UNSEEN + KEYS * seed + len(found)))
+        count = affordable((time.perf_counter() - start) / len(found), seconds, KEYS)
+    row: Row = {"model": model.name, "tokens": length, "named": sum(found) / len(found), "chance": task.chance}
+    return [row | {"sequences": len(found)}]
+
+
 def told(tables: Tables, folder: Path) -> str:
     """The section of the report."""
     rows = tables.get("contexts", [])
@@ -81,4 +115,21 @@ def told(tables: Tables, folder: Path) -> str:
     cells = [(row["model"], f"{row['context']:,}", f"{row['loss']:.4f}", f"{row['tokens']:,}") for row in rows]
     labels = ("tokens of context", "loss (nats per token)")
     draw_lines(rows, "context", "loss", folder / "long.png", "What more context is worth", labels)
-    return "\n\n".join([markdown_table(head, cells), "![What more context is worth](long.png)"])
+    pieces = [markdown_table(head, cells), "![What more context is worth](long.png)"]
+    if keys := tables.get("pass_keys"):
+        pieces.append(
+            markdown_table(
+                ("model", ">tokens", ">of a pass key named", ">by guessing", ">sequences"),
+                [
+                    (
+                        row["model"],
+                        f"{row['tokens']:,}",
+                        f"{row['named']:.1%}",
+                        f"{row['chance']:.1%}",
+                        row["sequences"],
+                    )
+                    for row in keys
+                ],
+            )
+        )
+    return "\n\n".join(pieces)

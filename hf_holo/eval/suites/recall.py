@@ -1,8 +1,7 @@
 """What models find again in a text of random tokens that they have just read; nothing is trained.
 
-`copy`: a sequence comes twice, and is to be predicted the second time. `pairs`: keys with their values, then filler,
-then every key again in another order, whose value is to be named (as in multi-query associative recall, Arora et al.,
-"Zoology", 2023). It shows what a model has learned to look up in its context, which one with random weights has not.
+`copy` and `pairs` are the generated tasks [`Repeat`] and [`Pairs`], in tokens of the model. They show what it has
+learned to look up in its context, which one with random weights has not.
 """
 
 import time
@@ -13,9 +12,11 @@ from pathlib import Path
 
 import torch
 
+from ...modeling.losses import IGNORED
 from ..cost import state_bytes
+from ..figures import draw_lines
 from ..markdown import markdown_table
-from .figures import draw_lines
+from ..tasks import Pairs, Repeat, Task
 from .models import Evaluated
 from .options import Options
 from .run import Part, Row, Tables, affordable
@@ -27,47 +28,33 @@ SEQUENCES, ROWS = 64, 8  # scored for each point, and at a time
 
 @dataclass(frozen=True)
 class Question:
-    """Sequences of random tokens with an answer at some places.
+    """A batch of a task in the tokens of a model.
 
     Attributes:
         ids: `[B, T]` tokens.
         places: `[A]` positions whose next token is asked for.
-        choices: `[B, C]` tokens among which the right answer is.
+        answers: `[B, A]` the right ones; each row is also what its answers are chosen among.
     """
 
     ids: torch.Tensor
     places: torch.Tensor
-    choices: torch.Tensor
+    answers: torch.Tensor
 
 
-def copy_questions(symbols: torch.Tensor, rows: int, length: int, generator: torch.Generator) -> Question:
-    """A sequence of `length` of these tokens `[S]`, twice: `[rows, 2 length]`; its first token says that it begins."""
-    once = symbols[torch.randint(len(symbols), (rows, length), generator=generator)]
-    places = torch.arange(length, 2 * length - 1)
-    return Question(torch.cat([once, once], 1), places, once)
-
-
-def pair_questions(symbols: torch.Tensor, rows: int, pairs: int, filler: int, generator: torch.Generator) -> Question:
-    """Pairs, filler and questions out of these tokens `[S]`, keys, values and filler being three kinds of them:
-    `[rows, 4 pairs + filler]`."""
-    keys, values, rest = symbols.tensor_split(3)
-    key = keys[torch.rand(rows, len(keys), generator=generator).argsort(1)[:, :pairs]]  # each at most once
-    value = values[torch.rand(rows, len(values), generator=generator).argsort(1)[:, :pairs]]
-    noise = rest[torch.randint(len(rest), (rows, filler), generator=generator)]
-    order = torch.rand(rows, pairs, generator=generator).argsort(1)
-    asked = torch.stack([key.gather(1, order), value.gather(1, order)], -1).flatten(1)  # [rows, 2 pairs]
-    ids = torch.cat([torch.stack([key, value], -1).flatten(1), noise, asked], 1)
-    return Question(ids, torch.arange(2 * pairs + filler, ids.shape[1], 2), value)
+def ask(task: Task, symbols: torch.Tensor, rows: int, length: int, generator: torch.Generator) -> Question:
+    """Sequences of a task, written with these tokens `[S]`; all rows are asked at the same places."""
+    tokens, labels = task.batch(rows, length, generator)
+    places = (labels[0] != IGNORED).nonzero()[:, 0]
+    return Question(symbols[tokens], places, symbols[labels[:, places]])
 
 
 @torch.no_grad()
 def answer(model: Evaluated, question: Question) -> tuple[float, float]:
     """Shares of the answers that are the model's first guess among all tokens, and among the choices."""
-    ids, choices = question.ids.to(model.device), question.choices.to(model.device)
+    ids, right = question.ids.to(model.device), question.answers.to(model.device)
     logits = model.model(input_ids=ids).logits[:, question.places]  # [B, A, V]
-    right = ids[:, question.places + 1]  # [B, A]
-    among = logits.gather(2, choices[:, None].expand(-1, logits.shape[1], -1)).argmax(2)  # [B, A]
-    named = choices.gather(1, among)
+    among = logits.gather(2, right[:, None].expand(-1, logits.shape[1], -1)).argmax(2)  # [B, A]
+    named = right.gather(1, among)
     return (logits.argmax(2) == right).double().mean().item(), (named == right).double().mean().item()
 
 
@@ -86,23 +73,27 @@ def parts(models: Sequence[Evaluated], options: Options) -> Iterator[Part]:
 
 def _measure(model: Evaluated, seed: int, task: str, size: int, filler: int, seconds: float | None = None) -> list[Row]:
     """One point of a task; none where the vocabulary or the positions of the model are too few."""
-    symbols, tokens = _symbols(model), 2 * size if task == "copy" else 4 * size + filler
-    if len(symbols) < 3 * size or (model.max_length is not None and tokens > model.max_length):
+    symbols = _symbols(model)
+    if len(symbols) < 3 * size:
+        return []
+    asking: Task
+    if task == "copy":
+        asking, length = Repeat(len(symbols)), 2 * size - 1
+    else:
+        asking = pairs = Pairs(size, len(symbols) // 3, distinct=True)
+        length = pairs.length(filler)
+    if model.max_length is not None and length > model.max_length:
         return []
     generator, start = torch.Generator().manual_seed(seed), time.perf_counter()
     found: list[tuple[float, float]] = []
     batches = SEQUENCES // ROWS
     while len(found) < batches:
-        if task == "copy":
-            question = copy_questions(symbols, ROWS, size, generator)
-        else:
-            question = pair_questions(symbols, ROWS, size, filler, generator)
-        found.append(answer(model, question))
+        found.append(answer(model, ask(asking, symbols, ROWS, length, generator)))
         batches = affordable((time.perf_counter() - start) / len(found), seconds, SEQUENCES // ROWS)
     named, chosen = torch.tensor(found, dtype=torch.float64).mean(0).tolist()
-    row: Row = {"model": model.name, "task": task, "size": size, "filler": filler, "tokens": tokens}
-    row |= {"named": named, "chosen": chosen, "chance": 1 / size, "sequences": ROWS * len(found)}
-    return [row | {"state_bytes": state_bytes(model.model)}]
+    row: Row = {"model": model.name, "task": task, "size": size, "filler": filler, "tokens": length}
+    row |= {"named": named, "chosen": chosen, "chance": 1 / (size - (task == "copy"))}  # the first is not asked
+    return [row | {"sequences": ROWS * len(found), "state_bytes": state_bytes(model.model)}]
 
 
 def _symbols(model: Evaluated) -> torch.Tensor:

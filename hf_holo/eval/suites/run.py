@@ -115,6 +115,8 @@ class Run:
         record |= {"machine": machine(), "versions": versions(), "tables": outcome.tables}
         write_text(self.folder / f"{suite}.json", json.dumps(record, indent=2) + "\n")
         for table, rows in outcome.tables.items():
+            if not rows:  # no part applied
+                continue
             columns = dict.fromkeys(name for row in rows for name in row)
             write_csv([{name: row.get(name) for name in columns} for row in rows], self.folder / f"{suite}_{table}.csv")
 

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from ...errors import unknown
 from ...modeling.cache import CACHE_NAMES
 from ..cost import LiveBytes
+from ..figures import draw_lines
 from ..markdown import markdown_table
 from ..timing import interleaved_times, keep_freed_memory
-from .figures import draw_lines
 from .models import Evaluated
 from .options import Options
 from .peers import PEERS, peer

@@ -1,14 +1,14 @@
-"""Pictures of the suites: lines of one measure over another, a line for each model; and bars."""
+"""Pictures of results: lines of one measure over another, a line for each model; and bars."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from ...files import replacing
-from .run import Row
+from ..files import replacing
 
 
 def draw_lines(
-    rows: Sequence[Row],
+    rows: Sequence[Mapping[str, Any]],
     x: str,
     y: str,
     path: Path,
@@ -48,7 +48,9 @@ def draw_lines(
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def draw_bars(rows: Sequence[Row], name: str, value: str, path: Path, title: str, label: str, by: str = "kind") -> None:
+def draw_bars(
+    rows: Sequence[Mapping[str, Any]], name: str, value: str, path: Path, title: str, label: str, by: str = "kind"
+) -> None:
     """Draw a PNG with a bar for each row, the first at the top.
 
     Args:
