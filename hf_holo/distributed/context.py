@@ -285,6 +285,8 @@ class ContextParallel:
             output = self.model(**mine)
         if output.get("loss") is not None:
             output.loss = self.summed(mine[CACHE_NAME].joined(output.loss))
+        if not torch.is_grad_enabled():
+            self.channel.flush()
         return output
 
     def summed(self, share: torch.Tensor) -> torch.Tensor:
@@ -313,6 +315,7 @@ class ContextParallel:
         Raises:
             RuntimeError: the loss of the latest part was not joined, so that gradients are missing.
         """
+        self.channel.flush()
         if self._latest is not None and not self._latest.is_joined:
             raise RuntimeError("joined: take the backward pass of past_key_values.joined(loss), not of the loss itself")
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -324,7 +327,6 @@ class ContextParallel:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad, group=self.channel.group)
-        self.channel.flush()
 
     @torch.no_grad()
     def prefill(self, **batch: Any) -> RecurrentCache:

@@ -52,7 +52,7 @@ class Channel:
         return into
 
     def flush(self) -> None:
-        """Wait until all that was sent has been received."""
+        """Wait until all that was sent has been received: what is forgotten before gets lost."""
         while self._sending:
             self._sending.pop(0)[0].wait()
 
