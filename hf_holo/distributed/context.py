@@ -101,9 +101,9 @@ class ContextLayer(RecurrentLayer):
         self.fed[name] += tokens
         if self.fed[name] == self.current.length:
             if (tuple(state.shape), state.dtype) != self.messages[name]:
+                found = f"the state {name!r} is {tuple(state.shape)} in {state.dtype}"
                 raise ValueError(
-                    f"past_key_values: the state {name!r} is {tuple(state.shape)} in {state.dtype}, and state_spec says "
-                    "{} in {}".format(*self.messages[name])
+                    "past_key_values: {}, and state_spec says {} in {}".format(found, *self.messages[name])
                 )
             self.current.send(self.tags[name], state)
 
@@ -367,14 +367,15 @@ def check_model(model: nn.Module) -> PreTrainedModel:
     bare: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     name, accepted = type(bare).__name__, "causal language models of hsn (without attention layers) and resonance do"
     if not isinstance(getattr(bare, "base_model", None), RecurrentBackbone):
-        raise ValueError(f"model: {name} has no state of constant size to hand from one process to the next; {accepted}")
+        raise ValueError(
+            f"model: {name} has no state of constant size to hand from one process to the next; {accepted}"
+        )
     if not bare.config.is_causal:
         raise ValueError(f"model: {name} reads in both directions, and states are handed on in one; {accepted}")
     if not isinstance(bare, (RecurrentBackbone, RecurrentForCausalLM)):
         raise ValueError(f"model: {name} judges a text as a whole, and every process has a part of it; {accepted}")
     if "constant_state" not in type(bare).capabilities_of(bare.config):
         raise ValueError(
-            f"mixer_types: {name} has attention layers, whose keys grow with the text and are not handed on; {accepted} "
-            "it with 'holographic' alone"
+            f"mixer_types: {name} has attention layers, whose keys grow with the text and are not handed on; {accepted}"
         )
     return bare

@@ -86,9 +86,7 @@ def join(loss: torch.Tensor, exchanged: list[torch.Tensor]) -> torch.Tensor:
 
 class _Receive(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, root: torch.Tensor, channel: Channel, tag: int, message: Message
-    ) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, root: torch.Tensor, channel: Channel, tag: int, message: Message) -> torch.Tensor:
         ctx.channel, ctx.tag = channel, tag  # type: ignore[attr-defined]
         shape, dtype = message
         return channel.receive(torch.empty(shape, dtype=dtype, device=root.device), channel.index - 1, tag)
@@ -102,9 +100,7 @@ class _Receive(torch.autograd.Function):
 
 class _Send(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, root: torch.Tensor, state: torch.Tensor, channel: Channel, tag: int
-    ) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, root: torch.Tensor, state: torch.Tensor, channel: Channel, tag: int) -> torch.Tensor:
         ctx.channel, ctx.tag, ctx.message = channel, tag, (state.shape, state.dtype)  # type: ignore[attr-defined]
         channel.send(state, channel.index + 1, tag)
         return torch.zeros_like(root)
