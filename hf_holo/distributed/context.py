@@ -263,9 +263,10 @@ class ContextParallel:
     ) -> ContextCache:
         self.channel.flush()
         device, dtype = self.bare.device, at_least_float32(self.bare.dtype)
+        family: Any = type(self.bare)
         messages: list[dict[str, Message]] = [
             {name: ((rows, *shape), dtype) for name, shape in spec.items()}
-            for spec in type(self.bare).state_spec(self.bare.config)
+            for spec in family.state_spec(self.bare.config)
         ]
         counts: dict[str, Message] = {PADDING: ((rows,), torch.long)}  # kept next to the states of the first layer
         if with_seq_idx:

@@ -38,7 +38,7 @@ class ContextTrainer(HoloTrainer):
         except ValueError as error:
             raise HoloError(str(error)) from None
         self.preprocess_logits_for_metrics = None  # prediction_step has done it
-        self.accelerator.prepare_data_loader = self._prepare_data_loader  # type: ignore[method-assign]
+        self.accelerator.prepare_data_loader = self._prepare_data_loader
 
     @property
     def _groups(self) -> int:
@@ -75,7 +75,7 @@ class ContextTrainer(HoloTrainer):
         items = super()._get_num_items_in_batch(*args, **kwargs)
         return items // self.context.size if items is not None and self.args.average_tokens_across_devices else items
 
-    def compute_loss(  # type: ignore[override]  # transformers declares fewer types
+    def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The share of this part of the text. DistributedDataParallel takes the mean of the gradients over all

@@ -1,4 +1,5 @@
-"""`hf-holo train` in two processes, as torchrun and `accelerate launch` start them, and from two to one and back."""
+"""`hf-holo train` in two processes, as torchrun and `accelerate launch` start them, and from two to one and back: with
+texts of their own, and with a part of every text."""
 
 import csv
 import os
@@ -96,3 +97,12 @@ def test_what_one_has_begun_two_end(one, tmp_path):
     together("accelerate launch", tmp_path / "run", "--resume_from_checkpoint")
     assert "rng_state_1.pth" in names(tmp_path / "run" / "checkpoint-50")
     assert losses(tmp_path / "run") == pytest.approx(losses(one), abs=1.01e-4)
+
+
+@pytest.mark.feature("Accelerate", "`hf-holo train`, texts shared by two processes", family="hsn")
+def test_two_processes_that_share_every_text_train_as_one(one, tmp_path):
+    shared = ("--context_parallel_size", "2", "--per_device_train_batch_size", "4", "--causality_check", "true")
+    printed = together("torchrun", tmp_path / "run", *shared)
+    assert "50 steps of 4 windows" in printed
+    assert losses(tmp_path / "run") == pytest.approx(losses(one), abs=1.01e-4)
+    assert names(tmp_path / "run") == names(one)
