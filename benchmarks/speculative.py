@@ -4,8 +4,9 @@
 
 A model of about 135 million parameters with random weights, which soon repeats itself when it decodes greedily: text
 that repeats, where prompt lookup guesses right, the best case. Plain and speculative generation take turns and must
-give the same tokens (speculation may go a few past the last, which count as well). What a call with k tokens costs, that with one being 1, is the most that guessing can gain where
-every guess is right: k divided by it. A call that may be taken back also records how, which is in it.
+give the same tokens (speculation may go a few past the last, which count as well). What a call with k tokens costs,
+that with one being 1, is the most that guessing can gain where every guess is right: k divided by it. A call that may
+be taken back also records how, which is in it.
 """
 
 import argparse

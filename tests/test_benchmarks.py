@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_holo import preset_model
@@ -708,6 +709,26 @@ def test_long_context(run, monkeypatch):
     )
     short, long = (row["state_bytes"] for row in holo["figures"]["decoding"])
     assert long / short > 4  # a cache of attention grows with its context
+
+
+def test_context_parallel(run, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    context_parallel = importlib.import_module("context_parallel")
+
+    def in_forks(_: str, each: list[dict]) -> list[dict]:
+        """As `in_own_processes`, without another start of Python."""
+        with mp.get_context("fork").Pool(len(each)) as pool:
+            return pool.starmap(context_parallel.measure, [tuple(arguments.values()) for arguments in each], 1)
+
+    monkeypatch.setattr(context_parallel, "in_own_processes", in_forks)
+    report, printed = run("context_parallel", "--tokens", 150, "--vocab_size", 32, "--processes", 1, 2)
+    one, two = report["figures"]["rows"]
+    assert (one["sent_per_layer"], one["relative"]) == (0, 1)
+    assert two["sent_per_layer"] == two["sent_per_layer_short"] > 0
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-5)
+    assert "in each of 2, with losses that differ by" in context_parallel.sentence(report)
+    assert context_parallel.table(report).count("| 1") and printed
 
 
 def test_infilling(run, monkeypatch):

@@ -15,7 +15,7 @@ ROOT = Path(hf_holo.__file__).parent
 FLOORS = (
     {"errors", "files", "moved", "peft_defaults"},
     {"modeling"},
-    {"registry", "data", "recipes", "prefix"},
+    {"registry", "data", "recipes", "prefix", "distributed"},
     {"eval"},
     {"conversion", "training", "export", "hub", "generate", "chat", "serve", "testing"},
     {"hf_holo"},  # __init__: what is public

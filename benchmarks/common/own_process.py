@@ -19,3 +19,18 @@ def in_own_process(script: str, **arguments) -> dict:
     """
     command = [sys.executable, script, "--own_process", json.dumps(arguments)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def in_own_processes(script: str, each: list[dict]) -> list[dict]:
+    """The same for several processes at a time, which may talk to each other, each with arguments of its own.
+
+    Raises:
+        subprocess.CalledProcessError: one of them has failed.
+    """
+    commands = [[sys.executable, script, "--own_process", json.dumps(arguments)] for arguments in each]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    outputs = [process.communicate()[0] for process in processes]
+    for process in processes:
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, process.args)
+    return [json.loads(output) for output in outputs]

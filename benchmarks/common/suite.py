@@ -109,6 +109,7 @@ GROUPS: dict[str, dict[str, Benchmark]] = {
         "muon_precision": Benchmark("muon_precision", quick=True),
         "holo_speed": Benchmark("holo_speed", quick=True),
         "long_context": Benchmark("long_context", "--repeats 3"),
+        "context_parallel": Benchmark("context_parallel"),
     },
     "correctness": {
         "stepwise_loss": Benchmark("stepwise_loss", "SHAKESPEARE_RUN TINYSHAKESPEARE"),
@@ -143,6 +144,7 @@ TABLES = {  # of the pages in docs, by page and mark, likewise
     ("surgery", "measured"): ("surgery", "distillation"),
     ("holo", "measured"): ("holo_curve",),
     ("resonance", "measured"): ("long_context",),
+    ("parallel", "measured"): ("context_parallel",),
     ("resonance", "gradients"): ("gradient_norms",),
     ("resonance", "options"): ("design_choices_resonance",),
     ("resonance", "recall"): ("pair_recall",),

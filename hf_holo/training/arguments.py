@@ -1,5 +1,6 @@
 """The arguments of `hf-holo train`: three dataclasses, filled from a YAML recipe and the command line."""
 
+import os
 from argparse import ArgumentParser
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,6 +129,9 @@ class HoloTrainingArguments(TrainingArguments):
         "Read the text in as many streams as a batch has rows, and continue each from window to window.", False
     )
     state_tuning: bool = described("Train the learned states alone (--model learned_state=true).", False)
+    context_parallel_size: int = described(
+        "Processes that share each text, every one a part of it: for texts that are too long for one.", 1
+    )
     causality_check: bool = described("Stop the run if the model sees tokens that it should predict.", True)
     learning_rate: float = described("Peak learning rate of AdamW.", 4e-3)
     weight_decay: float = described("Weight decay of matrices.", 0.1)
@@ -152,10 +156,39 @@ class HoloTrainingArguments(TrainingArguments):
             raise ValueError(f"state_passing: {self.state_passing} is not in [0, 1]")
         if self.state_passing and self.tbptt:
             raise ValueError("state_passing and tbptt: a batch begins with one state; choose one of them")
+        self._check_context_parallel()
         if self.prediction_loss_only or self.batch_eval_metrics:
             raise ValueError("prediction_loss_only and batch_eval_metrics: the exact validation loss needs both off")
         if self.ema_decay and self.load_best_model_at_end:
             raise ValueError("ema_decay: averages and load_best_model_at_end exclude each other; choose one")
+
+    def _check_context_parallel(self) -> None:
+        parallelism: Any = self.parallelism_config
+        by_launcher = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true"
+        launched = os.environ.get("PARALLELISM_CONFIG_CP_SIZE", "1") if by_launcher else "1"
+        if launched != "1" or (parallelism is not None and parallelism.cp_size > 1):
+            raise ValueError(
+                "parallelism_config: its context parallelism (cp_size) takes attention apart, which these models do "
+                "not have; give --context_parallel_size in its place"
+            )
+        size, processes = self.context_parallel_size, self.world_size
+        if size < 1 or processes % size:
+            raise ValueError(
+                f"context_parallel_size: {size} does not divide the number of processes, {processes}; start as many "
+                "by torchrun or accelerate launch"
+            )
+        if size == 1:
+            return
+        refused = {
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "label_smoothing_factor": self.label_smoothing_factor,
+            "torch_compile": self.torch_compile,
+            "fsdp": self.fsdp,
+            "deepspeed": self.deepspeed,
+        }
+        for name, value in refused.items():
+            if value:
+                raise ValueError(f"{name}: {value} does not go together with context_parallel_size; leave it out")
 
 
 ARGUMENTS = (ModelArguments, DataArguments, HoloTrainingArguments)

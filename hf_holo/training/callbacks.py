@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..distributed import ContextCache
 from ..errors import HoloError
 from ..eval.conformance.causality import CausalityReport, Leak, probe_batch, probe_causality
 from ..eval.conformance.checks import Violation
@@ -35,7 +36,7 @@ class CausalityCallback(TrainerCallback):
     It works in any Trainer, with mixed precision and with PEFT adapters, but not on weights that are quantised or
     spread over several processes. What it cannot judge (bidirectional models, classifiers of whole sequences, inputs
     other than token ids, outputs that are not finite) trains on, with a warning. Batches that `nn.DataParallel` splits
-    are not probed.
+    or several processes share (context parallelism) are not probed.
 
     Args:
         lengths: lengths of the sequences to try, in tokens. A longer one finds leaks within longer chunks, and takes
@@ -101,6 +102,8 @@ class CausalityCallback(TrainerCallback):
         if self._hook is None or getattr(model, "_is_replica", False):  # compiled code calls hooks that are gone
             return
         self._forget_batch()
+        if any(isinstance(value, ContextCache) for value in inputs.values()):  # a part of a batch, for one pass only
+            return
         with torch.random.fork_rng(range(torch.cuda.device_count())), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # checkpoints complain that there are no gradients
             point = probe_batch(model, inputs, self._half)

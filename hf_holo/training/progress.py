@@ -119,8 +119,9 @@ def name_of_optimizer(trainer: HoloTrainer) -> str:
 
 def steps_of(trainer: HoloTrainer, unit: str) -> str:
     """How many optimizer steps of how many windows or other examples, or how many epochs."""
-    args = trainer.args
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    args: Any = trainer.args
+    groups = args.world_size // args.context_parallel_size
+    batch = args.train_batch_size * args.gradient_accumulation_steps * groups
     length = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     return f"{length} of {batch} {unit}" if args.max_steps > 0 else f"{length} in steps of {batch} {unit}"
 

@@ -15,6 +15,7 @@ from ..modeling.checkpoint import within_memory
 from ..modeling.initial_state import InitialState
 from ..registry import preset_config
 from .arguments import Run, parse
+from .context_trainer import ContextTrainer
 from .language import CausalTask, MaskedTask
 from .optim import MuonAdamW, split_parameters
 from .progress import say_what_comes, show_progress
@@ -234,7 +235,8 @@ def make_trainer(run: Run, model: PreTrainedModel, task: Task) -> HoloTrainer:
         optimizer = MuonAdamW.for_model(
             model, args.learning_rate, args.muon_lr_ratio, args.weight_decay, betas, args.adam_epsilon
         )
-    trainer = HoloTrainer(
+    shared = args.context_parallel_size > 1
+    trainer = (ContextTrainer if shared else HoloTrainer)(
         model,
         args,
         data_collator=task.collator(),

@@ -1,4 +1,5 @@
-"""`hf-holo train` in two processes, as torchrun and `accelerate launch` start them, and from two to one and back."""
+"""`hf-holo train` in two processes, as torchrun and `accelerate launch` start them, and from two to one and back: with
+texts of their own, and with a part of every text."""
 
 import csv
 import os
@@ -113,3 +114,12 @@ def test_every_process_continues_its_own_streams(tmp_path):
     assert all(ends[0][name].equal(ends[1][name]) for name in ends[0])
     shutil.copytree(checkpoint, tmp_path / "alone" / "run" / "checkpoint-4")
     assert cli.main(arguments(tmp_path / "alone" / "run", 2, *streams, "--resume_from_checkpoint")) == 2
+
+
+@pytest.mark.feature("Accelerate", "`hf-holo train`, texts shared by two processes", family="hsn")
+def test_two_processes_that_share_every_text_train_as_one(one, tmp_path):
+    shared = ("--context_parallel_size", "2", "--per_device_train_batch_size", "4", "--causality_check", "true")
+    printed = together("torchrun", tmp_path / "run", *shared)
+    assert "50 steps of 4 windows" in printed
+    assert losses(tmp_path / "run") == pytest.approx(losses(one), abs=1.01e-4)
+    assert names(tmp_path / "run") == names(one)
