@@ -185,6 +185,8 @@ class HoloTrainingArguments(TrainingArguments):
             "torch_compile": self.torch_compile,
             "fsdp": self.fsdp,
             "deepspeed": self.deepspeed,
+            "state_passing": self.state_passing,
+            "tbptt": self.tbptt,
         }
         for name, value in refused.items():
             if value:

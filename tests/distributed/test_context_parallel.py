@@ -104,7 +104,8 @@ def check_states(found: Any, expected: Any) -> None:
             torch.testing.assert_close(mine.states[name], state.detach(), **EXACT)
 
 
-HSN = [(None, "plain"), ("cancel", "left"), ("static", "right"), ("gate-sublayer", "seq_idx")]
+HSN = [(None, "plain"), ("cancel", "left"), ("static", "right"), ("gate-sublayer", "seq_idx"), ("window", "seq_idx")]
+HSN += [("learned-state-cancel", "seq_idx"), ("window-shared-keys", "left")]
 RESONANCE = [(None, "left"), ("hierarchical", "position_ids"), ("memory", "right"), ("interference", "seq_idx")]
 CASES = [("hsn", *case) for case in HSN] + [("resonance", *case) for case in RESONANCE]
 
