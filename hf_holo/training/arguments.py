@@ -169,7 +169,6 @@ class HoloTrainingArguments(TrainingArguments):
         if size == 1:
             return
         refused = {
-            "gradient_checkpointing": self.gradient_checkpointing,
             "label_smoothing_factor": self.label_smoothing_factor,
             "torch_compile": self.torch_compile,
             "fsdp": self.fsdp,
@@ -178,6 +177,7 @@ class HoloTrainingArguments(TrainingArguments):
         for name, value in refused.items():
             if value:
                 raise ValueError(f"{name}: {value} does not go together with context_parallel_size; leave it out")
+        self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
 
 
 ARGUMENTS = (ModelArguments, DataArguments, HoloTrainingArguments)
