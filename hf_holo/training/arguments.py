@@ -177,7 +177,8 @@ class HoloTrainingArguments(TrainingArguments):
         for name, value in refused.items():
             if value:
                 raise ValueError(f"{name}: {value} does not go together with context_parallel_size; leave it out")
-        self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
+        given: Any = self.gradient_checkpointing_kwargs or {}  # a dictionary by now, whatever transformers declares
+        self.gradient_checkpointing_kwargs = {"use_reentrant": False, **given}
 
 
 ARGUMENTS = (ModelArguments, DataArguments, HoloTrainingArguments)
