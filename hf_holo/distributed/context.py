@@ -82,12 +82,18 @@ class ContextLayer(RecurrentLayer):
         self.current, self.messages = current, messages
         self.tags = {name: first_tag + 2 * number for number, name in enumerate(messages)}
         self.fed = dict.fromkeys(messages, 0)
+        self.before: dict[str, torch.Tensor | None] = {}  # what this part continues from
 
     def get(self, name: str) -> torch.Tensor | None:
-        """The state `name`: that of the process before, until there is one of this part."""
-        if name in self.messages and name not in self.states and not self.current.channel.is_first:
-            self.states[name] = self.current.receive(self.tags[name], self.messages[name])
-        return super().get(name)
+        """The state `name`: that of the process before, until there is one of this part; where a block is computed
+        again after it is done (gradient checkpointing), what it was computed from."""
+        if name not in self.messages:
+            return super().get(name)
+        if name not in self.before:
+            if not self.current.channel.is_first:
+                self.states[name] = self.current.receive(self.tags[name], self.messages[name])
+            self.before[name] = self.states.get(name)
+        return self.before[name] if self._is_done(name) else super().get(name)
 
     def put(self, name: str, state: torch.Tensor, tokens: int = 1, replay: Any = None) -> None:
         """As in a [`RecurrentLayer`]; after the last token of this part the process after it gets the state.
@@ -95,23 +101,28 @@ class ContextLayer(RecurrentLayer):
         Raises:
             ValueError: the state is not what the other process waits for.
         """
+        if name not in self.messages:
+            return super().put(name, state, tokens, replay)
+        if self._is_done(name):
+            return None
         super().put(name, state, tokens, replay)
-        if name not in self.messages or self.current.channel.is_last:
-            return
         self.fed[name] += tokens
-        if self.fed[name] == self.current.length:
-            if (tuple(state.shape), state.dtype) != self.messages[name]:
-                found = f"the state {name!r} is {tuple(state.shape)} in {state.dtype}"
-                raise ValueError(
-                    "past_key_values: {}, and state_spec says {} in {}".format(found, *self.messages[name])
-                )
-            self.current.send(self.tags[name], state)
+        if not self._is_done(name) or self.current.channel.is_last:
+            return None
+        if (tuple(state.shape), state.dtype) != self.messages[name]:
+            found = f"the state {name!r} is {tuple(state.shape)} in {state.dtype}"
+            raise ValueError("past_key_values: {}, and state_spec says {} in {}".format(found, *self.messages[name]))
+        return self.current.send(self.tags[name], state)
+
+    def _is_done(self, name: str) -> bool:
+        return self.fed[name] == self.current.length
 
 
 class ContextCache(RecurrentCache):
     """What the model continues from in one part of a text; made by [`ContextParallel.part`] for one forward pass."""
 
     layers: list[ContextLayer]  # type: ignore[assignment]
+    can_recompute = True
 
     def __init__(
         self, current: Pass, messages: list[dict[str, Message]], seen: int, past: RecurrentCache | None
@@ -223,7 +234,7 @@ class ContextParallel:
                 labels in the whole batch: the losses of the parts add up to that of the batch.
 
         Raises:
-            ValueError: fewer tokens than processes; gradient checkpointing; an argument that cannot be shared.
+            ValueError: fewer tokens than processes; reentrant gradient checkpointing; `logits_to_keep`.
         """
         batch = {name: value for name, value in batch.items() if value is not None}
         past = given_cache(past_key_values, cache)
@@ -250,11 +261,14 @@ class ContextParallel:
         return {**mine, CACHE_NAME: self._latest}
 
     def _check(self, batch: dict[str, Any]) -> None:
-        if self.bare.base_model.gradient_checkpointing and self.model.training and torch.is_grad_enabled():
-            raise ValueError(
-                "gradient_checkpointing: it computes every block twice, and would exchange the states twice; turn it "
-                "off, or take more processes in its place"
-            )
+        base: Any = self.bare.base_model
+        if base.gradient_checkpointing and self.model.training:
+            options = getattr(base.layers[0]._gradient_checkpointing_func, "keywords", {})
+            if options.get("use_reentrant", True):
+                raise ValueError(
+                    "gradient_checkpointing_kwargs: use_reentrant=True loses the gradients of states that come from "
+                    "another process; give {'use_reentrant': False}"
+                )
         if not isinstance(batch.get("logits_to_keep", 0), int) or batch.get("logits_to_keep"):
             raise ValueError("logits_to_keep: the last tokens are those of one process only; leave it out")
 

@@ -57,7 +57,7 @@ class BlockStack(FamilyPreTrainedModel):
         if given is not None:
             if not self.config.is_causal:
                 raise ValueError("past_key_values: a bidirectional model continues from nothing; leave it out")
-            if checkpoints:
+            if checkpoints and not getattr(given, "can_recompute", False):
                 raise ValueError(
                     "past_key_values: gradient checkpointing computes every block twice, and would update the cache "
                     "twice; turn one of the two off"

@@ -183,6 +183,7 @@ class RecurrentCache(Cache):
     """
 
     layers: list[RecurrentLayer]  # type: ignore[assignment]  # transformers declares the base class
+    can_recompute = False  # whether a block may read and write it a second time, and no harm comes of it
 
     def __init__(self, config: PretrainedConfig | Iterable[dict[str, torch.Tensor]]) -> None:
         if hasattr(config, "num_hidden_layers"):

@@ -180,7 +180,6 @@ class HoloTrainingArguments(TrainingArguments):
         if size == 1:
             return
         refused = {
-            "gradient_checkpointing": self.gradient_checkpointing,
             "label_smoothing_factor": self.label_smoothing_factor,
             "torch_compile": self.torch_compile,
             "fsdp": self.fsdp,
@@ -191,6 +190,8 @@ class HoloTrainingArguments(TrainingArguments):
         for name, value in refused.items():
             if value:
                 raise ValueError(f"{name}: {value} does not go together with context_parallel_size; leave it out")
+        given: Any = self.gradient_checkpointing_kwargs or {}  # a dictionary by now, whatever transformers declares
+        self.gradient_checkpointing_kwargs = {"use_reentrant": False, **given}
 
 
 ARGUMENTS = (ModelArguments, DataArguments, HoloTrainingArguments)

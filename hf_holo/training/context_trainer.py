@@ -28,11 +28,13 @@ class ContextTrainer(HoloTrainer):
         model, args, others: as of [`HoloTrainer`]; `args.context_parallel_size` says how many share a text.
 
     Raises:
-        HoloError: the model cannot be computed so.
+        HoloError: the model cannot be computed so, or there is a `compute_loss_func`.
     """
 
     def __init__(self, model: Any, args: HoloTrainingArguments, *others: Any, **kwargs: Any) -> None:
         super().__init__(model, args, *others, **kwargs)
+        if self.compute_loss_func is not None:
+            raise HoloError("compute_loss_func: with context_parallel_size the loss is the model's own; leave it out")
         try:
             self.context = ContextParallel(self.model, args.context_parallel_size)
         except ValueError as error:

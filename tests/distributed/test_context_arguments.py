@@ -23,10 +23,7 @@ def test_that_of_accelerate_is_refused(monkeypatch, tmp_path):
         parse(["--use_cpu"])
 
 
-@pytest.mark.parametrize(
-    "option",
-    [{"gradient_checkpointing": True}, {"label_smoothing_factor": 0.1}, {"torch_compile": True}, {"tbptt": True}],
-)
+@pytest.mark.parametrize("option", [{"label_smoothing_factor": 0.1}, {"torch_compile": True}, {"tbptt": True}])
 def test_what_does_not_go_together_is_named(option, monkeypatch, tmp_path):
     monkeypatch.setattr(HoloTrainingArguments, "world_size", 2)
     (name,) = option

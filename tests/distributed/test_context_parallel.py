@@ -67,19 +67,22 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def as_alone(family: str, variant: str | None, kind: str, size: int, length: int = LENGTH, **changes: Any) -> None:
+def as_alone(family: str, variant: str | None, kind: str, size: int, checkpointing: bool = False) -> None:
     """What this process has of everything is that of one process."""
     group = group_of(size)
     if dist.get_rank() >= size:
         return
-    model = new_model(family, HEAD, variant, **changes).double()
-    batch = batch_of(kind, length)
+    model = new_model(family, HEAD, variant, hidden_dropout_prob=0.0).double()
+    batch, length = batch_of(kind), LENGTH
     logits, loss, states = alone(model, batch)
     expected = gradients(model)
 
+    if checkpointing:
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
     context = ContextParallel(model, group=group)
     mine = context.part(**batch)
-    output = model(**mine)
+    of_loss = ("labels", "shift_labels", "num_items_in_batch")
+    output = model(**{name: x for name, x in mine.items() if name not in of_loss})
     start, stop = context.bounds(length)
     assert mine["input_ids"].shape[1] == stop - start in (length // size, length // size + 1)
     real = mine["attention_mask"].bool() if "attention_mask" in mine else torch.ones(3, stop - start, dtype=torch.bool)
@@ -93,6 +96,7 @@ def as_alone(family: str, variant: str | None, kind: str, size: int, length: int
     assert found.keys() == expected.keys() and max(x.abs().max() for x in expected.values()) > 1e-3
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, **EXACT, msg=lambda text, name=name: f"{name}: {text}")
+    model.eval()
     check_states(context.prefill(**{n: x for n, x in batch.items() if n != "labels"}), states)
 
 
@@ -114,6 +118,12 @@ CASES = [("hsn", *case) for case in HSN] + [("resonance", *case) for case in RES
 @pytest.mark.parametrize(("family", "variant", "kind"), CASES)
 def test_several_processes_are_as_one(workers, family, variant, kind, size):
     workers.run(as_alone, family, variant, kind, size)
+
+
+@pytest.mark.parametrize(("family", "variant"), [("hsn", "cancel"), ("resonance", "hierarchical")])
+def test_blocks_that_are_computed_twice_exchange_once(workers, family, variant):
+    """With gradient checkpointing."""
+    workers.run(as_alone, family, variant, "seq_idx", 4, True)
 
 
 def whole_call(family: str) -> None:
@@ -219,7 +229,7 @@ def raised(change: str) -> str:
         elif change == "short":
             ContextParallel(model)(input_ids=ids)
         elif change == "checkpointing":
-            model.train().gradient_checkpointing_enable()
+            model.train().gradient_checkpointing_enable({"use_reentrant": True})
             ContextParallel(model)(input_ids=ids.repeat(1, 2))
         elif change == "logits_to_keep":
             ContextParallel(model)(input_ids=ids.repeat(1, 2), logits_to_keep=1)
@@ -237,7 +247,7 @@ def raised(change: str) -> str:
     [
         ("size", "context_parallel_size: 3 does not divide the number of processes, 4"),
         ("short", "input_ids: 3 tokens, fewer than the 4 processes"),
-        ("checkpointing", "gradient_checkpointing: it computes every block twice"),
+        ("checkpointing", "gradient_checkpointing_kwargs: use_reentrant=True loses the gradients"),
         ("logits_to_keep", "logits_to_keep: the last tokens are those of one process"),
         ("not joined", "joined: take the backward pass of"),
     ],

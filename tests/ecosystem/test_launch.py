@@ -118,7 +118,10 @@ def test_every_process_continues_its_own_streams(tmp_path):
 
 @pytest.mark.feature("Accelerate", "`hf-holo train`, texts shared by two processes", family="hsn")
 def test_two_processes_that_share_every_text_train_as_one(one, tmp_path):
-    shared = ("--context_parallel_size", "2", "--per_device_train_batch_size", "4", "--causality_check", "true")
+    shared = shlex.split(
+        "--context_parallel_size 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 2 "
+        "--gradient_checkpointing true --causality_check true"
+    )
     printed = together("torchrun", tmp_path / "run", *shared)
     assert "50 steps of 4 windows" in printed
     assert losses(tmp_path / "run") == pytest.approx(losses(one), abs=1.01e-4)
