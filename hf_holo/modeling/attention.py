@@ -9,7 +9,6 @@ Longformer), whose keys are a buffer of constant size in decoding (Jiang et al.,
 """
 
 from functools import partial
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from .layout import TokenLayout
 from .phases import RotaryEmbedding, home_of_float64, rotate_pairs
 from .recording import exporting, single_token
 
-BLOCK = 128  # queries handled by one masked product; the fastest of 16 to 256 on a CPU core where the window is as long
+BLOCK = 128  # queries handled by one masked product; on a CPU core no other of 16 to 256 is faster for long windows
 RECORDED_BLOCK = 32  # in an exported graph, where a single token takes as long as a block
 FILL = -2  # label of what fills blocks up, which nothing else sees
 WINDOW_BASE = 10000.0  # of the rotary positions in a window, where the config names none
@@ -139,13 +138,18 @@ class WindowMixer(AttentionMixer):
     ) -> torch.Tensor:
         """`[B, T, D]` to `[B, T, D]`; continues from `cache` and updates it, if given."""
         layout = TokenLayout(x.shape[1]) if layout is None else layout
-        before = None if cache is None else [cache.get(name) for name in self.state_spec()]
+        before = self._window(cache)
         q = self._heads(self.q_proj(x))
-        if cache is not None and before is not None and before[0] is not None and single_token(layout.length):
-            y = self._step(x, q, layout, cache, cast(list[torch.Tensor], before))
+        if cache is not None and before is not None and single_token(layout.length):
+            y = self._step(x, q, layout, cache, before)
         else:
             y = self._read(x, q, layout, cache, before)
         return self.out_proj(y.transpose(1, 2).flatten(2))
+
+    def _window(self, cache: RecurrentLayer | None) -> list[torch.Tensor] | None:
+        """The states in the order of [`state_spec`], None before the first token."""
+        states = [] if cache is None else [cache.get(name) for name in self.state_spec()]
+        return [state for state in states if state is not None] or None
 
     def _read(
         self,
@@ -153,18 +157,18 @@ class WindowMixer(AttentionMixer):
         q: torch.Tensor,
         layout: TokenLayout,
         cache: RecurrentLayer | None,
-        before: list[torch.Tensor | None] | None,
+        before: list[torch.Tensor] | None,
     ) -> torch.Tensor:
         """What queries [B, H·G, T, V] read of the window and of the tokens up to each of them: [B, H·G, T, V]."""
         k, v, labels = self.k_proj(x), self.v_proj(x), _documents(x, layout)  # [B, T, H·V] twice, [B, T]
         if layout.valid is not None:
             labels = labels.masked_fill(~layout.valid, -1)
         past = 0
-        if cache is not None and before is not None:
+        if cache is not None:
             past = self.window - 1
             k, v, labels = self._continue(k, v, labels, before)
-            for name, tokens in (("keys", k), ("values", v), ("valid", labels)):
-                replay = partial(self._last, name, tokens, labels, layout)
+            for name, tokens in (("keys", k), ("values", v), ("valid", None)):
+                replay = partial(self._last, tokens, labels, layout, at_least_float32(x.dtype))
                 cache.put(name, replay(layout.length), layout.length, replay)
         k, v = self._heads(k), self._heads(v)
         q, k = self._turn(q, k, past, layout)
@@ -173,43 +177,43 @@ class WindowMixer(AttentionMixer):
     def _step(
         self, x: torch.Tensor, q: torch.Tensor, layout: TokenLayout, cache: RecurrentLayer, before: list[torch.Tensor]
     ) -> torch.Tensor:
-        """[`_read`] for a single token that continues from the state `before`: all keys are those of the window."""
+        """[`_read`] for a single token that continues from the states `before`: its keys are those of the window."""
         keys, values, valid = (layout.before(state) for state in before)
         k = torch.cat([keys, self._heads(self.k_proj(x)).to(keys.dtype)], 2)  # [B, H, W, V]
         v = torch.cat([values, self._heads(self.v_proj(x)).to(values.dtype)], 2)
         seen = F.pad(valid, (0, 1), value=1.0)  # [B, W]
-        for (name, state), new in zip(zip(self.state_spec(), before, strict=True), (k, v, seen), strict=True):
-            after = new[:, 1:] if name == "valid" else new[:, :, 1:]
-            cache.put(name, layout.after(after.contiguous(), state))
+        after = {"keys": k[:, :, 1:], "values": v[:, :, 1:], "valid": seen[:, 1:]}
+        for (name, new), state in zip(after.items(), before, strict=True):
+            cache.put(name, layout.after(new.contiguous(), state))
         q, k = self._turn(q, k.to(q.dtype), self.window - 1, layout)
         return _attend(q, k, v.to(q.dtype), seen[:, None, None] > 0)
 
     def _continue(
-        self, k: torch.Tensor, v: torch.Tensor, labels: torch.Tensor, before: list[torch.Tensor | None]
+        self, k: torch.Tensor, v: torch.Tensor, labels: torch.Tensor, before: list[torch.Tensor] | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys and values [B, T, H·V] and labels [B, T], after those of the window: W - 1 more of each."""
-        keys, values, valid = before
-        if keys is None or values is None or valid is None:
-            nothing = k.new_zeros(k.shape[0], self.window - 1, k.shape[2])
-            keys, values, valid = nothing, nothing, nothing[..., 0]
+        if before is None:
+            keys = values = k.new_zeros(k.shape[0], self.window - 1, k.shape[2])
+            valid = keys[..., 0]
         else:
-            keys, values = (state.transpose(1, 2).flatten(2) for state in (keys, values))
+            keys, values = (state.transpose(1, 2).flatten(2) for state in before[:2])
+            valid = before[2]
         k, v = torch.cat([keys.to(k.dtype), k], 1), torch.cat([values.to(v.dtype), v], 1)
         return k, v, torch.cat([valid.long() - 1, labels], 1)
 
     def _last(
-        self, name: str, tokens: torch.Tensor, labels: torch.Tensor, layout: TokenLayout, count: int
+        self, tokens: torch.Tensor | None, labels: torch.Tensor, layout: TokenLayout, dtype: torch.dtype, count: int
     ) -> torch.Tensor:
-        """The state `name` after the first `count` tokens, in at least float32: of `tokens` [B, W - 1 + T, H·V], which
-        begin with the window, the last real ones, if they are of the last document. [B, H, W - 1, V], or [B, W - 1]
-        for what slots hold such a token."""
+        """A state after the first `count` tokens: the last real ones of `tokens` [B, W - 1 + T, H·V], which begin with
+        the window, as [B, H, W - 1, V], with zeros for those of other documents than the last; without `tokens`,
+        which slots hold one, [B, W - 1]."""
         layout = layout.first(count)
         document = 0 if layout.document is None else layout.document[:, -1:]
-        held = layout.last_real(labels[..., None], self.window - 1)[..., 0] == document  # [B, W - 1]
-        if name == "valid":
-            return held.to(at_least_float32(self.out_proj.weight.dtype))
+        held = layout.last_real(labels[..., None], self.window - 1)[..., 0] == document
+        if tokens is None:
+            return held.to(dtype)
         last = layout.last_real(tokens, self.window - 1) * held[..., None]
-        return self._heads(last.to(at_least_float32(last.dtype))).contiguous()
+        return self._heads(last.to(dtype)).contiguous()
 
     def _turn(
         self, q: torch.Tensor, k: torch.Tensor, past: int, layout: TokenLayout

@@ -136,9 +136,11 @@ def arrange(
 
 def _check_past(attention_mask: torch.Tensor, length: int, cache: RecurrentCache | None, none_is_padding: bool) -> None:
     """A state cannot give back what it has taken: generate(), for one, feeds padding to rows that have ended."""
+    if exporting():  # `seen` is no number then, and a look at it would bind it to that of the example
+        return
     seen = 0 if cache is None else cache.get_seq_length()
     held = None if cache is None or not seen else cache.layers[0].get(PADDING)  # None if a caller made the states
-    if exporting() or held is None or attention_mask.shape[1] == length:
+    if held is None or attention_mask.shape[1] == length:
         return
     if none_is_padding and not bool(held.any()):
         return
