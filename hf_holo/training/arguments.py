@@ -1,4 +1,4 @@
-"""The arguments of `hf-holo train`: three dataclasses, filled from a YAML recipe and the command line."""
+"""The arguments of `hf-holo train`: four dataclasses, filled from a YAML recipe and the command line."""
 
 import os
 from argparse import ArgumentParser
@@ -109,6 +109,25 @@ class DataArguments:
 
 
 @dataclass
+class StateArguments:
+    """What batches begin with, where a model keeps a state of constant size."""
+
+    state_passing: float = described(
+        "Share of the batches that begin with the final states of the batch before, dealt to other rows; 0: none.", 0.0
+    )
+    tbptt: bool = described(
+        "Read the text in as many streams as a batch has rows, and continue each from window to window.", False
+    )
+    state_tuning: bool = described("Train the learned states alone (--model learned_state=true).", False)
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.state_passing <= 1.0:
+            raise ValueError(f"state_passing: {self.state_passing} is not in [0, 1]")
+        if self.state_passing and self.tbptt:
+            raise ValueError("state_passing and tbptt: a batch begins with one state; choose one of them")
+
+
+@dataclass
 class HoloTrainingArguments(TrainingArguments):
     """How to train it: transformers' TrainingArguments with defaults for training from scratch, and a few more."""
 
@@ -122,13 +141,6 @@ class HoloTrainingArguments(TrainingArguments):
     optimizer: Literal["muon", "adamw"] = described("MuonAdamW, or the optimizer that --optim names.", "muon")
     muon_lr_ratio: float = described("Learning rate of Muon as a multiple of learning_rate.", 5.0)
     ema_decay: float = described("Decay of the average of the weights that is evaluated and saved; 0: none.", 0.0)
-    state_passing: float = described(
-        "Share of the batches that begin with the final states of the batch before, dealt to other rows; 0: none.", 0.0
-    )
-    tbptt: bool = described(
-        "Read the text in as many streams as a batch has rows, and continue each from window to window.", False
-    )
-    state_tuning: bool = described("Train the learned states alone (--model learned_state=true).", False)
     context_parallel_size: int = described(
         "Processes that share each text, every one a part of it: for texts that are too long for one.", 1
     )
@@ -152,10 +164,6 @@ class HoloTrainingArguments(TrainingArguments):
             raise ValueError(f"muon_lr_ratio: {self.muon_lr_ratio} is not positive")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay: {self.ema_decay} is not in [0, 1)")
-        if not 0.0 <= self.state_passing <= 1.0:
-            raise ValueError(f"state_passing: {self.state_passing} is not in [0, 1]")
-        if self.state_passing and self.tbptt:
-            raise ValueError("state_passing and tbptt: a batch begins with one state; choose one of them")
         self._check_context_parallel()
         if self.prediction_loss_only or self.batch_eval_metrics:
             raise ValueError("prediction_loss_only and batch_eval_metrics: the exact validation loss needs both off")
@@ -184,8 +192,6 @@ class HoloTrainingArguments(TrainingArguments):
             "torch_compile": self.torch_compile,
             "fsdp": self.fsdp,
             "deepspeed": self.deepspeed,
-            "state_passing": self.state_passing,
-            "tbptt": self.tbptt,
         }
         for name, value in refused.items():
             if value:
@@ -194,7 +200,7 @@ class HoloTrainingArguments(TrainingArguments):
         self.gradient_checkpointing_kwargs = {"use_reentrant": False, **given}
 
 
-ARGUMENTS = (ModelArguments, DataArguments, HoloTrainingArguments)
+ARGUMENTS = (ModelArguments, DataArguments, StateArguments, HoloTrainingArguments)
 
 
 @dataclass
@@ -202,7 +208,7 @@ class Run:
     """All arguments of one run.
 
     Attributes:
-        model, data, training: the arguments.
+        model, data, states, training: the arguments.
         model_overrides: config values to change.
         recipe: the run as a recipe: our own arguments, and those of transformers that are not at their defaults. What
             is not for a recipe to say is left out.
@@ -210,6 +216,7 @@ class Run:
 
     model: ModelArguments
     data: DataArguments
+    states: StateArguments
     training: HoloTrainingArguments
     model_overrides: dict[str, Any]
     recipe: dict[str, Any]
@@ -237,11 +244,11 @@ def parse(argv: list[str]) -> Run:
 
     given = parser.parse_args(argv)
     try:
-        model, data, training, _ = parser.parse_args_into_dataclasses(argv)
+        model, data, states, training, _ = parser.parse_args_into_dataclasses(argv)
     except ValueError as error:
         raise HoloError(str(error).partition("\n")[0]) from None
     overrides = {**overrides, **_key_values(model.model)}
-    return Run(model, data, training, overrides, _resolved(vars(given), defaults, overrides))
+    return Run(model, data, states, training, overrides, _resolved(vars(given), defaults, overrides))
 
 
 def _as_words(parser: ArgumentParser, recipe: str, values: dict[str, Any]) -> list[str]:

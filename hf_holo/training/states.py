@@ -113,7 +113,7 @@ class PassedStates:
             )
         with safe_open(file, "pt") as saved:
             notes, names = saved.metadata(), set(saved.keys())
-            if notes["streams"] != self._count:
+            if self.sampler is not None and notes["streams"] != self._count:  # a run that has ended reads no more
                 raise HoloError(
                     f"resume_from_checkpoint: {str(folder)!r} was saved with {notes['streams']} streams, and this run "
                     f"reads {self._count}; give it the batch size and the processes that it was begun with"
@@ -140,10 +140,10 @@ def passed_states(run: Run, model: PreTrainedModel) -> PassedStates | None:
     Raises:
         HoloError: it cannot work with the task, the model or the other options.
     """
-    args = run.training
-    if not args.state_passing and not args.tbptt:
+    args, asked = run.training, run.states
+    if not asked.state_passing and not asked.tbptt:
         return None
-    option = "tbptt" if args.tbptt else f"state_passing: {args.state_passing}"
+    option = "tbptt" if asked.tbptt else f"state_passing: {asked.state_passing}"
     if run.model.task != "causal":
         raise HoloError(f"{option}: only --task causal reads a text from its beginning on, not {run.model.task!r}")
     if "constant_state" not in (capabilities_of(type(model), model.config) or ()):
@@ -151,13 +151,14 @@ def passed_states(run: Run, model: PreTrainedModel) -> PassedStates | None:
             f"{option}: {type(model).__name__} with this config keeps no state of constant size; take a recurrent "
             "family, hsn or resonance, without attention layers"
         )
+    if args.context_parallel_size > 1:
+        raise HoloError(f"{option}: does not go together with context_parallel_size; leave one of them out")
     if args.gradient_checkpointing:
         raise HoloError(f"{option}: gradient_checkpointing computes every block twice, and would feed its state twice")
-    if args.tbptt:
+    if asked.tbptt:
         _check_streams(run)
-    share = 1.0 if args.tbptt else args.state_passing
-    seed = args.seed + args.process_index
-    return PassedStates(model.config, share, args.tbptt, seed)
+    share = 1.0 if asked.tbptt else asked.state_passing
+    return PassedStates(model.config, share, asked.tbptt, args.seed + args.process_index)
 
 
 def _check_streams(run: Run) -> None:

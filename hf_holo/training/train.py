@@ -203,7 +203,7 @@ def load_model(run: Run, task: Task) -> PreTrainedModel:
         where = f"model_name_or_path: cannot load {source!r}" if source else f"preset: cannot make {preset!r}"
         raise HoloError(f"{where}{values and f' with {values}'}: {first_line(error)}") from None
     task.check_model(model)
-    if run.training.state_tuning:
+    if run.states.state_tuning:
         freeze_all_but_states(model)
     return model
 

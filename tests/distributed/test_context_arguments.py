@@ -2,9 +2,11 @@
 
 import pytest
 from accelerate import ParallelismConfig
+from small_models import new_model
 
 from hf_holo.errors import HoloError
 from hf_holo.training.arguments import HoloTrainingArguments, parse
+from hf_holo.training.states import passed_states
 
 
 def test_there_must_be_enough_processes():
@@ -23,9 +25,16 @@ def test_that_of_accelerate_is_refused(monkeypatch, tmp_path):
         parse(["--use_cpu"])
 
 
-@pytest.mark.parametrize("option", [{"label_smoothing_factor": 0.1}, {"torch_compile": True}, {"tbptt": True}])
+@pytest.mark.parametrize("option", [{"label_smoothing_factor": 0.1}, {"torch_compile": True}])
 def test_what_does_not_go_together_is_named(option, monkeypatch, tmp_path):
     monkeypatch.setattr(HoloTrainingArguments, "world_size", 2)
     (name,) = option
     with pytest.raises(ValueError, match=f"{name}: .* does not go together with context_parallel_size"):
         HoloTrainingArguments(output_dir=str(tmp_path), use_cpu=True, context_parallel_size=2, **option)
+
+
+def test_states_of_other_batches_are_refused(monkeypatch):
+    monkeypatch.setattr(HoloTrainingArguments, "world_size", 2)
+    run = parse(["--use_cpu", "--context_parallel_size", "2", "--state_passing", "0.5", "--task", "causal"])
+    with pytest.raises(HoloError, match=r"state_passing: 0\.5: does not go together with context_parallel_size"):
+        passed_states(run, new_model("hsn"))

@@ -94,11 +94,14 @@ def test_resume_is_bitwise_exact(tiny_run, tmp_path, options):
     shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "part" / "checkpoint-4")
     tiny_run(*flags, "--resume_from_checkpoint", folder="part")
     assert same_weights(tmp_path / "whole", tmp_path / "part")
+    tiny_run(*flags, "--resume_from_checkpoint", folder="part")  # has ended, and is only loaded
+    assert same_weights(tmp_path / "whole", tmp_path / "part")
     assert _states(tmp_path / "whole") == _states(tmp_path / "part")
 
     if options is STREAMS:
         with pytest.raises(HoloError, match="was saved with 4 streams, and this run reads 2"):
-            tiny_run(*flags, "--resume_from_checkpoint", "--per_device_train_batch_size", "2", folder="part")
+            smaller = ("--per_device_train_batch_size", "2", "--max_steps", "8")
+            tiny_run(*flags, "--resume_from_checkpoint", *smaller, folder="part")
     for file in (tmp_path / "part").glob("checkpoint-6/states_*"):
         file.unlink()
     with pytest.raises(HoloError, match=r"has no states_0\.safetensors: it comes from a run of fewer processes"):
