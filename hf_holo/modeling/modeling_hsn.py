@@ -109,7 +109,8 @@ class HolographicMixer(nn.Module):
         self.key_heads = config.num_key_heads if config.binding == "dynamic" else self.heads
         self.phases, self.head_dim = config.num_phases, config.head_dim
         self.causal, self.dynamic = config.is_causal, config.binding == "dynamic"
-        self.cancel, self.write_range = config.write == "cancel", config.write_range
+        self.cancel = config.write == "cancel"
+        self.write_range, self.write_start = config.write_range, config.write_start
         self.turns, self.memory = config.drift == "data", config.memory
         self.fractions = [config.turn_fractions[head % len(config.turn_fractions)] for head in range(self.key_heads)]
         self.norm_eps = config.norm_eps
@@ -136,6 +137,9 @@ class HolographicMixer(nn.Module):
 
     def reset_parameters(self) -> None:
         init_copy_(self.decay_bias, self._first_decays())
+        if self.cancel:
+            share = torch.tensor(self.write_start / self.write_range)
+            init_copy_(self.write_proj.bias, share.logit().expand(self.key_heads))
         if self.dynamic:
             nn.init.ones_(self.norm_weight)
         else:

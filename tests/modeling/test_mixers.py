@@ -95,12 +95,11 @@ def test_memories_start_evenly_between_the_shortest_and_the_longest():
 
 
 @torch.no_grad()
-def test_a_write_beyond_one_turns_the_recall_round():
-    """β near 2 reflects: the same key written twice with nothing gives back what it recalled."""
-    made = mixer(write="cancel", write_range=2.0, drift_share=0)
-    torch.testing.assert_close(
-        made._write(None, torch.tensor([[[-60.0, 0.0, 60.0]]])), torch.tensor([[[0.0], [1.0], [2.0]]])
-    )
+def test_a_cancelling_write_starts_as_strong_as_asked_and_reaches_its_range():
+    made = mixer(write="cancel", write_range=2.0, write_start=0.05)
+    made.reset_parameters()
+    betas = [made._write(None, logit.view(1, 1, -1)) for logit in (made.write_proj.bias, torch.tensor([-60.0, 60.0]))]
+    torch.testing.assert_close(torch.cat(betas).flatten(), torch.tensor([0.05, 0.05, 0.0, 2.0]).double())
 
 
 @torch.no_grad()

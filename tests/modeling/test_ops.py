@@ -278,6 +278,15 @@ def test_no_decay_overflows_however_strong(scan):
     assert_twins(*scan_pair(scan), inputs)
 
 
+@pytest.mark.parametrize("strength", [1.0, 1.9, 2.0])
+def test_writes_that_turn_round_what_a_key_recalls_equal_their_twin(strength):
+    """β up to 2, for keys that come again: the state is reflected and does not grow."""
+    inputs = scan_inputs("cancelling", 200, 2, True, torch.Generator().manual_seed(0))
+    inputs["k"] = inputs["k"][:, :, :1].expand(-1, -1, 200, -1).contiguous()
+    inputs["strength"] = torch.full_like(inputs["strength"], strength)
+    assert_twins(*scan_pair("cancelling"), inputs, document=documents(2, 200, torch.Generator().manual_seed(1)))
+
+
 @pytest.mark.parametrize("scan", SCANS)
 def test_a_key_that_comes_again_and_again_costs_no_precision(scan):
     """One key for all tokens, almost no decay, full strength: the hardest case for the inverse in the chunk."""
