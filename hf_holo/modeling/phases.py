@@ -37,11 +37,11 @@ def drift_angles(omega: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 def whole_turns(steps: torch.Tensor, fractions: Sequence[int]) -> torch.Tensor:
     """Angles that are drawn to whole multiples of 1/n of a turn, smoothly: steps x of it become x - sin(2πx)/2π, and
-    that again.
+    that again, four times in all.
 
     An error ε of a step becomes about (2π)² ε³/6, and shrinks as fast each time: what a model has learned roughly, it
-    computes almost exactly, so that sums over thousands of tokens hold. Where they hold the gradient would vanish, and
-    a wrong multiple could not be left; so the gradient is that of a gentler curve, halfway to a straight line.
+    computes almost exactly, so that sums over thousands of tokens hold. The gradient is that of the curve after two
+    times, which is less flat about whole steps: a model leaves a wrong one the more easily.
 
     Args:
         steps: `[..., H]`, in steps of 1/n of a turn.
@@ -50,9 +50,8 @@ def whole_turns(steps: torch.Tensor, fractions: Sequence[int]) -> torch.Tensor:
     Returns:
         Radians, in the shape of `steps`.
     """
-    drawn = _drawn_to_whole(_drawn_to_whole(steps))
-    gentle = 0.5 * (steps + drawn)
-    exact = _drawn_to_whole(_drawn_to_whole(drawn.detach()))
+    gentle = _drawn_to_whole(_drawn_to_whole(steps))
+    exact = _drawn_to_whole(_drawn_to_whole(gentle.detach()))
     circle = torch.tensor([2 * math.pi / n for n in fractions], dtype=steps.dtype, device=steps.device)
     return (gentle + (exact - gentle).detach()) * circle
 
