@@ -28,8 +28,10 @@ class HsnConfig(FamilyConfig):
         gate_taps: length K of the gate's kernel in tokens; a bidirectional gate hears K // 2 tokens on each side.
         write_range: β of the cancelling write is in (0, `write_range`), at most 2. Above 1 a write turns round what the
             key recalled, which lets a state count (negative eigenvalues; Grazzi et al., 2024, arXiv 2411.12537).
-        write_start: β of the cancelling write at the start of training, below `write_range`. At 0.5 it erases what was
-            just written before it can learn what to keep; from 0.05 it learns to recall pairs in fewer steps.
+        write_start: β of the cancelling write at the start of training, below `write_range`. Together with
+            `phase_spread=3` a start at 0.05 lets it learn pairs: at 0.5 it erases what was just written.
+        phase_spread: how many times as wide as by default the phases of queries and keys start; 3 makes the keys of
+            different tokens nearly orthogonal from the start.
         memory: tokens `[shortest, longest]` that the heads remember at the start of training, evenly in the logarithm;
             default: from 2 to 55. `[2, 10000]` has heads that hold.
         drift: `"fixed"` (phases drift with the position) or `"data"` (every token turns the state of a head further by
@@ -78,6 +80,7 @@ class HsnConfig(FamilyConfig):
         memory: Sequence[float] | None = None,
         write_range: float = 1.0,
         write_start: float = 0.5,
+        phase_spread: float = 1.0,
         norm_type: str = "layer",
         rotary_base: float | None = None,
         **kwargs,
@@ -108,6 +111,7 @@ class HsnConfig(FamilyConfig):
         self.memory = None if memory is None else list(memory)
         self.write_range = write_range
         self.write_start = write_start
+        self.phase_spread = phase_spread
         self.norm_type = norm_type
         self.rotary_base = rotary_base
         self.check()
@@ -170,6 +174,8 @@ class HsnConfig(FamilyConfig):
             raise ValueError(f"write_range: {self.write_range} is not above 0 and at most 2")
         if not 0 < self.write_start < self.write_range:
             raise ValueError(f"write_start: {self.write_start} is not between 0 and write_range={self.write_range}")
+        if self.phase_spread <= 0:
+            raise ValueError(f"phase_spread: {self.phase_spread} is not above 0")
         if self.drift_base < 1:
             raise ValueError(f"drift_base: {self.drift_base} is not at least 1")
         if self.rotary_base is not None and (self.rotary_base <= 1 or self.head_dim % 2):

@@ -110,7 +110,7 @@ class HolographicMixer(nn.Module):
         self.phases, self.head_dim = config.num_phases, config.head_dim
         self.causal, self.dynamic = config.is_causal, config.binding == "dynamic"
         self.cancel = config.write == "cancel"
-        self.write_range, self.write_start = config.write_range, config.write_start
+        self.write_range, self.write_start, self.spread = config.write_range, config.write_start, config.phase_spread
         self.turns, self.memory = config.drift == "data", config.memory
         self.fractions = [config.turn_fractions[head % len(config.turn_fractions)] for head in range(self.key_heads)]
         self.norm_eps = config.norm_eps
@@ -137,6 +137,9 @@ class HolographicMixer(nn.Module):
 
     def reset_parameters(self) -> None:
         init_copy_(self.decay_bias, self._first_decays())
+        if self.dynamic and self.spread != 1:
+            for projection in (self.q_proj, self.k_proj):
+                init_normal_(projection.weight, std=0.7 * self.spread * projection.in_features**-0.5)
         if self.cancel:
             share = torch.tensor(self.write_start / self.write_range)
             init_copy_(self.write_proj.bias, share.logit().expand(self.key_heads))

@@ -80,6 +80,7 @@ BAD = {
     "memory, one": ({"memory": [100]}, "[100]"),
     "write_range": ({"write": "cancel", "write_range": 2.5}, "2.5"),
     "write_start": ({"write": "cancel", "write_start": 1.0}, "1.0"),
+    "phase_spread": ({"phase_spread": 0.0}, "0.0"),
     "write for static binding": ({"binding": "static", "write": "cancel"}, "cancel"),
     "mixer_types": ({"num_hidden_layers": 2, "mixer_types": ["holographic", "mamba"]}, "mamba"),
     "mixer_types length": ({"num_hidden_layers": 2, "mixer_types": ["holographic"]}, "1"),
