@@ -1,5 +1,7 @@
 """Config of HoloSpectralNet."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from .configuration_base import WIDEST, FamilyConfig, default_heads, default_intermediate
@@ -28,7 +30,21 @@ class HsnConfig(FamilyConfig):
         gate_placement: `"mixer"` (the spectral gate is the short filter before the mixer's projections) or
             `"sublayer"` (a residual sublayer of its own).
         gate_taps: length K of the gate's kernel in tokens; a bidirectional gate hears K // 2 tokens on each side.
+        write_range: β of the cancelling write is in (0, `write_range`), at most 2. Above 1 a write turns round what the
+            key recalled, which lets a state count (negative eigenvalues; Grazzi et al., 2024, arXiv 2411.12537).
+        write_start: β of the cancelling write at the start of training, below `write_range`.
+        phase_spread: how many times as wide as by default the phases of queries and keys start; 3 makes the keys of
+            different tokens nearly orthogonal from the start.
+        memory: tokens `[shortest, longest]` that the heads remember at the start of training, evenly in the logarithm;
+            default: from 2 to 55. `[2, 10000]` has heads that hold.
+        drift: `"fixed"` (phases drift with the position) or `"data"` (every token turns the state of a head further by
+            an angle computed from it; Mamba-3, arXiv 2603.15569); dynamic binding only.
+        turn_fractions: with `drift="data"`, fractions n of a turn, for one key head after another and over again: the
+            angles of a head are drawn to whole multiples of 1/n of a turn, so that it counts modulo n and small errors
+            do not add up. 1 is a head that is not turned. Default: (2, 3, 4, 6).
         drift_base: the phase drift runs from 1 radian a token down to 1/drift_base, evenly in the logarithm.
+        drift_share: share of the phases of a head that drift with the position (which hear the order), from 0 to 1; the
+            others stand still and hear contents alone, at any distance.
         norm_type: `"layer"` (LayerNorm without bias) or `"rms"` (RMSNorm, as Llama and Phi-3 have it).
         rotary_base: base of the rotary positions of attention layers, which are as in Llama; None: they have none, and
             those with a window 10,000.
@@ -65,6 +81,13 @@ class HsnConfig(FamilyConfig):
         gate_placement: str = "mixer",
         gate_taps: int = 4,
         drift_base: float = 1000.0,
+        drift_share: float = 1.0,
+        drift: str = "fixed",
+        turn_fractions: Sequence[int] = (2, 3, 4, 6),
+        memory: Sequence[float] | None = None,
+        write_range: float = 1.0,
+        write_start: float = 0.5,
+        phase_spread: float = 1.0,
         norm_type: str = "layer",
         rotary_base: float | None = None,
         learned_state: bool = False,
@@ -91,12 +114,24 @@ class HsnConfig(FamilyConfig):
         self.gate_placement = gate_placement
         self.gate_taps = gate_taps
         self.drift_base = drift_base
+        self.drift_share = drift_share
+        self.drift = drift
+        self.turn_fractions = list(turn_fractions)
+        self.memory = None if memory is None else list(memory)
+        self.write_range = write_range
+        self.write_start = write_start
+        self.phase_spread = phase_spread
         self.norm_type = norm_type
         self.rotary_base = rotary_base
         self.learned_state = learned_state
         self.check()
         changed = "This bidirectional model could not tell before from after and can now: train it again"
         self.take_over_format(None if self.is_causal else changed)
+
+    @property
+    def drifting_phases(self) -> int:
+        """How many phases of a head drift."""
+        return math.ceil(self.drift_share * self.num_phases)
 
     def check(self) -> None:
         check_positive(
@@ -109,6 +144,11 @@ class HsnConfig(FamilyConfig):
         )
         check_choice("binding", self.binding, ("dynamic", "static"))
         check_choice("write", self.write, ("bundle", "cancel"))
+        check_choice("drift", self.drift, ("fixed", "data"))
+        for fraction in self.turn_fractions:
+            check_positive(turn_fractions=fraction)
+        if not self.turn_fractions:
+            raise ValueError("turn_fractions: [] is empty; give at least one, such as [2, 3]")
         check_choice("channel_mix", self.channel_mix, ("factorized", "gated"))
         check_choice("gate_placement", self.gate_placement, ("mixer", "sublayer"))
         check_choice("norm_type", self.norm_type, ("layer", "rms"))
@@ -145,12 +185,28 @@ class HsnConfig(FamilyConfig):
                 f"num_heads: {self.num_heads} makes heads of width {self.head_dim}; a window turns channels in pairs, "
                 "so the width must be even"
             )
+        if self.binding == "static" and self.drift == "data":
+            raise ValueError("drift: 'data' needs binding='dynamic'; static binding accepts drift='fixed'")
+        self._check_memory()
+        if not 0 <= self.drift_share <= 1:
+            raise ValueError(f"drift_share: {self.drift_share} is not in [0, 1]")
+        if not 0 < self.write_range <= 2:
+            raise ValueError(f"write_range: {self.write_range} is not above 0 and at most 2")
+        if not 0 < self.write_start < self.write_range:
+            raise ValueError(f"write_start: {self.write_start} is not between 0 and write_range={self.write_range}")
+        if self.phase_spread <= 0:
+            raise ValueError(f"phase_spread: {self.phase_spread} is not above 0")
         if self.drift_base < 1:
             raise ValueError(f"drift_base: {self.drift_base} is not at least 1")
         if self.rotary_base is not None and (self.rotary_base <= 1 or self.head_dim % 2):
             raise ValueError(
                 f"rotary_base: {self.rotary_base} is not above 1, or the width of a head ({self.head_dim}) not even"
             )
+
+    def _check_memory(self) -> None:
+        tokens = self.memory
+        if tokens is not None and not (len(tokens) == 2 and 1 < tokens[0] <= tokens[1] < float("inf")):
+            raise ValueError(f"memory: {tokens} is not [shortest, longest] in tokens, each above 1")
 
 
 def reference_config(dim: int = 256, max_seq_len: int = 512, rank: int = 32, **options) -> HsnConfig:

@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,9 @@ from .phases import (
     home_of_float64,
     phase_features,
     rotate_state,
+    summed_turns,
     turn_halves,
+    whole_turns,
 )
 from .pretrained import FamilyPreTrainedModel
 from .recording import full_precision, single_token
@@ -58,6 +60,30 @@ def or_sizes(init: Callable) -> Callable:
             init(self, reference_config(*args, **kwargs))
 
     return with_config
+
+
+class Projected(NamedTuple):
+    """What a mixer with dynamic binding computes from its tokens.
+
+    Attributes:
+        v: values `[B, T, H·V]`.
+        theta_q, theta_k: phases of queries and keys `[B, T, H·P]`, with what the tokens have turned so far.
+        decay: `[B, T, H]`, before the bias is added.
+        strength: of the cancelling write `[B, T, H]`, None if it bundles.
+        turned: how far the tokens up to each have turned the state, `[B, T, H]`; None if the drift is fixed.
+    """
+
+    v: torch.Tensor
+    theta_q: torch.Tensor
+    theta_k: torch.Tensor
+    decay: torch.Tensor
+    strength: torch.Tensor | None
+    turned: torch.Tensor | None
+
+    def reversed(self) -> "Projected":
+        """Read from the end. What was turned stays with its token, so that it turns the other way."""
+        strength, turned = (None if x is None else x.flip(1) for x in (self.strength, self.turned))
+        return Projected(self.v.flip(1), self.theta_q.flip(1), self.theta_k.flip(1), self.decay.flip(1), strength, turned)
 
 
 class HolographicMixer(nn.Module):
@@ -87,6 +113,9 @@ class HolographicMixer(nn.Module):
         self.phases, self.head_dim = config.num_phases, config.head_dim
         self.causal, self.dynamic = config.is_causal, config.binding == "dynamic"
         self.cancel = config.write == "cancel"
+        self.write_range, self.write_start, self.spread = config.write_range, config.write_start, config.phase_spread
+        self.turns, self.memory = config.drift == "data", config.memory
+        self.fractions = [config.turn_fractions[head % len(config.turn_fractions)] for head in range(self.key_heads)]
         self.norm_eps = config.norm_eps
         filtered = config.gate_placement == "mixer"
         self.filter = SpectralGate(dim, config.gate_taps, self.causal, "filter", delayed=0.5) if filtered else None
@@ -95,12 +124,14 @@ class HolographicMixer(nn.Module):
             self.gate_proj = nn.Linear(dim, dim, bias=False)
             self.out_proj = nn.Linear(dim, dim, bias=False)
             self.norm_weight = nn.Parameter(torch.ones(dim))
-            self.drift = PhaseDrift(self.key_heads, self.phases, config.drift_base)
+            self.drift = PhaseDrift(self.key_heads, self.phases, config.drift_base, config.drifting_phases)
             self.q_proj = nn.Linear(dim, self.heads * self.phases, bias=False)
             self.k_proj = nn.Linear(dim, self.key_heads * self.phases, bias=False)
             self.decay_proj = nn.Linear(dim, self.key_heads, bias=False)
             if self.cancel:
                 self.write_proj = nn.Linear(dim, self.key_heads)
+            if self.turns:
+                self.turn_proj = nn.Linear(dim, self.key_heads)
         else:
             self.bind_key = nn.Parameter(torch.empty(dim))
             self.unbind_key = nn.Parameter(torch.empty(dim))
@@ -108,13 +139,26 @@ class HolographicMixer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        # softplus: a memory of about 55 tokens in the first head, of 2 in the last
-        init_copy_(self.decay_bias, torch.linspace(-4.0, -0.5, self.key_heads))
+        init_copy_(self.decay_bias, self._first_decays())
+        if self.dynamic and self.spread != 1:
+            for projection in (self.q_proj, self.k_proj):
+                init_normal_(projection.weight, std=0.7 * self.spread * projection.in_features**-0.5)
+        if self.cancel:
+            share = torch.tensor(self.write_start / self.write_range)
+            init_copy_(self.write_proj.bias, share.logit().expand(self.key_heads))
         if self.dynamic:
             nn.init.ones_(self.norm_weight)
         else:
             for key in (self.bind_key, self.unbind_key):
                 init_normal_(key, std=len(key) ** -0.5)
+
+    def _first_decays(self) -> torch.Tensor:
+        """Decays d `[H]` to start from, where λ = σ(-d) remembers 1/(1 - λ) tokens: longest in the first head."""
+        if self.memory is None:  # about 55 tokens down to 2
+            return torch.linspace(-4.0, -0.5, self.key_heads)
+        shortest, longest = self.memory
+        tokens = torch.logspace(math.log10(longest), math.log10(shortest), self.key_heads, dtype=torch.float64)
+        return -(tokens - 1).log()
 
     def init_residual_(self, depth: int) -> None:
         """Start what writes to the residual stream for a model of `depth` blocks, see [`init_residual_`]."""
@@ -144,15 +188,13 @@ class HolographicMixer(nn.Module):
     def _dynamic(
         self, x: torch.Tensor, source: torch.Tensor, layout: TokenLayout, cache: RecurrentLayer | None
     ) -> torch.Tensor:
-        v, theta_q, theta_k, decay, strength = self._project(x, source)
+        bound = self._project(x, source, layout)
         with full_precision(x.device):
             if layout.drift is None:
-                layout.drift = self.drift(layout.length, x.device).to(v.dtype).to(x.device)
-            y = self._recall(v, theta_q, theta_k, decay, strength, layout, cache)
+                layout.drift = self.drift(layout.length, x.device).to(bound.v.dtype).to(x.device)
+            y = self._recall(bound, layout, cache)
             if not self.causal:
-                v, theta_q, theta_k, decay = (z.flip(1) for z in (v, theta_q, theta_k, decay))
-                strength = None if strength is None else strength.flip(1)
-                y = y + self._recall(v, theta_q, theta_k, decay, strength, layout.reversed(), None).flip(2)
+                y = y + self._recall(bound.reversed(), layout.reversed(), None).flip(2)
             y = F.layer_norm(y, (self.head_dim,), eps=self.norm_eps)
         return self._gated(y.transpose(1, 2), x)
 
@@ -165,7 +207,7 @@ class HolographicMixer(nn.Module):
         self, x: torch.Tensor, source: torch.Tensor, layout: TokenLayout, cache: RecurrentLayer, before: torch.Tensor
     ) -> torch.Tensor:
         """[`_dynamic`] for a single token that continues from the state `before`: one step of the recurrence."""
-        v, theta_q, theta_k, decay, strength = self._project(x, source)
+        v, theta_q, theta_k, decay, strength, turned = self._project(x, source, layout)
         with full_precision(x.device):
             theta = torch.cat([theta_q, theta_k], -1).view(len(x), -1, self.phases)  # [B, H·G + H, P], not drifted yet
             q, k = torch.cat([theta.cos(), theta.sin()], -1).split([self.heads, self.key_heads], 1)
@@ -176,9 +218,13 @@ class HolographicMixer(nn.Module):
                 y, state = interference_step(q, k, v, kept, write, state)
             else:  # keys of unit norm
                 q, k = q * self.phases**-0.5, k * self.phases**-0.5
-                y, state = cancelling_step(q, k, v, kept, strength[:, 0].sigmoid(), state)
-            layout.turn = self.drift.turn(state) if layout.turn is None else layout.turn
-            cache.put("memory", layout.after(turn_halves(state, *layout.turn, -2), before))
+                y, state = cancelling_step(q, k, v, kept, self._write(decay, strength)[:, :, 0], state)
+            if turned is not None:
+                state = self._turn(state, TokenLayout(1), turned)
+            else:
+                layout.turn = self.drift.turn(state) if layout.turn is None else layout.turn
+                state = turn_halves(state, *layout.turn, -2)
+            cache.put("memory", layout.after(state, before))
             y = F.layer_norm(y, (self.head_dim,), eps=self.norm_eps)
         return self._gated(y[:, None], x)
 
@@ -205,29 +251,26 @@ class HolographicMixer(nn.Module):
             cache.put("memory", layout.after(state, before))
             return unbind(state.view_as(source), u).to(x.dtype)
 
-    def _project(
-        self, x: torch.Tensor, source: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Values `[B, T, H·V]`, phases of queries and keys `[B, T, H·P]`, decay and strength of writing `[B, T, H]`.
-
-        Phases, values and strength come from the filtered input, the decay from the input itself.
-        """
+    def _project(self, x: torch.Tensor, source: torch.Tensor, layout: TokenLayout) -> Projected:
+        """What the tokens say: phases, values and strength from the filtered input, decay and turn from the input."""
         dtype = at_least_float32(x.dtype)
         strength = self.write_proj(source).to(dtype) if self.cancel else None
         v, theta_q, theta_k = (projection(source).to(dtype) for projection in (self.v_proj, self.q_proj, self.k_proj))
-        return v, theta_q, theta_k, self.decay_proj(x).to(dtype), strength
+        turned = None
+        if self.turns:
+            turned = summed_turns(layout.mask(whole_turns(self.turn_proj(x).to(dtype), self.fractions)))
+            theta_q, theta_k = (self._add(theta, turned) for theta in (theta_q, theta_k))
+        return Projected(v, theta_q, theta_k, self.decay_proj(x).to(dtype), strength, turned)
 
-    def _recall(
-        self,
-        v: torch.Tensor,
-        theta_q: torch.Tensor,
-        theta_k: torch.Tensor,
-        decay: torch.Tensor,
-        strength: torch.Tensor | None,
-        layout: TokenLayout,
-        cache: RecurrentLayer | None,
-    ) -> torch.Tensor:
+    def _add(self, theta: torch.Tensor, turned: torch.Tensor) -> torch.Tensor:
+        """Phases `[B, T, H·P]` of queries or keys with what the tokens up to theirs have turned, `[B, T, H]`."""
+        heads = theta.shape[-1] // self.phases
+        angle = turned if heads == self.key_heads else turned.repeat_interleave(heads // self.key_heads, 2)
+        return (theta.unflatten(-1, (heads, self.phases)) + angle[..., None]).flatten(2)
+
+    def _recall(self, bound: Projected, layout: TokenLayout, cache: RecurrentLayer | None) -> torch.Tensor:
         """Bind, bundle and unbind by phases in one direction: `[B, H, T, V]`."""
+        v, theta_q, theta_k, decay, strength, turned = bound
         groups = self.heads // self.key_heads
         drift = cast(torch.Tensor, layout.drift)  # [T, H, P]; set by whoever calls this
         theta_q, theta_k = (theta.unflatten(-1, (-1, self.phases)) for theta in (theta_q, theta_k))  # [B, T, H, P]
@@ -237,7 +280,7 @@ class HolographicMixer(nn.Module):
             q, k = q * self.phases**-0.5, k * self.phases**-0.5
         decay = (decay + self.decay_bias.to(decay.dtype)).transpose(1, 2).contiguous()  # [B, H, T]
         v = v.unflatten(-1, (self.key_heads, -1)).transpose(1, 2)  # [B, H, T, V]
-        return self._scan(q, k, v, decay, strength, layout, cache)
+        return self._scan(q, k, v, decay, strength, layout, cache, turned)
 
     def _spread(
         self,
@@ -263,6 +306,7 @@ class HolographicMixer(nn.Module):
         strength: torch.Tensor | None,
         layout: TokenLayout,
         cache: RecurrentLayer | None,
+        turned: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Bundle what is bound and read it, with the decay λ = σ(-`decay`) `[B, H, T]`: `[B, H, T, V]`."""
         log_decay = -F.softplus(decay)  # of other strides, torch.compile takes the wrong ones for its gradient
@@ -279,25 +323,28 @@ class HolographicMixer(nn.Module):
             def replay(tokens: int) -> torch.Tensor:
                 part, some = layout.first(tokens), (slice(None), slice(None), slice(tokens))
                 state = scan(q[some], k[some], v[some], log_decay[some], write[some], before, part.document)[1]
-                return self._turn(state, part)
+                return self._turn(state, part, turned)
 
-            cache.put("memory", self._turn(state, layout), layout.length, replay)
+            cache.put("memory", self._turn(state, layout, turned), layout.length, replay)
         return y
 
     def _write(self, decay: torch.Tensor, strength: torch.Tensor | None) -> torch.Tensor:
         """Strength of writing `[B, H, T]`: β for the cancelling write, else the logarithm of the weight."""
         if strength is not None:
-            return strength.sigmoid().transpose(1, 2)
+            return (self.write_range * strength.sigmoid()).transpose(1, 2)
         released = -F.softplus(-decay)  # log(1 - λ), however near to 1 λ is
         return 0.5 * (released - math.log(self.phases)) if self.dynamic else released
 
-    def _turn(self, state: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-        """The state with its phases relative to the token that comes next."""
+    def _turn(self, state: torch.Tensor, layout: TokenLayout, turned: torch.Tensor | None) -> torch.Tensor:
+        """The state with its phases relative to the token that comes next, which may turn it further."""
         if not self.dynamic:
             return state
         home = home_of_float64(state.device)
         tokens = torch.tensor(layout.length, device=home) if layout.lengths is None else layout.lengths
-        return rotate_state(state, self.drift.angles(tokens))
+        angle = self.drift.angles(tokens)  # [H, P] or [B, H, P]
+        if turned is not None:  # padding comes last and turns nothing
+            angle = angle + turned[:, layout.length - 1, :, None].to(angle.device)
+        return rotate_state(state, angle)
 
 
 MIXERS = {"holographic": HolographicMixer, "attention": AttentionMixer, "window": WindowMixer}

@@ -4,8 +4,10 @@ Sizes in the shape tags: B batch, T tokens, H heads, P phases, F = 2P real featu
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 
@@ -31,6 +33,54 @@ def drift_angles(omega: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """
     turns = tokens.double()[..., None, None] * (omega.double() / (2 * math.pi))
     return ((turns - turns.floor()) * (2 * math.pi)).to(omega.dtype)
+
+
+def whole_turns(steps: torch.Tensor, fractions: Sequence[int]) -> torch.Tensor:
+    """Angles that are drawn to whole multiples of 1/n of a turn, smoothly: steps x of it become x - sin(2πx)/2π, and
+    that again, four times in all.
+
+    An error ε of a step becomes about (2π)² ε³/6, and shrinks as fast each time: what a model has learned roughly, it
+    computes almost exactly, so that sums over thousands of tokens hold. The gradient is that of the curve after two
+    times, which is less flat about whole steps: a model leaves a wrong one the more easily.
+
+    Args:
+        steps: `[..., H]`, in steps of 1/n of a turn.
+        fractions: n of every head.
+
+    Returns:
+        Radians, in the shape of `steps`.
+    """
+    gentle = _drawn_to_whole(_drawn_to_whole(steps))
+    exact = _drawn_to_whole(_drawn_to_whole(gentle.detach()))
+    circle = torch.tensor([2 * math.pi / n for n in fractions], dtype=steps.dtype, device=steps.device)
+    return (gentle + (exact - gentle).detach()) * circle
+
+
+def _drawn_to_whole(x: torch.Tensor) -> torch.Tensor:
+    return x - (2 * math.pi * x).sin() / (2 * math.pi)
+
+
+def summed_turns(turn: torch.Tensor) -> torch.Tensor:
+    """How far all tokens up to each have turned a state, modulo 2π; summed in float64, see [`home_of_float64`].
+
+    Args:
+        turn: `[B, T, H]` radians.
+
+    Returns:
+        `[B, T, H]`, in [0, 2π).
+    """
+    total = turn.to(home_of_float64(turn.device)).double().cumsum(1)
+    total = total - (total / (2 * math.pi)).detach().floor() * (2 * math.pi)
+    return total.to(turn.dtype).to(turn.device)
+
+
+def summed_turns_naive(turn: torch.Tensor) -> torch.Tensor:
+    """Twin of [`summed_turns`]: one token after another, brought back into the circle each time."""
+    total, rows = torch.zeros_like(turn[:, 0], dtype=torch.float64), []
+    for t in range(turn.shape[1]):
+        total = (total + turn[:, t]) % (2 * math.pi)
+        rows.append(total)
+    return torch.stack(rows, 1).to(turn.dtype)
 
 
 def phase_features(theta: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
@@ -129,20 +179,23 @@ class PhaseDrift(nn.Module):
         heads: key heads H.
         phases: phases P per head.
         base: ratio of the fastest to the slowest frequency.
+        drifting: phases per head that drift, the first ones; the others stand still. None: all.
     """
 
-    def __init__(self, heads: int, phases: int, base: float = 1000.0) -> None:
+    def __init__(self, heads: int, phases: int, base: float = 1000.0, drifting: int | None = None) -> None:
         super().__init__()
         self.heads, self.phases, self.base = heads, phases, base
+        self.drifting = phases if drifting is None else drifting
 
     def omega(self, device: torch.device | None = None) -> torch.Tensor:
         """Radians a token `[H, P]`, in float64: computed when asked for, so that no cast or meta device can spoil them.
 
         They are on `device` if that has float64, see [`home_of_float64`].
         """
-        count = self.heads * self.phases
-        exponent = torch.arange(count, dtype=torch.float64, device=home_of_float64(device)) / count
-        return torch.exp(-math.log(self.base) * exponent).view(self.phases, self.heads).T
+        count, standing = self.heads * self.drifting, self.phases - self.drifting
+        exponent = torch.arange(count, dtype=torch.float64, device=home_of_float64(device)) / max(1, count)
+        drifting = torch.exp(-math.log(self.base) * exponent).view(self.drifting, self.heads).T
+        return F.pad(drifting, (0, standing)) if standing else drifting
 
     def angles(self, tokens: torch.Tensor) -> torch.Tensor:
         """Drift over `tokens` `[...]` tokens, modulo 2π: `[..., H, P]`, float64, where `omega(tokens.device)` is."""

@@ -373,7 +373,7 @@ def cancelling_scan(
     M_t = λ_t M_{t-1} + β_t k_t ⊗ (v_t - λ_t k_t M_{t-1}) and y_t = q_t M_t, for keys of unit norm.
 
     Args:
-        strength: β `[B, H, T]` in [0, 1]; a padded token has 0.
+        strength: β `[B, H, T]` in [0, 2]; a padded token has 0. Above 1 what a key recalls is turned round.
         others: as for [`interference_scan`].
 
     Returns:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_holo import HolographicMixer, HsnConfig, HsnForMaskedLM, HsnForSequenceClassification
-from hf_holo.modeling import binding
+from hf_holo.modeling import binding, phases
 
 LENGTH, DIM = 37, 24
 
@@ -52,6 +52,54 @@ def test_dynamic_binding_hears_phases_at_signed_distances(causal):
     y = (left * interference) @ ((1 - torch.exp(-F.softplus(decay))).sqrt()[..., None] * v)
     y = F.layer_norm(y, (made.head_dim,), eps=made.norm_eps).transpose(1, 2).flatten(2) * made.norm_weight
     torch.testing.assert_close(made(x), made.out_proj(y * F.silu(made.gate_proj(x))), rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("write", ["bundle", "cancel"])
+def test_every_token_turns_what_was_written_before_it(causal, write):
+    """Phases that are turned by hand before they are bound: those of each token by its sum of the turns so far."""
+    made, x = mixer(causal=causal, write=write, drift="data", num_heads=4, num_key_heads=2), hidden()
+    plain = mixer(causal=causal, write=write, num_heads=4, num_key_heads=2)
+    plain.load_state_dict({name: value for name, value in made.state_dict().items() if "turn_proj" not in name})
+    turns = torch.remainder(phases.whole_turns(made.turn_proj(x), [2, 3]).cumsum(1), 2 * math.pi)  # [B, T, H]
+    assert turns.std() > 0.5
+    for projection, heads in ((plain.q_proj, 4), (plain.k_proj, 2)):
+        per_phase = turns.repeat_interleave(heads // 2, 2).repeat_interleave(plain.phases, 2)
+        projection.register_forward_hook(lambda module, args, theta, angle=per_phase: theta + angle)
+    torch.testing.assert_close(made(x), plain(x), rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_a_part_of_the_phases_drifts():
+    """With none, tokens are heard at any distance alike: a row can be written in any order, and is read the same."""
+    assert [mixer(drift_share=share).drift.omega().count_nonzero(1).tolist() for share in (0, 0.5, 1)] == [
+        [0, 0],
+        [3, 3],
+        [6, 6],
+    ]
+    made, x = mixer(drift_share=0, memory=[1e9, 1e9]), hidden()
+    made.decay_proj.weight.zero_()
+    made.decay_bias.fill_(-20.0)
+    shuffled = torch.cat([x[:, :-1].flip(1), x[:, -1:]], 1)
+    torch.testing.assert_close(made(shuffled)[:, -1], made(x)[:, -1], rtol=1e-6, atol=1e-8)
+
+
+@torch.no_grad()
+def test_memories_start_evenly_between_the_shortest_and_the_longest():
+    made = mixer(num_heads=3, memory=[2, 20_000])
+    made.reset_parameters()
+    torch.testing.assert_close(
+        1 / made.decay_bias.sigmoid(), torch.tensor([20_000.0, 200.0, 2.0]).double(), rtol=1e-4, atol=0
+    )
+
+
+@torch.no_grad()
+def test_a_cancelling_write_starts_as_strong_as_asked_and_reaches_its_range():
+    made = mixer(write="cancel", write_range=2.0, write_start=0.05)
+    made.reset_parameters()
+    betas = [made._write(None, logit.view(1, 1, -1)) for logit in (made.write_proj.bias, torch.tensor([-60.0, 60.0]))]
+    torch.testing.assert_close(torch.cat(betas).flatten(), torch.tensor([0.05, 0.05, 0.0, 2.0]).double())
 
 
 @torch.no_grad()

@@ -152,6 +152,33 @@ def test_drift_angles_stay_exact_far_out():
     torch.testing.assert_close(angles.double(), exact, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("length", [1, 7, 300])
+def test_summed_turns_equal_their_twin(length):
+    turn = 20 * torch.randn(2, length, 3, generator=torch.Generator().manual_seed(0))  # several times round a token
+    assert_twins(phases.summed_turns, phases.summed_turns_naive, {"turn": turn})
+
+
+def test_summed_turns_do_not_grow_and_lose_nothing():
+    third = torch.full((1, 30_001, 1), 2 * math.pi / 3, dtype=torch.float32)
+    total = phases.summed_turns(third)
+    assert total.dtype == torch.float32 and total.min() >= 0 and total.max() < 2 * math.pi + 1e-3
+    torch.testing.assert_close(total[0, -1].cos(), third[0, 0].cos(), rtol=0, atol=2e-3)  # 30,001 % 3 == 1
+
+
+def test_turns_are_drawn_to_whole_fractions_and_stay_smooth():
+    fractions = [2, 3, 4, 6]
+    whole = torch.randint(-5, 6, (9, 4), generator=torch.Generator().manual_seed(0)).to(torch.float64)
+    off = torch.linspace(-0.3, 0.3, 9)[:, None]
+    steps = phases.whole_turns(whole + off, fractions) * torch.tensor(fractions) / (2 * math.pi)
+    torch.testing.assert_close(steps, whole, rtol=0, atol=1e-6)
+    x = torch.linspace(-1, 1, 2001)[:, None].expand(-1, 4).clone().requires_grad_()
+    angles = phases.whole_turns(x, fractions)
+    assert angles.diff(dim=0).min() >= 0 and angles.diff(dim=0).max() < 0.06  # rises everywhere, jumps nowhere
+    angles.sum().backward()
+    slope = x.grad * torch.tensor(fractions) / (2 * math.pi)
+    assert slope.min() >= 0 and slope[(x.detach() % 1 - 0.5).abs() < 0.2].min() > 0.1  # between two it can be moved
+
+
 def test_phase_features_equal_their_twin():
     torch.manual_seed(0)
     drift = torch.randn(7, 2, 3)
@@ -250,6 +277,15 @@ def test_no_decay_overflows_however_strong(scan):
     inputs = scan_inputs(scan, 130, 1, True, generator)
     inputs["log_decay"] = torch.where(torch.rand(2, 2, 130, generator=generator) < 0.2, -1000.0, -0.01)
     assert_twins(*scan_pair(scan), inputs)
+
+
+@pytest.mark.parametrize("strength", [1.0, 1.9, 2.0])
+def test_writes_that_turn_round_what_a_key_recalls_equal_their_twin(strength):
+    """β up to 2, for keys that come again: the state is reflected and does not grow."""
+    inputs = scan_inputs("cancelling", 200, 2, True, torch.Generator().manual_seed(0))
+    inputs["k"] = inputs["k"][:, :, :1].expand(-1, -1, 200, -1).contiguous()
+    inputs["strength"] = torch.full_like(inputs["strength"], strength)
+    assert_twins(*scan_pair("cancelling"), inputs, document=documents(2, 200, torch.Generator().manual_seed(1)))
 
 
 @pytest.mark.parametrize("scan", SCANS)
