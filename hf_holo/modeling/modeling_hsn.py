@@ -82,8 +82,9 @@ class Projected(NamedTuple):
 
     def reversed(self) -> "Projected":
         """Read from the end. What was turned stays with its token, so that it turns the other way."""
-        strength, turned = (None if x is None else x.flip(1) for x in (self.strength, self.turned))
-        return Projected(self.v.flip(1), self.theta_q.flip(1), self.theta_k.flip(1), self.decay.flip(1), strength, turned)
+        v, theta_q, theta_k, decay = (x.flip(1) for x in self[:4])
+        strength, turned = (None if x is None else x.flip(1) for x in self[4:])
+        return Projected(v, theta_q, theta_k, decay, strength, turned)
 
 
 class HolographicMixer(nn.Module):
