@@ -1,6 +1,6 @@
 """What each token mixer of a model is worth: the loss of a text with all of them, and without one or without a kind.
 
-A mixer is switched off by zeros in place of its output; the residual stream goes around it. Hybrids tend to learn to do
+A mixer is switched off by zeros in place of its output; the residual stream stays as it is. Hybrids may learn to do
 without one kind of their mixers (Benfeghoul et al., 2025, arXiv:2510.05901), which no loss of the whole model shows.
 """
 
