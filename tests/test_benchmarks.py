@@ -500,7 +500,7 @@ def test_sentences_say_what_a_reader_cannot_see(suite):
 
     assert "the Llama has no short filter" in said("llama_comparison_muon")
     assert "BERT has barely begun to learn" in said("infilling")
-    assert "no comparison with attention" in said("pair_recall")
+    assert "llama with filter 100% / " in said("pair_recall")  # attention solves it at the distance of the training
     int8 = next(part for part in said("export_trained").split("; ") if "int8" in part)
     rows = report.read_report("export_trained")["figures"]["rows"]
     (share,) = (row["equal_tokens"] for row in rows if row["format"] == "onnx-int8")
