@@ -109,22 +109,31 @@ def read_states(path: str | os.PathLike, model: PreTrainedModel) -> SavedStates:
 
 def fingerprint(model: PreTrainedModel) -> dict[str, str]:
     """What says which model it is: `family`, `dtype`, and hashes of `config` and `weights`, those of heads left out."""
-    arguments = json.dumps(config_arguments(model.config), sort_keys=True, default=str)
     return {
         "family": model.config.model_type,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "config": hashlib.sha256(arguments.encode()).hexdigest(),
+        "config": hashlib.sha256(_as_json(config_arguments(model.config)).encode()).hexdigest(),
         "weights": checksum(model.base_model.state_dict()),
     }
 
 
 def config_arguments(config: PretrainedConfig) -> dict[str, Any]:
-    """The arguments that a family's config declares. What transformers adds to it differs from release to release; and
-    whether to cache, and which tokens are special, is set on loaded models and changes no state."""
+    """The arguments that a family's config declares, but for those at their defaults: so a release that adds an option
+    reads the files of the one before. What transformers adds to a config differs from release to release; and whether
+    to cache, and which tokens are special, is set on loaded models and changes no state."""
     families: list[Any] = [cls for cls in type(config).__mro__ if cls not in PretrainedConfig.__mro__]
-    names = {name for cls in families for name in inspect.signature(cls.__init__).parameters}
-    names = {name for name in names if name != "use_cache" and not name.endswith("_token_id")}
-    return {name: getattr(config, name) for name in sorted(names - {"self"}) if hasattr(config, name)}
+    parameters = [inspect.signature(cls.__init__).parameters for cls in reversed(families)]
+    declared = {name: parameter.default for some in parameters for name, parameter in some.items()}
+    return {
+        name: getattr(config, name)
+        for name, default in sorted(declared.items())
+        if name not in ("self", "use_cache") and not name.endswith("_token_id") and hasattr(config, name)
+        if _as_json(getattr(config, name)) != _as_json(default)
+    }
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def checksum(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -8,9 +8,10 @@ from safetensors.torch import load_file, save_file
 from small_models import new_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from hf_holo import Prefix, RecurrentCache, get_architecture, prefix
+from hf_holo import HsnConfig, Prefix, RecurrentCache, get_architecture, prefix
 from hf_holo.errors import HoloError
 from hf_holo.modeling.cache import CACHE_NAME
+from hf_holo.modeling.state_file import config_arguments
 
 FAMILIES = ["hsn", "holo", "resonance"]
 VARIANTS = [(family, variant) for family in FAMILIES for variant in get_architecture(family).variants]
@@ -157,6 +158,19 @@ def test_what_changes_no_state_is_no_other_model(saved):
     model = new_model("hsn", use_cache=False, eos_token_id=3)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 1)
     assert Prefix.load(saved, model).input_ids.shape == (1, 9)
+
+
+def test_an_option_of_a_newer_release_is_another_model_where_it_is_used():
+    class Newer(HsnConfig):
+        def __init__(self, *, sides=(1, 2), num_phases=7, **kwargs):
+            self.sides = list(sides)
+            super().__init__(num_phases=num_phases, **kwargs)
+
+    sizes = {"vocab_size": 9, "hidden_size": 16}
+    known = config_arguments(HsnConfig(**sizes))
+    assert known["hidden_size"] == 16 and "drift_base" not in known
+    assert config_arguments(Newer(**sizes, num_phases=known["num_phases"])) == known
+    assert config_arguments(Newer(**sizes, sides=[3])).items() >= {"sides": [3]}.items()
 
 
 def test_damaged_files_are_refused(saved, tmp_path):
