@@ -25,6 +25,16 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def own_environment():
+    """TrainingArguments tells the whole process by variables how to compile: the tests after it would, too."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of data sets next to the repository."""
