@@ -99,7 +99,8 @@ class LastProduct:
         # a tensor of inference mode does not count what is written to it
         if torch.is_grad_enabled() or exporting() or torch.is_inference(x) or type(x) is not torch.Tensor:
             return compute(x)
-        autocast = torch.is_autocast_enabled(x.device.type)
+        device = x.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         held, key = self._held, (autocast, *(y._version for y in (x, *tables)))
         same = held is not None and held[0]() is x and held[1] == key and all(map(operator.is_, held[2], tables))
         if held is None or not same:
