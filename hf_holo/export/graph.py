@@ -255,7 +255,8 @@ class Graph:
         cache = make_cache(self.config, self.states, tensors[len(self.inputs) :])
         if isinstance(cache, RecurrentCache):
             past = inputs["attention_mask"].shape[1] - inputs["input_ids"].shape[1]
-            if not exporting() and not past:  # zeros stand for a text that begins, in whatever state
+            learned = getattr(self.config, "learned_state", False)
+            if learned and not past and not exporting():  # zeros stand for a text that begins, in whatever state
                 cache = RecurrentCache(self.config)
             cache.advance(past)
         name = CACHE_NAME if CACHE_NAME in self.arguments else "past_key_values"  # of code older than transformers 5.24

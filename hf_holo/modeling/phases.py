@@ -50,10 +50,15 @@ def whole_turns(steps: torch.Tensor, fractions: Sequence[int]) -> torch.Tensor:
     Returns:
         Radians, in the shape of `steps`.
     """
-    gentle = _drawn_to_whole(_drawn_to_whole(steps))
-    exact = _drawn_to_whole(_drawn_to_whole(gentle.detach()))
+    gentle = gentle_turns(steps, fractions)
+    exact = gentle_turns(_drawn_to_whole(_drawn_to_whole(steps.detach())), fractions)
+    return gentle + (exact - gentle).detach()
+
+
+def gentle_turns(steps: torch.Tensor, fractions: Sequence[int]) -> torch.Tensor:
+    """The curve that [`whole_turns`] has the gradient of: drawn to whole steps two times."""
     circle = torch.tensor([2 * math.pi / n for n in fractions], dtype=steps.dtype, device=steps.device)
-    return (gentle + (exact - gentle).detach()) * circle
+    return _drawn_to_whole(_drawn_to_whole(steps)) * circle
 
 
 def _drawn_to_whole(x: torch.Tensor) -> torch.Tensor:

@@ -179,6 +179,14 @@ def test_turns_are_drawn_to_whole_fractions_and_stay_smooth():
     assert slope.min() >= 0 and slope[(x.detach() % 1 - 0.5).abs() < 0.2].min() > 0.1  # between two it can be moved
 
 
+def test_turns_have_the_gradient_of_the_gentle_curve():
+    x = torch.linspace(-1.3, 1.3, 40).view(10, 4).requires_grad_()
+    weight = torch.randn(10, 4)
+    expected = torch.autograd.grad((phases.gentle_turns(x, [2, 3, 4, 6]) * weight).sum(), x)[0]
+    found = torch.autograd.grad((phases.whole_turns(x, [2, 3, 4, 6]) * weight).sum(), x)[0]
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
 def test_phase_features_equal_their_twin():
     torch.manual_seed(0)
     drift = torch.randn(7, 2, 3)
