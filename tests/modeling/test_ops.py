@@ -173,7 +173,7 @@ def test_turns_are_drawn_to_whole_fractions_and_stay_smooth():
     torch.testing.assert_close(steps, whole, rtol=0, atol=1e-6)
     x = torch.linspace(-1, 1, 2001)[:, None].expand(-1, 4).clone().requires_grad_()
     angles = phases.whole_turns(x, fractions)
-    assert -1e-12 < angles.diff(dim=0).min() and angles.diff(dim=0).max() < 0.06  # rises everywhere, jumps nowhere
+    assert angles.diff(dim=0).min() > -1e-12 and angles.diff(dim=0).max() < 0.06  # rises everywhere, jumps nowhere
     angles.sum().backward()
     slope = x.grad * torch.tensor(fractions) / (2 * math.pi)
     assert slope.min() >= 0 and slope[(x.detach() % 1 - 0.5).abs() < 0.2].min() > 0.1  # between two it can be moved
