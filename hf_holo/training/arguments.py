@@ -112,13 +112,9 @@ class DataArguments:
 class StateArguments:
     """What batches begin with, where a model keeps a state of constant size."""
 
-    state_passing: float = described(
-        "Share of the batches that begin with the final states of the batch before, dealt to other rows; 0: none.", 0.0
-    )
-    tbptt: bool = described(
-        "Read the text in as many streams as a batch has rows, and continue each from window to window.", False
-    )
-    state_tuning: bool = described("Train the learned states alone (--model learned_state=true).", False)
+    state_passing: float = described("Share of batches that begin with the final states of others.", 0.0)
+    tbptt: bool = described("Continue the text of every row from window to window.", False)
+    state_tuning: bool = described("Train the learned states alone.", False)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.state_passing <= 1.0:
@@ -141,9 +137,7 @@ class HoloTrainingArguments(TrainingArguments):
     optimizer: Literal["muon", "adamw"] = described("MuonAdamW, or the optimizer that --optim names.", "muon")
     muon_lr_ratio: float = described("Learning rate of Muon as a multiple of learning_rate.", 5.0)
     ema_decay: float = described("Decay of the average of the weights that is evaluated and saved; 0: none.", 0.0)
-    context_parallel_size: int = described(
-        "Processes that share each text, every one a part of it: for texts that are too long for one.", 1
-    )
+    context_parallel_size: int = described("Processes that share each text.", 1)
     causality_check: bool = described("Stop the run if the model sees tokens that it should predict.", True)
     learning_rate: float = described("Peak learning rate of AdamW.", 4e-3)
     weight_decay: float = described("Weight decay of matrices.", 0.1)
