@@ -118,8 +118,9 @@ def table(result: dict) -> str:
             "",
             f"Share of {settings['pairs']} keys whose value is named, out of {settings['symbols']} values; "
             f"{settings['steps']:,} steps of {settings['rows']} sequences with {near} tokens of filler, each model at "
-            f"the best of the learning rates {rates}, width {settings['width']}, depth {settings['depth']}, one "
-            f"seed{caveat(f)}. {result['seconds']:,.0f} seconds for all on: {measured_on(result)}.",
+            f"the best of the learning rates {rates} on the very sequences that are scored, width {settings['width']}, "
+            f"depth {settings['depth']}, one seed{caveat(f)}. {result['seconds']:,.0f} seconds for all on: "
+            f"{measured_on(result)}.",
         ]
     )
 

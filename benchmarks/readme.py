@@ -12,7 +12,7 @@ from pathlib import Path
 from common.ledger import PAGE as CLAIMS
 from common.ledger import PROJECTS, summary
 from common.ledger import table as claims
-from common.report import BENCHMARKS, RESULTS, in_threads, markdown_table, read_report, software
+from common.report import BENCHMARKS, RESULTS, markdown_table, processors_of, read_report, software
 from common.suite import GROUPS, HEADLINES, INPUTS, SUITE, TABLES, duration
 
 ROOT = BENCHMARKS.parent
@@ -27,15 +27,15 @@ def measured(names: Iterable[str], folder: Path) -> dict[str, dict]:
 def table(folder: Path = RESULTS, names: Iterable[str] = SUITE) -> str:
     """What each benchmark measured, in how much time and on what (memory_recall does not say)."""
     rows = [
-        (f"`{name}`", SUITE[name].module.sentence(result), duration(result["seconds"]), processor_of(result))
+        (
+            f"`{name}`",
+            SUITE[name].module.sentence(result),
+            duration(result["seconds"]),
+            processors_of(result) if "machine" in result else "",
+        )
         for name, result in measured(names, folder).items()
     ]
     return markdown_table(("benchmark", "measured", ">time", "on"), rows)
-
-
-def processor_of(result: dict) -> str:
-    machine = result.get("machine")
-    return f"{machine['processor']}, {in_threads(machine['threads'])}" if machine else ""
 
 
 def machines(folder: Path = RESULTS) -> str:

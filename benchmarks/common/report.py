@@ -65,9 +65,15 @@ def image_path(name: str, folder: Path) -> Path:
 
 
 def measured_on(result: Mapping) -> str:
-    """Processor, threads and versions of a result, in words."""
-    machine = result["machine"]
-    return f"{machine['processor']}, {in_threads(machine['threads'])}, {software(result)}"
+    """Processors, threads and versions of a result, in words."""
+    return f"{processors_of(result)}, {software(result)}"
+
+
+def processors_of(result: Mapping) -> str:
+    """Processors and threads of a result, in words; runs that were made at other times may be of other processors."""
+    machine, runs = result["machine"], result["figures"].get("runs", [])
+    names = [run.get("processor", machine["processor"]) for run in runs] or [machine["processor"]]
+    return f"{' and '.join(dict.fromkeys(names))}, {in_threads(machine['threads'])}"
 
 
 def in_threads(count: int) -> str:

@@ -33,8 +33,8 @@ class HsnConfig(FamilyConfig):
         write_range: β of the cancelling write is in (0, `write_range`), at most 2. Above 1 a write turns round what the
             key recalled, which lets a state count (negative eigenvalues; Grazzi et al., 2024, arXiv 2411.12537).
         write_start: β of the cancelling write at the start of training, below `write_range`.
-        phase_spread: how many times as wide as by default the phases of queries and keys start; 3 makes the keys of
-            different tokens nearly orthogonal from the start.
+        phase_spread: how many times as wide as by default the phases of queries and keys start; above 1 the keys of
+            different tokens are less alike from the start.
         memory: tokens `[shortest, longest]` that the heads remember at the start of training, evenly in the logarithm;
             default: from 2 to 55. `[2, 10000]` has heads that hold.
         drift: `"fixed"` (phases drift with the position) or `"data"` (every token turns the state of a head further by
