@@ -11,10 +11,11 @@ the learning rate is chosen by sequences that are kept back. A finished run is k
 import argparse
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 
-from common.contenders import FILTERED, SOLVED, Runs, at_best_rate, contender, edge_note, range_of, search
+from common.contenders import FILTERED, SOLVED, Runs, at_best_rate, contender, edge_note, range_of
 from common.fitting import OPTIMIZERS, Fit, fit
 from common.report import RESULTS, markdown_table, measured_on, print_footer, print_table
 
@@ -28,7 +29,7 @@ MODELS = ("hsn", "hsn, write=cancel", "resonance", "resonance, memory_dimension=
 LEARNING_RATES = (0.002, 0.004, 0.008)
 
 
-def measure(name: str, size: str, rate: float, seed: int, args: argparse.Namespace) -> dict:
+def measure(name: str, size: str, args: argparse.Namespace, rate: float, seed: int) -> dict:
     """Train one model at one size, on as many tokens a step as at any other."""
     pairs, length = map(int, size.split("x"))
     task = QueriedPairs(pairs, args.vocabulary)
@@ -61,16 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = ("vocabulary", "optimizer", "steps", "tokens", "sequences", "width", "depth")
     kept = Runs(NAME, {name: getattr(args, name) for name in names}, args.results, args.seeds[0])
     for size, name in product(args.sizes, args.models):
-
-        def score(rate: float, size: str = size, name: str = name) -> float:
-            scores = []
-            for seed in args.seeds:
-                key = {"size": size, "model": name, "learning_rate": rate, "seed": seed}
-                run = kept.run(key, lambda seed=seed: measure(name, size, rate, seed, args))
-                scores.append(run["chosen_by"])
-            return sum(scores) / len(scores)
-
-        search(args.learning_rates, score)
+        run = partial(measure, name, size, args)
+        kept.search({"size": size, "model": name}, args.learning_rates, args.seeds, run)
     rows = at_best_rate(kept.runs, ("size", "model"))
     print_table(
         [{name: row[name] for name in ("size", "model", "learning_rate")} | {"right": _share(row)} for row in rows]

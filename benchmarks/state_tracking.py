@@ -12,10 +12,11 @@ of the training that are kept back. A finished run is kept in the result file an
 import argparse
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 
-from common.contenders import FILTERED, Runs, at_best_rate, contender, edge_note, range_of, search
+from common.contenders import FILTERED, Runs, at_best_rate, contender, edge_note, range_of
 from common.fitting import OPTIMIZERS, Fit, fit
 from common.report import RESULTS, image_path, markdown_table, measured_on, print_footer, print_table
 
@@ -30,7 +31,7 @@ MODELS = ("hsn", "hsn, write=cancel", "resonance", FILTERED)
 LEARNING_RATES = (0.001, 0.002, 0.004)
 
 
-def measure(name: str, task_name: str, rate: float, seed: int, args: argparse.Namespace) -> dict:
+def measure(name: str, task_name: str, args: argparse.Namespace, rate: float, seed: int) -> dict:
     """Train one model on one task: accuracy at the trained length on kept-back sequences, and at every length."""
     task, longest = TASKS[task_name]
     start = time.perf_counter()
@@ -64,16 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {name: getattr(args, name) for name in names} | {"lengths": list(args.lengths)}
     kept = Runs(NAME, settings, args.results, args.seeds[0])
     for task, name in product(args.tasks, args.models):
-
-        def score(rate: float, task: str = task, name: str = name) -> float:
-            scores = []
-            for seed in args.seeds:
-                key = {"task": task, "model": name, "learning_rate": rate, "seed": seed}
-                run = kept.run(key, lambda seed=seed: measure(name, task, rate, seed, args))
-                scores.append(run["chosen_by"])
-            return sum(scores) / len(scores)
-
-        search(args.learning_rates, score)
+        run = partial(measure, name, task, args)
+        kept.search({"task": task, "model": name}, args.learning_rates, args.seeds, run)
     rows = at_best_rate(kept.runs, ("task", "model"))
     print_table([{name: row[name] for name in ("task", "model", "learning_rate")} | _shown(row) for row in rows])
     for task in dict.fromkeys(row["task"] for row in rows):

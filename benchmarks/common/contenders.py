@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from hf_holo import SpectralGate
 from hf_holo.registry import get_architecture
 
-from .report import earlier_rows, write_report
+from .report import earlier_rows, machine, read_report, write_report
 
 FILTERED = "llama with filter"  # attention as it solves recall in the literature: after a short causal filter
 SOLVED = 0.99  # share of the answers from which on a model has learned a task of recall
@@ -81,6 +81,8 @@ class Runs:
     def __init__(self, name: str, settings: Mapping, folder: Path, seed: int) -> None:
         self.name, self.settings, self.folder, self.seed = name, settings, folder, seed
         self.runs, self.seconds = earlier_rows(name, {"settings": settings}, folder, "runs")
+        for run in self.runs:  # the file names the processor of the last run, and others may have come before
+            run.setdefault("processor", read_report(name, folder)["machine"]["processor"])
 
     def run(self, key: dict, measure: Callable[[], dict]) -> dict:
         """The run with these values: an earlier one, or what `measure` gives, `seconds` among it."""
@@ -88,11 +90,29 @@ class Runs:
             if key.items() <= run.items():
                 return run
         print(", ".join(f"{name} {value}" for name, value in key.items()), flush=True)
-        self.runs.append(key | measure())
+        self.runs.append(key | measure() | {"processor": machine()["processor"]})
         self.seconds += self.runs[-1]["seconds"]
         figures = {"settings": self.settings, "runs": self.runs}
         write_report(self.name, figures, seed=self.seed, seconds=self.seconds, folder=self.folder)
         return self.runs[-1]
+
+    def search(
+        self, key: dict, rates: Sequence[float], seeds: Sequence[int], measure: Callable[[float, int], dict]
+    ) -> None:
+        """Runs with these values, for all seeds, at the learning rates of [`search`].
+
+        Args:
+            key: what the runs have in common.
+            rates: learning rates to start from.
+            seeds: of each rate; the mean of their `chosen_by` is its score.
+            measure: gives a run for a rate and a seed.
+        """
+
+        def score(rate: float) -> float:
+            keys = [{**key, "learning_rate": rate, "seed": seed} for seed in seeds]
+            return fmean(self.run(one, lambda one=one: measure(rate, one["seed"]))["chosen_by"] for one in keys)
+
+        search(rates, score)
 
 
 def search(rates: Sequence[float], score: Callable[[float], float]) -> None:

@@ -86,6 +86,13 @@ def _choices(rows: int, count: int, wanted: int, generator: torch.Generator) -> 
     return torch.rand(rows, count, generator=generator).argsort(1)[:, :wanted]
 
 
+def _asked_at_the_end(tokens: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    """Labels `[rows, T]` of tokens that ask for `answers` `[rows, n]` at their last n places."""
+    labels = torch.full_like(tokens, IGNORED)
+    labels[:, -answers.shape[1] :] = answers
+    return labels
+
+
 # ------------------------------------------------------------------------------------------------- keeping a state
 @dataclass(frozen=True)
 class Sums(Task):
@@ -303,9 +310,7 @@ class Repeat(Task):
         once = torch.randint(self.symbols, (rows, length // 2 + 1), generator=generator)
         again = length - once.shape[1]  # its first token says that it begins
         tokens = torch.cat([once, once[:, :again]], 1)
-        labels = torch.full_like(tokens, IGNORED)
-        labels[:, -again:] = once[:, 1 : again + 1]
-        return tokens, labels
+        return tokens, _asked_at_the_end(tokens, once[:, 1 : again + 1])
 
 
 @dataclass(frozen=True)
@@ -340,9 +345,7 @@ class SelectiveCopy(Task):
         places = _choices(rows, length - self.count, self.count, generator).sort(1).values
         tokens = torch.zeros(rows, length, dtype=torch.long).scatter_(1, places, copied)
         tokens[:, -self.count :] = 1
-        labels = torch.full_like(tokens, IGNORED)
-        labels[:, -self.count :] = copied
-        return tokens, labels
+        return tokens, _asked_at_the_end(tokens, copied)
 
 
 @dataclass(frozen=True)
@@ -374,9 +377,7 @@ class Induction(Task):
         place = torch.randint(length - 2, (rows, 1), generator=generator)
         tokens.scatter_(1, place, self.symbols)
         tokens[:, -1] = self.symbols
-        labels = torch.full_like(tokens, IGNORED)
-        labels[:, -1:] = tokens.gather(1, place + 1)
-        return tokens, labels
+        return tokens, _asked_at_the_end(tokens, tokens.gather(1, place + 1))
 
 
 # ------------------------------------------------------------------------------------------------ finding it in prose
