@@ -232,7 +232,9 @@ class HarmonicBasis(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., I]` to `[..., R]`, in the dtype of the input: casts that look at parameters alone miss a basis."""
-        return self._product(x) if self.last is None else self.last.get(self._product, x, list(self.buffers()))
+        if self.last is None:
+            return self._product(x)
+        return self.last.get(self._product, x, [self.tail, self.order] if self.pivoted else [self.table])
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         if not self.pivoted:
