@@ -226,18 +226,48 @@ def load_labelled(
     """
     source = name_of_data(train_file, dataset_name)
     tables = dict(read_tables(kind, train_file, dataset_name, dataset_config_name, source))
-    name, held_out = named_splits(tables, source)
-    parts = [tables[name]] + ([tables[held_out]] if held_out else [])
-    labels, class_names = labels_of(parts, label_column, source)
-    read = [
-        kind(undecoded(part, kind, column, source), column_of(part, kind, column, source), numbers, class_names, place)
-        for part, numbers, place in zip(parts, labels, (f"{source}, {s}" for s in (name, held_out)), strict=False)
-    ]
+    read = _parts(kind, tables, column, label_column, source)
     if hold_out:
         return _held_out_by_value(read, hold_out)
-    if held_out:
-        return LabelledSplits(*read)
-    return split(read[0], validation_fraction, seed)
+    return LabelledSplits(*read) if len(read) == 2 else split(read[0], validation_fraction, seed)
+
+
+def load_to_score(
+    kind: type[AnyLabelled],
+    eval_file: str | Sequence[str],
+    column: str | None = None,
+    label_column: str | None = None,
+) -> AnyLabelled:
+    """Read labelled files to score a model on: the held-out split where they have one, or else all of them.
+
+    Args:
+        eval_file: as `train_file` of [`load_labelled`].
+        others, errors: likewise.
+    """
+    source = name_of_data(eval_file, None, "eval_file")
+    return _parts(kind, dict(read_tables(kind, eval_file, None, None, source)), column, label_column, source)[-1]
+
+
+def _parts(
+    kind: type[AnyLabelled],
+    tables: Mapping[Any, "Dataset"],
+    column: str | None,
+    label_column: str | None,
+    source: str,
+) -> list[AnyLabelled]:
+    """The split to learn from, and the one to hold out if there is one; both with the classes of both."""
+    names = [name for name in named_splits(tables, source) if name is not None]
+    labels, class_names = labels_of([tables[name] for name in names], label_column, source)
+    return [
+        kind(
+            undecoded(tables[name], kind, column, source),
+            column_of(tables[name], kind, column, source),
+            numbers,
+            class_names,
+            f"{source}, {name}",
+        )
+        for name, numbers in zip(names, labels, strict=True)
+    ]
 
 
 def split(examples: AnyExamples, fraction: float, seed: int = 0) -> LabelledSplits[AnyExamples]:
@@ -272,14 +302,14 @@ def _held_out_by_value(parts: list[AnyLabelled], hold_out: Mapping[str, Any]) ->
     return LabelledSplits(whole.select(np.flatnonzero(~found)), whole.select(np.flatnonzero(found)))
 
 
-def name_of_data(train_file: str | Sequence[str] | None, dataset_name: str | None) -> str:
-    """The argument that names the data and its value, to begin a message with."""
+def name_of_data(file: str | Sequence[str] | None, dataset_name: str | None, argument: str = "train_file") -> str:
+    """The argument that names the data and its value, to begin a message with; `argument`: the one for files."""
     if dataset_name:
         return f"dataset_name: {dataset_name!r}"
-    files = listed(train_file)
+    files = listed(file)
     if not files:
-        raise HoloError("train_file: name a folder, or a parquet, JSON or CSV file, or give --dataset_name")
-    return f"train_file: {', '.join(map(repr, map(str, files)))}"
+        raise HoloError(f"{argument}: name a folder, or a parquet, JSON or CSV file, or give --dataset_name")
+    return f"{argument}: {', '.join(map(repr, map(str, files)))}"
 
 
 def read_tables(

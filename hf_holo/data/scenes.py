@@ -103,9 +103,36 @@ def load_scenes(
     """
     source = name_of_data(train_file, dataset_name)
     tables = dict(read_tables(Images, train_file, dataset_name, dataset_config_name, source))
+    columns = {"vision": image_column, "audio": audio_column, "text": text_column}
+    parts = _parts(tables, columns, label_column, source, sampling_rate)
+    return LabelledSplits(*parts) if len(parts) == 2 else split(parts[0], validation_fraction, seed)
+
+
+def load_scenes_to_score(
+    eval_file: str | Sequence[str],
+    image_column: str | None = None,
+    audio_column: str | None = None,
+    text_column: str = "text",
+    label_column: str | None = None,
+    sampling_rate: int | None = None,
+) -> Scenes:
+    """Read tables as [`load_scenes`] does, to score a model on: the held-out split where they have one, or else all."""
+    source = name_of_data(eval_file, None, "eval_file")
+    columns = {"vision": image_column, "audio": audio_column, "text": text_column}
+    tables = dict(read_tables(Images, eval_file, None, None, source))
+    return _parts(tables, columns, label_column, source, sampling_rate)[-1]
+
+
+def _parts(
+    tables: Mapping[Any, "Dataset"],
+    columns: Mapping[str, str | None],
+    label_column: str | None,
+    source: str,
+    sampling_rate: int | None,
+) -> list[Scenes]:
+    """The split to learn from, and the one to hold out if there is one; both with the classes of both."""
     names = [name for name in named_splits(tables, source) if name is not None]
     labels, class_names = labels_of([tables[name] for name in names], label_column, source)
-    columns = {"vision": image_column, "audio": audio_column, "text": text_column}
     parts = []
     for name, numbers in zip(names, labels, strict=True):
         place = f"{source}, {name}"
@@ -116,7 +143,7 @@ def load_scenes(
                 f"{place}: {len(senses)} of texts, pictures and sounds among its columns {has}; two are needed"
             )
         parts.append(Scenes(senses, numbers, class_names, place))
-    return LabelledSplits(*parts) if len(parts) == 2 else split(parts[0], validation_fraction, seed)
+    return parts
 
 
 def _senses(

@@ -1,7 +1,8 @@
-"""`hf-holo eval`: measure causal language models, and write JSON, CSV, pictures and report.md into one folder.
+"""`hf-holo eval`: measure causal language models, and classifiers of pictures, sounds and several senses.
 
-MODEL is a preset (with random weights), a folder, a Hub id, or a GGUF file. What is measured is saved at once: the same
-command continues where it was stopped, and measures nothing twice. A model that sees later tokens is refused, because
+Writes JSON, CSV, pictures and report.md into one folder. MODEL is a preset (with random weights), a folder, a Hub id,
+or a GGUF file; each is measured by the suites for its kind. What is measured is saved at once: the same command
+continues where it was stopped, and measures nothing twice. A model that sees later tokens is refused, because
 its losses would be those of copying. `hf-holo eval claims`, in a checkout of the repository, writes docs/claims.md.
 """
 
@@ -15,19 +16,19 @@ from typing import Any
 
 from rich.console import Console
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..errors import HoloError, Parser, unknown
 from ..files import output_folder, write_text
 from .conformance.command import usable_device
 from .machine import machine, versions
 from .markdown import markdown_table
-from .suites import GROUPS, SUITES, Options, Part, Run
-from .suites.models import Evaluated, causality_of, load, refuse_leaks, unique_names
+from .suites import GROUPS, OF_SENSES, SUITES, Options, Part, Run
+from .suites.models import CLASSIFIERS, TEXT, Evaluated, causality_of, load, refuse_leaks, unique_names
 from .suites.options import LENGTHS, QUICK
 from .suites.run import Outcome
 
-Given = str | PreTrainedModel | tuple[PreTrainedModel, PreTrainedTokenizerBase]
+Given = str | PreTrainedModel | tuple[PreTrainedModel, Any]  # a model alone, or with its tokenizer or processor
 UNITS = {"s": 1, "m": 60, "h": 3600}
 LEDGER = Path("benchmarks", "claims.py")
 
@@ -59,11 +60,11 @@ def evaluate(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Path:
-    """Measure causal language models.
+    """Measure causal language models, and classifiers of pictures, sounds and several senses.
 
     Args:
-        models: presets, folders, Hub ids, GGUF files; or models, alone or each with its tokenizer.
-        suite: one of `SUITES`, "quick" or "all".
+        models: presets, folders, Hub ids, GGUF files; or models, alone or each with its tokenizer or its processor.
+        suite: one of `SUITES`; "quick" or "all" are those for the kinds of the models.
         output_dir: folder of the results; what is measured there already is not measured again.
         budget: seconds, or text such as "30m", after which nothing new is begun; parts are cut short to keep it.
         allow_leaks: measure models that see later tokens, too.
@@ -87,18 +88,33 @@ def evaluate(
     given: list[Given] = models if isinstance(models, list) else [models]
     evaluated = unique_names([_loaded(one, device, dtype, trust_remote_code, chosen.seed) for one in given])
     names = [suite] if suite in SUITES else GROUPS[suite]
-    no_questions = [name for name in names if _lacks_questions(name, suite, chosen)]
-    plan = {name: list(SUITES[name].parts(evaluated, chosen)) for name in names if name not in no_questions}
-    causality = run.measure("causality", [_causality_part(model, chosen, allow_leaks) for model in evaluated])
+    own = {name: [model for model in evaluated if model.sense == _sense(name)] for name in names}
+    if suite in SUITES and not own[suite]:
+        raise HoloError(f"suite: {suite!r} is not for {evaluated[0].name!r}, whose kind is {evaluated[0].sense!r}")
+    lacking = {name: reason for name in names if own[name] and suite != name and (reason := _lacking(name, chosen))}
+    plan = {name: list(SUITES[name].parts(own[name], chosen)) for name in names if own[name] and name not in lacking}
+    read = [model for model in evaluated if model.sense == TEXT]
+    causality = Outcome()
+    if read:
+        causality = run.measure("causality", [_causality_part(model, chosen, allow_leaks) for model in read])
     for name, reason in causality.left_out.items():
         raise HoloError(f"MODEL: {name} cannot be evaluated: {reason}")
-    left_out = {name: Outcome(left_out={name: "no zero_shot_data"}) for name in no_questions}
+    left_out = {name: Outcome(left_out={name: reason}) for name, reason in lacking.items()}
     return _measure(run, plan, evaluated, {"causality": causality, **left_out})
 
 
-def _lacks_questions(name: str, suite: str, options: Options) -> bool:
-    """Whether a suite of a group must be left out."""
-    return name == "zero-shot" and suite != name and options.zero_shot_data is None
+def _sense(suite: str) -> str:
+    """What the models of a suite are for."""
+    return suite if suite in OF_SENSES else TEXT
+
+
+def _lacking(name: str, options: Options) -> str | None:
+    """Why a suite of a group must be left out, if it must."""
+    if name == "zero-shot" and options.zero_shot_data is None:
+        return "no zero_shot_data"
+    if name in OF_SENSES and not (options.eval_file or (options.image_data and options.audio_data)):
+        return "no eval_file"
+    return None
 
 
 def _measure(
@@ -106,6 +122,7 @@ def _measure(
 ) -> Path:
     """Measure suite by suite, and write what is known after each."""
     report = run.folder / "report.md"
+    write_text(report, told(run.folder, models, outcomes))
     with tqdm(plan.items(), desc="suites", unit="suite", leave=False) as progress:
         for number, (name, parts) in enumerate(progress):
             progress.set_postfix_str(name)
@@ -118,8 +135,10 @@ def _measure(
 def _loaded(given: Given, device: str, dtype: str, trust_remote_code: bool, seed: int) -> Evaluated:
     if isinstance(given, str):
         return load(given, device, dtype, trust_remote_code, seed)
-    model, tokenizer = given if isinstance(given, tuple) else (given, None)
-    return Evaluated(type(model).__name__, model.eval(), tokenizer)
+    model, reader = given if isinstance(given, tuple) else (given, None)
+    classifies = Evaluated(type(model).__name__, model).sense in CLASSIFIERS
+    parts = {"processor" if classifies else "tokenizer": reader}
+    return Evaluated(type(model).__name__, model.eval(), **parts)
 
 
 def _causality_part(model: Evaluated, options: Options, allow_leaks: bool) -> Part:
@@ -194,17 +213,22 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--device", default="cpu", help="for example cuda; default: cpu")
     add("--dtype", default="float32", help="of the weights; auto: as they are stored; default: float32")
     add("--trust_remote_code", action="store_true", help="let a checkpoint bring its own code")
-    add("--eval_file", nargs="+", help="texts to score: files or folders")
+    add("--eval_file", nargs="+", help="files or folders to score: texts, or labelled pictures, sounds or both")
     add("--dataset_name", help="dataset to score where no file is named; default: python-help")
     add("--text_column", help="of tables; default: text")
+    for name in ("image_column", "audio_column", "label_column"):
+        add(f"--{name}", help="of tables; default: the only one of its kind")
+    add("--image_data", help="pictures of digits, for digits of three senses in place of --eval_file")
+    add("--audio_data", help="recordings of digits, likewise")
+    add("--question", choices=("digit", "sum"), help="about digits of three senses; default: digit")
     add("--block_size", type=int, help="tokens in a window; default: 512")
     add("--eval_windows", type=int, help="windows scored, at equal distances; default: 0, all")
-    add("--batch_size", type=int, help="windows or questions at a time; default: 4")
+    add("--batch_size", type=int, help="windows, questions or examples at a time; default: 4")
     add("--lengths", type=int, nargs="+", help=f"tokens, for long and speed; default: {' '.join(map(str, LENGTHS))}")
     add("--repeats", type=int, help="of every timing; default: 5")
     add("--peers", nargs="*", help="models of equal size to time in turns; default: llama gpt2 mamba")
     add("--zero_shot_data", help="folder with the questions: lambada.jsonl, blimp.parquet, piqa.jsonl, ...")
-    add("--limit", type=int, help="questions of a task; default: 0, all")
+    add("--limit", type=int, help="questions of a task, or labelled examples; default: 0, all")
     add("--seed", type=int, help="of weights, inputs and choices; default: 0")
     args = parser.parse_args(argv)
     for name in ("block_size", "batch_size", "repeats"):

@@ -142,7 +142,12 @@ class ClassScores:
         return only_logits(logits).float()
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        logits, labels = np.asarray(prediction.predictions, np.float64), np.asarray(prediction.label_ids)
+        return self.of(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
+
+    @staticmethod
+    def of(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """The metrics of scores `[N, classes]` of examples with these classes `[N]`."""
+        logits = scores.astype(np.float64)
         losses = F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels), reduction="none")
         confusion = confusion_matrix(logits.argmax(-1), labels, logits.shape[-1])
         accuracy = float(confusion.trace() / confusion.sum())

@@ -24,10 +24,10 @@ from ..data.scenes import load_scenes
 from ..data.senses import KEYS, SENSES, load_digits, senses_collator
 from ..data.tokenizers import make_tokenizer
 from ..errors import HoloError
+from ..eval.classes import draw_image, draw_sound, write_confusion, write_predictions, write_senses, write_sheet
 from ..eval.metrics import ClassScores
 from ..hub.card import write_card
 from ..registry import get_architecture, preset_config
-from .classes import draw_image, draw_sound, write_confusion, write_predictions, write_senses, write_sheet
 from .report import folder_of
 from .task import Task
 from .trainer import HoloTrainer

@@ -4,11 +4,11 @@ A suite is a module with `parts(models, options)`, its measurements one by one, 
 its pictures into the folder and returns its section of the report.
 """
 
-from . import branches, language, long, recall, speed, zero_shot
+from . import audio, branches, language, long, multimodal, recall, speed, vision, zero_shot
 from .options import Options
 from .run import Part, Run, Tables
 
-SUITES = {
+OF_TEXT = {
     "language": language,
     "zero-shot": zero_shot,
     "recall": recall,
@@ -16,6 +16,8 @@ SUITES = {
     "speed": speed,
     "branches": branches,
 }
-GROUPS = {"quick": ("language", "zero-shot", "recall", "speed"), "all": tuple(SUITES)}
+OF_SENSES = {"vision": vision, "audio": audio, "multimodal": multimodal}  # by what their models are for
+SUITES = {**OF_TEXT, **OF_SENSES}
+GROUPS = {"quick": ("language", "zero-shot", "recall", "speed", *OF_SENSES), "all": tuple(SUITES)}
 
-__all__ = ["GROUPS", "SUITES", "Options", "Part", "Run", "Tables"]
+__all__ = ["GROUPS", "OF_SENSES", "SUITES", "Options", "Part", "Run", "Tables"]

@@ -2,21 +2,39 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForAudioClassification,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from ...data.processors import new_processor, saved_processor
 from ...data.tokenizers import byte_tokenizer, saved_tokenizer
 from ...errors import UNREADABLE, HoloError, first_line, unknown
 from ...modeling.state_file import checksum
-from ...registry import capabilities_of, preset_model, presets
+from ...registry import capabilities_of, get_architecture, preset_config, preset_model, presets
 from ..conformance import CausalityReport, Subject
 from ..conformance.causality import LENGTHS, probe_causality
 
 LARGE = 20_000_000  # parameters from which on a leak is looked for in evaluation only, and not in every setting
+CLASSIFIERS: dict[str, tuple[Any, str]] = {  # by the suite that scores them: Auto class, and that of the processor
+    "vision": (AutoModelForImageClassification, "AutoImageProcessor"),
+    "audio": (AutoModelForAudioClassification, "AutoFeatureExtractor"),
+    "multimodal": (AutoModelForSequenceClassification, "AutoProcessor"),
+}
+TEXT = "text"  # what language models are for
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,13 +43,20 @@ class Evaluated:
 
     Attributes:
         name: what tables call it.
-        model: a causal language model, in evaluation mode.
+        model: a causal language model or a classifier, in evaluation mode.
         tokenizer: its own; None: none is needed by what is measured.
+        processor: what prepares pictures and sounds for a classifier; None: none is needed.
     """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None = None
+    processor: Any = None
+
+    @property
+    def sense(self) -> str:
+        """What it is for: "text", "vision", "audio" or "multimodal"."""
+        return sense_of(self.model.config, type(self.model).__name__)
 
     @property
     def device(self) -> torch.device:
@@ -64,6 +89,22 @@ class Evaluated:
             raise HoloError(f"MODEL: {self.name!r} has no tokenizer, which this suite needs; give (model, tokenizer)")
         return self.tokenizer
 
+    def needed_processor(self) -> Any:
+        """Raises HoloError if it has none."""
+        if self.processor is None:
+            raise HoloError(f"MODEL: {self.name!r} has no processor, which this suite needs; give (model, processor)")
+        return self.processor
+
+
+def sense_of(config: PretrainedConfig, class_name: str) -> str:
+    """Which sense a model class with this config is for; "text" for all that is no classifier of pictures or sounds."""
+    for sense, (auto_class, _) in CLASSIFIERS.items():
+        known = auto_class._model_mapping.get(type(config), ())
+        names = {model.__name__ for model in (known if isinstance(known, tuple) else (known,))}
+        if class_name in names and (sense != "multimodal" or hasattr(config, "modalities")):
+            return sense
+    return TEXT
+
 
 def load(
     name: str, device: str = "cpu", dtype: str = "float32", trust_remote_code: bool = False, seed: int = 0
@@ -72,39 +113,73 @@ def load(
 
     Args:
         name: a preset (with random weights, and bytes as tokens), a folder, a Hub id, or a file that ends in `.gguf`.
+            What it is, a causal language model or a classifier, follows from its config.
         device: to put it on.
         dtype: of its weights; "auto": as they are stored.
         trust_remote_code: let it bring its own code.
         seed: of the weights of a preset.
 
     Raises:
-        HoloError: there is no such causal language model.
+        HoloError: there is no such causal language model or classifier.
     """
     if name in presets():
+        return _preset(name, device, seed)
+    path = Path(name)
+    if not (path.exists() or "/" in name):
+        raise unknown("preset", name, presets())
+    if path.suffix == ".gguf":
+        return _gguf(path, device, dtype, trust_remote_code)
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        sense = sense_of(config, next(iter(config.architectures or ()), ""))
+        auto_class, processor = CLASSIFIERS.get(sense, (AutoModelForCausalLM, ""))
+        model = auto_class.from_pretrained(name, **options)
+    except (*UNREADABLE, ImportError) as error:
+        raise HoloError(
+            f"MODEL: {name!r} is neither a causal language model nor a classifier that loads: {first_line(error)}"
+        ) from None
+    shown = path.name or name
+    if sense != TEXT:
+        return _placed(shown, model, None, device, saved_processor(processor, name, "MODEL"))
+    return _placed(shown, model, saved_tokenizer(name, "MODEL", trust_remote_code=trust_remote_code), device)
+
+
+def _preset(name: str, device: str, seed: int) -> Evaluated:
+    """A preset with random weights; one that reads has bytes as tokens."""
+    config = preset_config(name)
+    sense = sense_of(config, get_architecture(config.model_type).model_for(config).__name__)
+    torch.manual_seed(seed)
+    if sense == TEXT:
         tokenizer = byte_tokenizer()
-        torch.manual_seed(seed)
         model = preset_model(name, vocab_size=len(tokenizer))
         if not model.can_generate():
             raise HoloError(f"MODEL: the preset {name!r} is not a causal language model")
         return _placed(name, model, tokenizer, device)
-    path = Path(name)
-    if not (path.exists() or "/" in name):
-        raise unknown("preset", name, presets())
-    from_gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    source = str(path.parent) if from_gguf else name
+    processor = None if sense == "multimodal" else new_processor(CLASSIFIERS[sense][1], config)
+    return _placed(name, preset_model(name), None, device, processor)
+
+
+def _gguf(path: Path, device: str, dtype: str, trust_remote_code: bool) -> Evaluated:
+    source, file = str(path.parent), {"gguf_file": path.name}
     try:
-        options = {"dtype": dtype, "trust_remote_code": trust_remote_code, **from_gguf}
-        model = AutoModelForCausalLM.from_pretrained(source, **options)
+        options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        model = AutoModelForCausalLM.from_pretrained(source, **options, **file)
     except (*UNREADABLE, ImportError) as error:
-        raise HoloError(f"MODEL: {name!r} is not a causal language model that loads: {first_line(error)}") from None
-    if from_gguf:
-        return _placed(path.name, model, AutoTokenizer.from_pretrained(source, **from_gguf), device)
-    saved = saved_tokenizer(name, "MODEL", trust_remote_code=trust_remote_code)
-    return _placed(path.name or name, model, saved, device)
+        raise HoloError(
+            f"MODEL: {str(path)!r} is not a causal language model that loads: {first_line(error)}"
+        ) from None
+    return _placed(path.name, model, AutoTokenizer.from_pretrained(source, **file), device)
 
 
-def _placed(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: str) -> Evaluated:
-    return Evaluated(name, model.to(device).eval(), tokenizer)  # type: ignore[arg-type]  # transformers wraps `to`
+def _placed(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: str,
+    processor: Any = None,
+) -> Evaluated:
+    return Evaluated(name, model.to(device).eval(), tokenizer, processor)  # type: ignore[arg-type]  # `to` is wrapped
 
 
 def causality_of(model: Evaluated, block_size: int) -> CausalityReport:
@@ -137,5 +212,5 @@ def unique_names(models: Sequence[Evaluated]) -> list[Evaluated]:
     for model in models:
         taken[model.name] = taken.get(model.name, 0) + 1
         name = model.name if taken[model.name] == 1 else f"{model.name} ({taken[model.name]})"
-        renamed.append(Evaluated(name, model.model, model.tokenizer))
+        renamed.append(replace(model, name=name))
     return renamed

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...data.documents import read_documents
+from ...data.senses import Question
 
 LENGTHS = (128, 512, 2048, 8192)
 QUICK = {"eval_windows": 16, "block_size": 256, "lengths": (128, 512), "repeats": 3, "limit": 50}
@@ -12,9 +13,10 @@ QUICK = {"eval_windows": 16, "block_size": 256, "lengths": (128, 512), "repeats"
 @dataclass(frozen=True)
 class Options:
     """Attributes:
-    eval_file: text files or folders to score; None: the dataset.
-    dataset_name: built-in or Hub dataset that is scored where no file is named.
-    text_column: of tables.
+    eval_file: files or folders to score: texts, or labelled pictures, sounds or both; None: the dataset.
+    dataset_name: built-in or Hub dataset of texts that is scored where no file is named.
+    text_column, image_column, audio_column, label_column: of tables; None: the only one of its kind.
+    image_data, audio_data, question: digits of three senses in place of `eval_file`, see [`load_digits`].
     block_size: tokens in a window.
     eval_windows: windows scored, at equal distances; 0: all.
     batch_size: windows at a time.
@@ -22,7 +24,7 @@ class Options:
     repeats: of every timing.
     peers: models of equal size to be timed in turns with those given.
     zero_shot_data: folder with the questions of the suite zero-shot.
-    limit: questions of a task; 0: all.
+    limit: questions of a task, or labelled examples; 0: all.
     seed: of weights, inputs and choices.
     timed: whether a part may be cut short, because there is a budget: then it is another measurement.
     """
@@ -30,6 +32,12 @@ class Options:
     eval_file: str | tuple[str, ...] | None = None
     dataset_name: str = "python-help"
     text_column: str = "text"
+    image_column: str | None = None
+    audio_column: str | None = None
+    label_column: str | None = None
+    image_data: str | None = None
+    audio_data: str | None = None
+    question: Question = "digit"
     block_size: int = 512
     eval_windows: int = 0
     batch_size: int = 4

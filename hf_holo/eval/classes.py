@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..eval.metrics import confusion_matrix
 from ..files import replacing, write_csv
+from .metrics import confusion_matrix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,13 +41,18 @@ def write_predictions(folder: Path, logits: np.ndarray, labels: np.ndarray, name
 
 def write_confusion(folder: Path, guesses: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> None:
     """confusion.csv and confusion.png: what was taken for what."""
-    from matplotlib.figure import Figure
-
     counts = confusion_matrix(guesses, labels, len(names))
     table = [
         {"class": name, **dict(zip(names, row.tolist(), strict=True))} for name, row in zip(names, counts, strict=True)
     ]
     write_csv(table, folder / "confusion.csv")
+    draw_confusion(counts, names, folder / "confusion.png")
+
+
+def draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path, title: str = "") -> None:
+    """A PNG of a confusion matrix `[true, predicted]`; `title` stands before the share that is right."""
+    from matplotlib.figure import Figure
+
     shares = counts / counts.sum(1, keepdims=True).clip(1)
     side = min(12.0, 3.0 + 0.55 * len(names))
     figure = Figure(figsize=(side + 1, side), layout="constrained")
@@ -62,8 +67,9 @@ def write_confusion(folder: Path, guesses: np.ndarray, labels: np.ndarray, names
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
         axes.set_yticks(range(len(names)), names)
     right = counts.trace() / max(counts.sum(), 1)
-    axes.set(xlabel="predicted", ylabel="true", title=f"{right:.1%} of {counts.sum():,} held-out examples are right")
-    _save(figure, folder / "confusion.png")
+    told = f"{right:.1%} of {counts.sum():,} held-out examples are right"
+    axes.set(xlabel="predicted", ylabel="true", title=f"{title}\n{told}" if title else told)
+    _save(figure, path)
 
 
 def write_sheet(
