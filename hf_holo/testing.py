@@ -14,11 +14,14 @@ from .eval.conformance import Check, Subject, select
 from .eval.conformance.targets import family_subjects
 from .registry import architectures, get_architecture
 
+SAVED = ("persistence", "adapters")  # groups of checks that take long and say much the same of every variant
+
 
 class ConformanceTests:
     """Base of a test class: one test for each model and each check that applies to it.
 
-    Slow checks, and the rarer models that `hf-holo check --quick` leaves out, carry the marker `slow`.
+    Slow checks carry the marker `slow`; so do the rarer models that `hf-holo check --quick` leaves out, and what is
+    saved, loaded and adapted in other variants than the first of a family.
 
     Attributes:
         architecture: name of a registered family; None: all registered families.
@@ -39,14 +42,29 @@ class ConformanceTests:
         quick = metafunc.config.getoption("markexpr") == "not slow"
         common = self.subjects(quick=True)
         names = {subject.name for subject in common}
+        first = _of_first_variants(common)
         cases = []
         for subject in common if quick else self.subjects(quick=False):
             for check in select(None, quick):
                 if check.reason_not(subject) is None:
-                    slow = check.slow or subject.name not in names
+                    rarer = subject.name not in names or (check.group in SAVED and subject.name not in first)
                     name = f"{subject.name}: {check.name}"
-                    cases.append(pytest.param(subject, check, id=name, marks=[pytest.mark.slow] * slow))
+                    cases.append(
+                        pytest.param(subject, check, id=name, marks=[pytest.mark.slow] * (check.slow or rarer))
+                    )
         metafunc.parametrize(("subject", "check"), cases)
 
     def test_conformance(self, subject: Subject, check: Check) -> None:
         check(subject)
+
+
+def _of_first_variants(subjects: list[Subject]) -> set[str]:
+    """The names of those that are of the same variant as the first of their family."""
+    variants: dict[str, str] = {}
+    for subject in subjects:
+        variants.setdefault(subject.config.model_type, _variant(subject))
+    return {subject.name for subject in subjects if variants[subject.config.model_type] == _variant(subject)}
+
+
+def _variant(subject: Subject) -> str:
+    return subject.name.partition("/")[2]

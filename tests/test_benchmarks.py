@@ -241,6 +241,7 @@ def test_decode_speed(run):
     assert [row["context"] for row in report["figures"]["rows"]] == [4, 70]
 
 
+@pytest.mark.slow
 def test_saved_prefix(run):
     report, _ = run("saved_prefix", "--preset", "hsn-tiny", "--tokens", 40, "--repeats", 2)
     assert report["figures"]["tokens"] == 40 and report["figures"]["first_ms"] > 0
@@ -286,6 +287,7 @@ def test_stepwise_loss(run, text, tmp_path, monkeypatch):
     assert report["figures"]["difference"] < 1e-4
 
 
+@pytest.mark.slow
 def test_the_shakespeare_recipe_reports_its_last_loss(run, text, tmp_path):
     text.write_text(text.read_text(encoding="utf-8") * 4, encoding="utf-8")
     folder = tmp_path / "run"
@@ -301,6 +303,7 @@ def test_the_shakespeare_recipe_reports_its_last_loss(run, text, tmp_path):
     assert (folder / "model.safetensors").stat().st_mtime_ns == weights
 
 
+@pytest.mark.slow
 def test_the_shakespeare_recipe_takes_another_family(run, text, tmp_path):
     text.write_text(text.read_text(encoding="utf-8") * 4, encoding="utf-8")
     folder = tmp_path / "run"
@@ -310,6 +313,7 @@ def test_the_shakespeare_recipe_takes_another_family(run, text, tmp_path):
     assert report["figures"]["parameters"] < 1_000_000
 
 
+@pytest.mark.slow
 def test_python_code(run, tmp_path, monkeypatch):
     """With the recipes at their smallest: a few files instead of the standard library."""
     train_once = importlib.import_module("common.recipe_runs").train_once
@@ -424,6 +428,7 @@ def test_batches_of_sounds_hold_similar_lengths_and_every_recording_once(monkeyp
     assert sum(spreads) / len(spreads) < 30  # of random ones it is 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["digit", "sum", "new_pairs"])
 def test_multimodal(run, shared_data, task):
     sizes = ("--train_size", 40, "--test_size", 40, "--steps", 1, "--rows", 4, "--seeds", 0, "--learning_rates", 0.001)
@@ -607,6 +612,7 @@ def test_llama_filter(run, text):
     assert f"({losses['llama with filter']:.2f} with" in said and "1.23 nats" in said
 
 
+@pytest.mark.slow
 def test_conformance(run, tmp_path):
     models = ("circular gate", "toy")
     report, printed = run("conformance", "--seeds", 2, "--slow_seeds", 0, "--models", *models)
@@ -618,6 +624,7 @@ def test_conformance(run, tmp_path):
     assert "1 of 1 models that are wrong on purpose caught with every one of 2 seeds" in table
 
 
+@pytest.mark.slow
 def test_holo_speed(run, monkeypatch):
     argv = ("--width", 64, "--harmonics", 8, "--tokens", 32, "--repeats", 1, "--depth", 1, "--context", 4)
     monkeypatch.setattr(importlib.import_module("holo_speed"), "PREFILL", 8)
@@ -674,6 +681,7 @@ def test_gradient_norms(run, tmp_path):
     assert image.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_vocabulary(run, text):
     sizes = {"vocab_size": 300, "large_vocab_size": 5000, "large_width": 32, "width": 32, "depth": 1, "rows": 2}
     sizes |= {"steps": 2, "length": 16, "validation_tokens": 32}
@@ -731,6 +739,7 @@ def test_context_parallel(run, monkeypatch):
     assert context_parallel.table(report).count("| 1") and printed
 
 
+@pytest.mark.slow
 def test_infilling(run, monkeypatch):
     sizes = {"steps": 2, "rows": 2, "length": 16, "width": 32, "depth": 1, "vocab_size": 300, "files": 12}
     argv = [*(word for name, value in sizes.items() for word in (f"--{name}", value)), "--validation_windows", 8]
@@ -782,6 +791,7 @@ def test_export(run, text, tmp_path, quick_export):
     assert abs(row["perplexity_rise"]) < 1e-4 and row["ms_per_token"] > 0
 
 
+@pytest.mark.slow
 def test_partial_transfer(run, text, tmp_path):
     save_llama(tmp_path / "model", text, layers=5)
     argv = (tmp_path / "model", "--text", text, "--window", 16, "--eval_windows", 2, "--folder", tmp_path / "runs")
@@ -795,6 +805,7 @@ def test_partial_transfer(run, text, tmp_path):
     assert f"{ratio:.3f} (text.txt)" in printed
 
 
+@pytest.mark.slow
 def test_large_conversion(run, text, tmp_path):
     tiny = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config = json.dumps({**tiny, "num_attention_heads": 2, "num_key_value_heads": 2})
@@ -808,6 +819,7 @@ def test_large_conversion(run, text, tmp_path):
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_surgery_and_distillation(run, text, tmp_path):
     """What the first converts and keeps, the second brings nearer to the teacher."""
     save_llama(tmp_path / "model", text, layers=1)

@@ -92,6 +92,7 @@ def test_a_leaking_family_fails_with_status_1(capsys, peeking):
     assert "failed" in text and "1 failed" in text
 
 
+@pytest.mark.slow
 def test_failures_are_listed_at_the_end_with_their_reason_and_how_to_repeat_them(capsys, peeking):
     options = ("--checks", "suffix exchange", "left padding", "--seed", "3")
     text = run(capsys, "peeking", *options)[1].partition("failed:\n")[2]
@@ -126,6 +127,7 @@ def test_a_check_that_applies_to_some_models_only_says_so(capsys):
     assert "by all that it applies to, 1 of 2 models" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
+@pytest.mark.slow
 def test_every_head_of_a_third_party_family_is_checked(monkeypatch, capsys):
     monkeypatch.setattr(registry, "_ARCHITECTURES", registry.architectures())
     heads = {"AutoModel": OpenModel, "AutoModelForCausalLM": OpenForCausalLM}
@@ -138,6 +140,7 @@ def test_every_head_of_a_third_party_family_is_checked(monkeypatch, capsys):
     assert {"any chunking", "left padding", "greedy decoding", "padding of whole texts", "loss"} <= ran
 
 
+@pytest.mark.slow
 def test_all_covers_every_family(capsys, peeking):
     status, text = run(capsys, "--all", "--quick", "--checks", "suffix exchange", "--json")
     assert status == 1  # one of them leaks
@@ -254,6 +257,7 @@ class TestMine(ConformanceTests):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("honest", [True, False], ids=["honest", "leaking"])
 def test_three_lines_test_a_third_party_architecture(tmp_path, honest):
     peek = "pass" if honest else "output.logits = output.logits + output.logits[:, -1:]"

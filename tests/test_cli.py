@@ -88,6 +88,7 @@ def test_list_counts_what_a_real_model_has(capsys):
     assert (row["family"], row["capabilities"]) == ("hsn", sorted(model.capabilities))
 
 
+@pytest.mark.slow
 def test_list_prints_a_table(capsys):
     text = output(capsys, "list")
     assert all(preset in text for preset in hf_holo.presets()) and "constant_state" in text
@@ -136,6 +137,7 @@ def test_info_of_a_bad_checkpoint(capsys, tmp_path, content, message):
     assert message in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_info_prints_a_table(capsys):
     text = output(capsys, "info", "hsn-tiny", "--lengths", "16")
     assert "parameters" in text and "per sequence, at any length" in text and "scan              " in text

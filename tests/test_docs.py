@@ -18,6 +18,14 @@ ROOT = DOCS.parent
 TEXTS = [*PAGES, *(path for path in sorted(ROOT.glob("*.md")) if path.is_file())]
 MADE = {"exported/onnx/generate.py"}  # scripts that a command writes
 SIZES = {"hsn": "rank", "holo": "harmonics", "resonance": "num_modes"}  # what tables of presets show as a third size
+LONG = {
+    "code",
+    "conformance",
+    "evaluation",
+    "surgery",
+    "export/onnx",
+    "export/torch-export",
+}  # their Python takes seconds
 ODD = r"anew|likeliest|commonest|lies in|may not be|goes on|is no [a-z]+ (?:file|folder|model|checkpoint)"
 
 
@@ -39,7 +47,9 @@ def prepare_export(name: str, folder: Path) -> None:
     source.model.config.save_pretrained(exported)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.slow] * (name_of(page) in LONG), id=name_of(page)) for page in PAGES]
+)
 def test_python_runs(page, monkeypatch, tmp_path):
     """All of a page in one go: later pieces use what earlier ones define."""
     monkeypatch.chdir(tmp_path)

@@ -25,6 +25,7 @@ def classify(monkeypatch, tmp_path):
     return lambda *flags: module.main([*SMALL, "--output_dir", str(tmp_path / "out"), *flags])
 
 
+@pytest.mark.slow
 def test_files_are_classified_beside_two_baselines(classify, tmp_path, capsys):
     majority, tfidf, ours = classify("--vocab_size", "600").values()
     said = capsys.readouterr().out
@@ -60,6 +61,7 @@ def reviews(tmp_path) -> list[str]:
     return [str(tmp_path / f"{split}.parquet") for split in ("train", "test")]
 
 
+@pytest.mark.slow
 def test_whole_reviews_are_classified_beside_a_bert(monkeypatch, reviews, tmp_path, capsys):
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.syspath_prepend(EXAMPLES.with_name("benchmarks"))

@@ -36,6 +36,7 @@ def run(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_import_is_quick():
     """In CPU time and in the best of three processes: what others do to this machine is not the package's doing."""
     times = []
@@ -44,6 +45,7 @@ def test_import_is_quick():
     assert min(times) <= BUDGET
 
 
+@pytest.mark.slow
 def test_modeling_files_are_read_when_an_auto_class_needs_them():
     assert run(LAZY_IMPORT).split() == ["True", "False", "HsnForCausalLM"]
 

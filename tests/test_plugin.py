@@ -94,6 +94,7 @@ def python(tmp_path_factory) -> Path:
     return python_with(source, root)
 
 
+@pytest.mark.slow
 def test_plugins_of_an_installed_package_work_through_auto_classes(python, tmp_path):
     done = subprocess.run([python, "-c", USE, tmp_path / "saved"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -104,6 +105,7 @@ def test_plugins_of_an_installed_package_work_through_auto_classes(python, tmp_p
     assert "'broken' (toy_missing:register) was left out: ModuleNotFoundError" in warning
 
 
+@pytest.mark.slow
 def test_a_plugin_may_be_imported_before_the_package(python):
     code = "import toy_holo, hf_holo; print('toy' in hf_holo.architectures())"
     done = subprocess.run([python, "-W", "ignore", "-c", code], capture_output=True, text=True)

@@ -53,6 +53,7 @@ def test_the_page_is_made_of_the_outcomes():
     assert PAGE.read_text(encoding="utf-8") == page(read(PAGE.with_suffix(".csv")))
 
 
+@pytest.mark.slow
 def test_pytest_understands_the_command_of_the_makefile():
     (options,) = re.findall(r"\$\(TEST\) (.*what-works.*) \$\(PYTEST_FLAGS\)", (ROOT / "Makefile").read_text())
     command = [sys.executable, "-m", "pytest", *options.split(), "--markers"]  # lists the markers and runs nothing

@@ -30,6 +30,7 @@ def inputs(rows, samples):
     return padded([tones(1, max(samples * (rows - row) // rows, 160), row)[0] for row in range(rows)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dynamo", "variant", "head"),
     [

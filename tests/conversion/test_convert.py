@@ -121,6 +121,7 @@ def test_reloaded_output_is_identical(saved, texts, tmp_path, monkeypatch):
     assert torch.equal(logits(students[0]), logits(load(tmp_path / "out")))
 
 
+@pytest.mark.slow
 def test_more_numbers_keep_more_meaning(saved, texts, tmp_path):
     teacher = saved()
     errors = []

@@ -146,6 +146,7 @@ def test_half_precision_stays_half(saved, tmp_path, monkeypatch):
     assert torch.equal(logits(student), logits(students[0]))
 
 
+@pytest.mark.slow
 def test_the_student_distils(saved, text, tmp_path):
     """The command that the card names runs, and its first stage brings the mixers nearer to the attention."""
     teacher, out, distilled = saved("phi3"), tmp_path / "out", tmp_path / "distilled"

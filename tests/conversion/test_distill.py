@@ -229,6 +229,7 @@ def test_the_divergence_is_that_of_torch_and_a_part_of_the_tokens_bounds_it_from
     assert 0 < some[0] < some[1] < some[2] <= exact.item() + 1e-6
 
 
+@pytest.mark.slow
 def test_a_cached_run_ends_where_a_live_one_does(hsn_folders):
     stage = [{"match": "logits", "temperature": 2.0}]
     live = distill(parse(arguments(hsn_folders, stage, out="live"))).state_dict()
@@ -238,6 +239,7 @@ def test_a_cached_run_ends_where_a_live_one_does(hsn_folders):
         torch.testing.assert_close(cached[name], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, optimizer", [("hsn", "adamw"), ("surgery", "whitened")])
 def test_an_interrupted_run_goes_on_and_ends_where_an_uninterrupted_one_does(kind, optimizer, tmp_path):
     folders = write_models(kind, tmp_path)
@@ -258,6 +260,7 @@ def test_an_interrupted_run_goes_on_and_ends_where_an_uninterrupted_one_does(kin
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.slow
 def test_a_later_stage_can_be_done_again_alone(hsn_folders):
     stages = [{"match": "layers"}, {"match": "logits"}]
     with pytest.raises(HoloError, match="needs the stage 'layers'"):
@@ -291,6 +294,7 @@ def test_only_what_is_named_trains(hsn_folders):
     assert changed == ["model.layers.1.mixer.out_proj.weight"]
 
 
+@pytest.mark.slow
 def test_the_written_recipe_repeats_the_run(hsn_folders):
     main(arguments(hsn_folders, [{"match": "layers", "max_steps": 3}], "--learning_rate", "0.01"))
     out = hsn_folders / "out"
@@ -334,6 +338,7 @@ def test_bad_input_is_refused_before_anything_is_written(hsn_folders, stages, ch
     assert not (hsn_folders / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named_and_the_run_goes_on(hsn_folders, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -134,6 +134,7 @@ def test_experts_by_name(name, expert):
     assert is_expert(name) == expert
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", *(pytest.param(n, marks=pytest.mark.slow) for n in REST)])
 def test_refitting_experts(name, tmp_path):
     for folder in ("plain", "refitted"):

@@ -169,6 +169,7 @@ for folder in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_saved_again_or_restored_it_loads_without_hf_holo(tmp_path):
     model = converted(LlamaForCausalLM, LLAMA)

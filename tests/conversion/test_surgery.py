@@ -513,6 +513,7 @@ def test_lora_trains_and_is_saved(tmp_path):
     torch.testing.assert_close(logits(merged), after, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_name", ["phi3", pytest.param("llama", marks=pytest.mark.slow)])
 def test_a_converted_checkpoint_passes_the_conformance_kit(model_name, tmp_path):
     converted_model(model_name, shared=True).save_pretrained(tmp_path)

@@ -54,6 +54,7 @@ def calibrated(teacher: Phi3ForCausalLM, windows: torch.Tensor) -> Phi3ForCausal
     return student
 
 
+@pytest.mark.slow
 def test_calibrated_surgery_keeps_what_was_learned_and_random_bases_do_not(teacher, windows):
     before = held_out_loss(teacher, windows)
     learned = math.log(ASCII) - before

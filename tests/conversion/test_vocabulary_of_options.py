@@ -36,6 +36,7 @@ def model(tmp_path):
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eval_windows", [0, 5])
 def test_every_command_gives_the_same_model_the_same_loss(model, tmp_path, eval_windows):
     """To the last digit: the same text is read, split, cut and summed by the same functions."""

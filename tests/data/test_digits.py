@@ -18,6 +18,7 @@ def test_sentences_are_held_out_and_true():
     assert all(1 < len(s.digits) < 10 for s in train), "no sentence tells the digit"
 
 
+@pytest.mark.slow
 def test_all_senses_are_about_the_label(digits):
     part = digits.train
     assert np.bincount(part.labels).tolist() == [20] * 10

@@ -125,6 +125,7 @@ def kill_at_write(runs: Runs, number: int) -> None:
     runs.check_checkpoints()
 
 
+@pytest.mark.slow
 def test_killed_while_it_writes(runs, undisturbed):
     """Twice, where a run writes, moves or deletes files; the random numbers are seeded."""
     expected, writes, _ = undisturbed

@@ -25,12 +25,12 @@ def wrong_models_fixture():
     return WRONG_MODELS
 
 
-@pytest.fixture(params=some_first(SEEDS, quick=3))
+@pytest.fixture(params=some_first(SEEDS, quick=1))
 def wrong_seed(request) -> int:
     return request.param
 
 
-@pytest.fixture(params=some_first(SEEDS, quick=2))
+@pytest.fixture(params=some_first(SEEDS, quick=1))
 def right_seed(request) -> int:
     return request.param
 
@@ -45,7 +45,7 @@ def fault(request):
     return WRONG_MODELS.FAULTS[request.param]
 
 
-@pytest.fixture(params=some_first(WRONG_MODELS.FAULTS, quick=8))
+@pytest.fixture(params=some_first(WRONG_MODELS.FAULTS, quick=5))
 def important_fault(request):
     """The wrong models again, the most important ones first."""
     return WRONG_MODELS.FAULTS[request.param]

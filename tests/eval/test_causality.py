@@ -53,6 +53,7 @@ def test_one_length_is_enough_to_see_as_far_as_it_goes(wrong_models, lengths):
     assert check_causality(model, lengths=lengths).lookahead == 31
 
 
+@pytest.mark.slow
 def test_a_flat_start_hides_a_leak_until_the_weights_move(wrong_models):
     model = wrong_models.FAULTS["circular gate"].model.build()
     assert check_causality(model, move_weights=False).passed
@@ -66,6 +67,7 @@ def test_a_leak_shows_in_the_losses(wrong_models):
     assert abs(report.teacher_forced_loss - report.stepwise_loss) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_was(wrong_models):
     model = wrong_models.RIGHT["llama"].build().train()
     model.lm_head.weight.requires_grad_(False)
@@ -104,6 +106,7 @@ def test_the_report_is_the_same_every_time(wrong_models):
     assert check_causality(model, lengths=(17, 33), seed=1) != first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "hsn"])
 def test_a_backbone_needs_no_head(wrong_models, name):
     config = HsnConfig(vocab_size=61, hidden_size=32) if name == "hsn" else wrong_models.RIGHT[name].config

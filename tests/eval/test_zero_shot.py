@@ -60,6 +60,7 @@ def test_answers_are_those_of_the_larger_probability(model, questions):
     assert row["acc"] == pytest.approx(sum(right) / 3) and row["questions"] == row["of"] == 3
 
 
+@pytest.mark.slow
 def test_every_task_reads_its_file(model, questions, tmp_path):
     options = {"zero_shot_data": str(questions), "block_size": 32, "output_dir": tmp_path / "out"}
     told = evaluate([(model.model, model.tokenizer)], "zero-shot", **options).read_text(encoding="utf-8")

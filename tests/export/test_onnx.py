@@ -83,6 +83,7 @@ def check_size(model, folder):
     assert not any(np.array_equal(a, b) or np.array_equal(a.T, b) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_nothing_is_stored_twice(exported):
     check_size(*exported)
 

@@ -89,6 +89,7 @@ def test_the_example_of_a_graph_varies_in_size():
     assert example["attention_mask"].diff().max() <= 0, "padding comes after a sound"
 
 
+@pytest.mark.slow
 @pytest.mark.feature("export", "optimum's pipelines with onnx", family="{family}")
 @pytest.mark.parametrize("family", PROCESSORS)
 def test_the_stock_classes_of_optimum_load_it(tmp_path, family):
@@ -116,6 +117,7 @@ def test_the_stock_classes_of_optimum_load_it(tmp_path, family):
         assert [a["label"] for a in answers[0]] == [a["label"] for a in answers[1]]
 
 
+@pytest.mark.slow
 @pytest.mark.feature("export", "hf-holo export", family="{family}")
 @pytest.mark.parametrize(
     "name", ["onnx", *(pytest.param(n, marks=pytest.mark.slow) for n in ("torchscript", "torch-export"))]

@@ -112,6 +112,7 @@ ALL = ["hsn", "holo", "resonance"]
 LOADS = partial(pytest.mark.feature, "Hub", "loads where hf_holo is not installed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("families", "variants"),
     [

@@ -51,10 +51,12 @@ def load_elsewhere(folder: Path, *generate: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_their_own_code_loads_them(brought):
     load_elsewhere(brought)
 
 
+@pytest.mark.slow
 def test_saved_again_they_carry_the_code_of_this_release(brought, tmp_path):
     """That is how a copy comes to know an argument that transformers has renamed since."""
     AutoModelForCausalLM.from_pretrained(brought).save_pretrained(tmp_path / "again")
@@ -62,6 +64,7 @@ def test_saved_again_they_carry_the_code_of_this_release(brought, tmp_path):
     load_elsewhere(tmp_path / "again", "generate")
 
 
+@pytest.mark.slow
 def test_a_push_refreshes_the_code(brought):
     refreshed = add_code(brought)
     assert {"modeling_hsn.py", "heads.py", "cache.py"} <= set(refreshed)

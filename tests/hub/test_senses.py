@@ -124,6 +124,7 @@ def test_adapters_need_no_target_modules(family, kind):
     assert all(p.grad is not None for n, p in adapted.named_parameters() if p.requires_grad)
 
 
+@pytest.mark.slow
 def test_lists_and_costs(capsys):
     assert main(["list", "--json"]) == 0
     rows = {row["preset"]: row for row in json.loads(capsys.readouterr().out)}
@@ -134,6 +135,7 @@ def test_lists_and_costs(capsys):
     assert main(["list"]) == 0 and "resonance-audio-tiny" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["resonance-vision-tiny", "resonance-audio-tiny", "resonance-multimodal-tiny"])
 def test_the_costs_of_a_preset(preset, capsys):
     lengths = [] if "multimodal" in preset else ["--lengths", *(("32", "64") if "vision" in preset else ("1", "2"))]

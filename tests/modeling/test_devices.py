@@ -37,6 +37,7 @@ def autocast_knows_meta(monkeypatch):
     monkeypatch.setattr(torch, "autocast", acted)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["hsn", "holo", "resonance"])
 def test_no_float64_on_the_device_of_the_model(family):

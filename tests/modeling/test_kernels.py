@@ -177,6 +177,7 @@ def test_exact_products_stay_exact(available, monkeypatch):
     assert kernels.backend(GPU, torch.bfloat16, 64) == "fla-core triton"
 
 
+@pytest.mark.slow
 def test_torch_says_whether_it_may_round():
     code = "import torch; from hf_holo.modeling.kernels import may_round_to_tf32 as may; print(may()); "
     code += "torch.set_float32_matmul_precision('high'); print(may())"

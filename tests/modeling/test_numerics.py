@@ -94,6 +94,7 @@ assert losses[-1] < 0.5 * losses[0], losses
 """
 
 
+@pytest.mark.slow
 def test_bf16_training_with_checkpointing(tmp_path):
     """In a process of its own: transformers 4.57 lets bf16 leak into later trainers of the same process."""
     command = [sys.executable, "-c", BF16_TRAINING, str(tmp_path)]

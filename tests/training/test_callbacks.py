@@ -216,6 +216,7 @@ def test_padding_is_no_text_in_a_batch():
     assert (leak.position, leak.ahead) == (3, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [llama, hsn, lambda: with_adapters(llama(), "q_proj")], ids=["llama", "hsn", "peft"])
 def test_an_honest_model_trains_as_without_the_callback(tmp_path, make):
     assert_same_training(make, tmp_path)
@@ -259,6 +260,7 @@ def test_adapters_that_leak_are_found():
         CausalityCallback().probe(model, move_weights=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["in_bfloat16", "compiled"])
 def test_in_a_process_of_its_own(tmp_path, how):
     """Both options of Trainer leak into later trainers of the same process."""

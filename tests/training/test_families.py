@@ -32,6 +32,7 @@ def test_training_learns(tiny_run, tiny_flags):
     assert losses[-1] < losses[0] < math.log(trainer.model.config.vocab_size)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("training", "resuming to the bit")
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_resuming_is_exact(tiny_run, tiny_flags, tmp_path, optimizer):
@@ -42,6 +43,7 @@ def test_resuming_is_exact(tiny_run, tiny_flags, tmp_path, optimizer):
     assert same_weights(tmp_path / "whole", tmp_path / "part")
 
 
+@pytest.mark.slow
 @pytest.mark.feature("training", "instructions in Alpaca's format")
 def test_instructions_lower_the_held_out_loss(tiny_run, tiny_flags, tmp_path, capsys):
     tiny_run(*tiny_flags, folder="base")

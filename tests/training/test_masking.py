@@ -162,6 +162,7 @@ def test_the_reported_figures_are_those_of_every_hidden_token_once(tiny_run, tmp
     assert metrics["eval_accuracy"] == pytest.approx(hits / tokens)
 
 
+@pytest.mark.slow
 def test_masked_training_learns(tiny_run):
     flags = ("--max_steps", "40", "--eval_steps", "20", "--ema_decay", "0", "--logging_steps", "40")
     history = tiny_run(*MASKED, *flags).state.log_history
@@ -169,6 +170,7 @@ def test_masked_training_learns(tiny_run):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_draws_the_same_masks(tiny_run, tmp_path):
     flags = (*MASKED, "--max_steps", "4", "--save_steps", "2", "--gradient_accumulation_steps", "2", "--stride", "32")
     tiny_run(*flags, folder="whole")

@@ -44,6 +44,7 @@ def test_resume_is_bitwise_exact(tiny_run, tmp_path, optimizer, checkpoint):
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "part" / name).read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # it starts Python again, which takes minutes where other work fills the machine
 def test_a_killed_run_loses_only_the_steps_since_its_last_checkpoint(tiny_run, text_file, tmp_path):
     flags = ["--max_steps", "40", "--save_steps", "4", "--eval_steps", "40"]
@@ -68,6 +69,7 @@ def test_a_killed_run_loses_only_the_steps_since_its_last_checkpoint(tiny_run, t
     assert same_weights(tmp_path / "killed", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_behind_its_last_step_is_only_loaded(tiny_run, tmp_path):
     tiny_run(folder="whole")
     shutil.copytree(tmp_path / "whole" / "checkpoint-6", tmp_path / "part" / "checkpoint-6")
@@ -79,6 +81,7 @@ def test_a_run_that_was_cut_off_behind_its_last_step_is_only_loaded(tiny_run, tm
     assert longer.state.global_step == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, 2])
 def test_the_newest_and_the_best_checkpoint_are_kept(tiny_run, tmp_path, limit):
     best = ["--load_best_model_at_end", "--metric_for_best_model", "accuracy", "--greater_is_better", "false"]
@@ -109,6 +112,7 @@ def stopping_run(tiny_run, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [2, 3])
 def test_a_run_that_stopped_early_and_was_killed_stops_there_again(stopping_run, tmp_path, monkeypatch, left):
     """It keeps counting from the checkpoint that is left; after the last one it only finishes."""
@@ -137,7 +141,9 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, text_file, tmp_path, capsys
     assert "hf-holo train --output_dir run --resume_from_checkpoint" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", ["no state", "half a state", "no folder content"])
+@pytest.mark.parametrize(
+    "damage", ["half a state", *(pytest.param(d, marks=pytest.mark.slow) for d in ("no state", "no folder content"))]
+)
 def test_half_written_checkpoints_are_passed_over(tiny_run, tmp_path, damage):
     tiny_run(folder="whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "part", ignore=shutil.ignore_patterns("model.safetensors"))
@@ -170,6 +176,7 @@ def test_a_folder_with_a_run_is_left_alone(tiny_run, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
 
 
+@pytest.mark.slow
 def test_overwrite_deletes_the_old_run(tiny_run, tmp_path):
     tiny_run("--max_steps", "6")
     for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json"):

@@ -81,6 +81,7 @@ def test_a_run_writes_all_it_promises(tiny_run, data, tmp_path, recipe, capsys):
     assert answers == [row["prediction"] for row in predictions]
 
 
+@pytest.mark.slow
 @pytest.mark.feature("training", "resuming to the bit", family=["resonance_vision", "resonance_audio"])
 @pytest.mark.parametrize("recipe", TINY)
 def test_resuming_is_exact(tiny_run, tmp_path, recipe):

@@ -84,6 +84,7 @@ def test_a_text_in_streams_is_read_as_if_in_one_piece(tiny_run, monkeypatch):
         torch.testing.assert_close(layer.states, own.states, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("training", "states in training", family="hsn")
 @OPTIONS
 def test_resume_is_bitwise_exact(tiny_run, tmp_path, options):
@@ -113,6 +114,7 @@ def _states(folder: Path) -> dict[str, list]:
     return {name: x.tolist() for name, x in load_file(folder / "checkpoint-6" / "states_0.safetensors").items()}
 
 
+@pytest.mark.slow
 def test_the_guard_of_causality_leaves_the_states_alone(tiny_run, tmp_path):
     tiny_run(*PASSING, folder="plain")
     tiny_run(*PASSING, "--causality_check", "true", folder="guarded")
@@ -120,6 +122,7 @@ def test_the_guard_of_causality_leaves_the_states_alone(tiny_run, tmp_path):
     assert _states(tmp_path / "plain") == _states(tmp_path / "guarded")
 
 
+@pytest.mark.slow
 def test_states_are_tuned_alone(tiny_run, tmp_path):
     model = ("--model", "hidden_size=16", "num_hidden_layers=2", "learned_state=true")
     before = tiny_run("--max_steps", "1", "--ema_decay", "0", folder="base").model.state_dict()

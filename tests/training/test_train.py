@@ -48,6 +48,7 @@ def test_a_run_writes_all_it_promises(tiny_run, tmp_path, capsys):
     assert f'model = AutoModelForCausalLM.from_pretrained("{folder}")' in said
 
 
+@pytest.mark.slow
 def test_the_resolved_recipe_repeats_the_run(tiny_run, tmp_path):
     first = tiny_run()
     recipe = tmp_path / "run" / "recipe.yaml"
@@ -101,6 +102,7 @@ def test_adamw_and_plain_packing(tiny_run):
     assert trainer.state.global_step == 6
 
 
+@pytest.mark.slow
 def test_averages_are_evaluated_and_saved_while_training_goes_on_without_them(tiny_run, tmp_path):
     plain = tiny_run("--ema_decay", "0", folder="plain").model.state_dict()
     averaged = tiny_run("--ema_decay", "0.9", folder="averaged").model.state_dict()
@@ -121,6 +123,7 @@ def test_documents_kept_apart(tiny_run, tmp_path):
     assert trainer.compute_metrics.characters == sum(map(len, held_out))
 
 
+@pytest.mark.slow
 @pytest.mark.feature("training", "instructions in Alpaca's format", family="hsn")
 def test_alpaca_starts_from_a_checkpoint_and_lowers_the_held_out_loss(tiny_run, tmp_path, capsys):
     tiny_run(folder="base")
