@@ -27,6 +27,7 @@ from .modeling.configuration_resonance_multimodal import ResonanceMultimodalConf
 from .modeling.configuration_resonance_vision import ResonanceVisionConfig
 from .modeling.remote_code import card_writers
 from .modeling.tokenization_holo import HoloTokenizer
+from .references import INSTEAD, stand_in
 from .registry import PRESETS, VARIANTS, architectures, load_plugins, preset_model, register_architecture
 
 __version__ = VERSION
@@ -175,6 +176,8 @@ for _architecture in architectures().values():
 
 
 def __getattr__(name: str) -> Any:
+    if name in INSTEAD:
+        return stand_in(name)
     if name not in _ORIGIN:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value = getattr(importlib.import_module(_ORIGIN[name]), name)

@@ -13,7 +13,7 @@ import hf_holo
 ROOT = Path(hf_holo.__file__).parent
 # From the ground up; what stands in one line may know its neighbours, as long as no circle comes of it.
 FLOORS = (
-    {"errors", "files", "moved", "peft_defaults"},
+    {"errors", "files", "moved", "peft_defaults", "references"},
     {"modeling"},
     {"registry", "data", "recipes", "prefix", "distributed"},
     {"eval"},

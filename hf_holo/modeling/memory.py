@@ -60,7 +60,14 @@ class HolographicMemory:
         difference: `memory.write(state, keys, values - memory.read(state, keys))`.
     """
 
-    def __init__(self, dimension: int) -> None:
+    def __init__(self, dimension: int | None = None, **unknown: Any) -> None:
+        if dimension is None or unknown:
+            given = ", ".join(unknown) or "nothing"
+            raise TypeError(
+                f"dimension: HolographicMemory takes this alone, the phasors of its state, and is given {given}; "
+                "for HolographicMemory(pattern_dim=P, hologram_dim=A, capacity=N) of the Resonance reference call "
+                "HolographicMemory(A)"
+            )
         check_positive(dimension=dimension)
         self.dimension = dimension
 

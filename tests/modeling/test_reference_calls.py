@@ -1,15 +1,21 @@
 """Every call in the READMEs of the projects whose ideas these models take up runs here and does what it says there, or
 says what to call instead.
 
-HoloSpectralNet: github.com/s3nh/s3nh-holospectral-net. HOLO-PyTorch: github.com/anttiluode/HOLO-pytorch.
+HoloSpectralNet: github.com/s3nh/s3nh-holospectral-net. HOLO-PyTorch: github.com/anttiluode/HOLO-pytorch. Resonance:
+the package resonance_nn.
 """
+
+import re
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import hf_holo
 from hf_holo import (
+    HoloError,
+    HolographicMemory,
     HolographicMixer,
     HoloLinear,
     HoloSpectralBlock,
@@ -18,10 +24,13 @@ from hf_holo import (
     HsnConfig,
     HsnForCausalLM,
     LiteChannelMix,
+    ResonanceConfig,
+    ResonanceModel,
     RotaryEmbedding,
     SineActivation,
     SpectralGate,
 )
+from hf_holo.references import INSTEAD
 
 X = torch.randn(2, 24, 64, generator=torch.Generator().manual_seed(0))  # [batch, tokens, dim]
 
@@ -157,3 +166,27 @@ def test_the_transformer_block_attends_over_the_tokens_of_a_row():
     block = HoloTransformerBlock(dim=64, heads=8, harmonics=16)
     assert block(X).shape == X.shape
     assert heard(block)[0].all() and not heard(block)[1].any()
+
+
+# --------------------------------------------------------------------------------------------------- Resonance
+@pytest.mark.parametrize("name", INSTEAD)
+def test_what_to_call_instead_of_a_class_of_resonance(name):
+    call, _ = INSTEAD[name]
+    with pytest.raises(HoloError, match=f"^{name}: there is no such class here; use {re.escape(call)}"):
+        getattr(hf_holo, name)(input_dim=512, num_frequencies=64)
+    known = {word: getattr(hf_holo, word) for word in re.findall(r"\w+", call) if word in dir(hf_holo)}
+    with torch.device("meta"):
+        assert callable(eval(call, {"transformers": transformers, **known}))
+
+
+def test_vectors_as_resonance_takes_them():
+    """`ResonanceNet(input_dim=512, ...)` on `[batch, seq_len, dim]`, by what is to be called instead."""
+    model = ResonanceModel(ResonanceConfig(vocab_size=20, hidden_size=64, num_hidden_layers=2, memory_dimension=8))
+    assert model(inputs_embeds=X).last_hidden_state.shape == X.shape
+
+
+@pytest.mark.parametrize("arguments", [{}, {"pattern_dim": 512, "hologram_dim": 1024, "capacity": 1000}])
+def test_the_memory_of_resonance(arguments):
+    with pytest.raises(TypeError, match=r"call HolographicMemory\(A\)"):
+        HolographicMemory(**arguments)
+    assert HolographicMemory(1024).dimension == 1024
