@@ -78,7 +78,7 @@ class Scoring:
         return self.numbers[np.asarray(self.examples.labels)[self.order[:count]]]
 
     def right(self, logits: np.ndarray) -> float:
-        """Share of the first examples whose class is the likeliest."""
+        """Share of the first examples whose best class is theirs."""
         return float((logits.argmax(-1) == self.labels(len(logits))).mean())
 
 
