@@ -66,7 +66,10 @@ def _run(verb: str, argv: list[str]) -> int:
             raise unknown("command", verb, VERBS)
         importlib.import_module(VERBS[verb][0]).main(argv)
     except HoloError as error:
-        print(f"hf-holo: error: {error}", file=sys.stderr)
+        from hf_holo.distributed.processes import first_to_say
+
+        if first_to_say(str(error)):
+            print(f"hf-holo: error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 

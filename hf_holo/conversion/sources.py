@@ -188,8 +188,8 @@ class Text:
     causal: bool
 
     def perplexity(self, model: PreTrainedModel, description: str = "perplexity") -> float:
-        """exp of the loss on the held-out windows, one at a time."""
-        loss = held_out_loss(model, self.held_out, shift=self.causal, description=description)
+        """exp of the loss on the held-out windows, one at a time; processes of one run share them."""
+        loss = held_out_loss(model, self.held_out, shift=self.causal, description=description, shared=True)
         return torch.tensor(loss, dtype=torch.float64).exp().item()  # infinite rather than an OverflowError
 
 

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
+from ..distributed.processes import is_main, share_of, summed
 from ..modeling.losses import IGNORED
 from .windows import Collator
 
@@ -23,13 +24,14 @@ def held_out_loss(
     pad_token_id: int = 0,
     shift: bool = True,
     description: str = "scoring",
+    shared: bool = False,
 ) -> float:
     """Mean loss over all labels of the windows, in nats per token; arguments as of [`summed_over`].
 
     `hf-holo train` computes the same from what Trainer gathers (`hf_holo.eval.metrics.LanguageScores`): both sum
     [`summed_scores`] in float64.
     """
-    nats, tokens, _ = summed_over(model, windows, batch_size, pad_token_id, shift, description)
+    nats, tokens, _ = summed_over(model, windows, batch_size, pad_token_id, shift, description, shared)
     return (nats / tokens).item()
 
 
@@ -41,6 +43,7 @@ def summed_over(
     pad_token_id: int = 0,
     shift: bool = True,
     description: str = "scoring",
+    shared: bool = False,
 ) -> torch.Tensor:
     """Nats, tokens and right first guesses `[3]` over all labels of the windows, in float64.
 
@@ -51,16 +54,19 @@ def summed_over(
         pad_token_id: fills up shorter windows.
         shift: whether a label belongs to the logits of the position before, as for causal models.
         description: of the progress bar.
+        shared: all processes of the run are here with the same model and windows, and each takes a part of them.
     """
+    if shared:
+        windows = Subset(windows, share_of(len(windows)))  # type: ignore[arg-type]  # torch declares no length
     device = next(model.parameters()).device
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64)
     loader = DataLoader(windows, batch_size, collate_fn=Collator(pad_token_id))
-    for batch in tqdm(loader, desc=description, unit="batch", leave=False):
+    for batch in tqdm(loader, desc=description, unit="batch", leave=False, disable=shared and not is_main()):
         batch = {name: value.to(device) for name, value in batch.items()}
         labels = batch.pop("labels")
         totals += summed_scores(model(**batch).logits, labels, shift).double().sum(0).cpu()
-    return totals
+    return summed(totals) if shared else totals
 
 
 def aligned(logits: Array | tuple[Array, ...], labels: Array, shift: bool) -> tuple[Array, Array]:

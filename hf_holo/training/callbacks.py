@@ -101,6 +101,8 @@ class CausalityCallback(TrainerCallback):
         """
         if self._hook is None or getattr(model, "_is_replica", False):  # compiled code calls hooks that are gone
             return
+        if not any(isinstance(value, torch.Tensor) for value in (*args, *inputs.values())):
+            return  # no texts: a distillation that reaches the parts of the model through its forward
         self._forget_batch()
         if any(isinstance(value, ContextCache) for value in inputs.values()):  # a part of a batch, for one pass only
             return

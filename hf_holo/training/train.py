@@ -9,6 +9,7 @@ import yaml
 from accelerate import PartialState
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, set_seed
 
+from ..distributed.processes import by_main
 from ..errors import UNREADABLE, HoloError, first_line
 from ..files import write_text
 from ..modeling.checkpoint import within_memory
@@ -80,10 +81,7 @@ def train(run: Run) -> HoloTrainer:
     say_what_comes(trainer, task)
 
     # Only now, when all input has proved good and every process has seen the folder, does the old run go.
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        begin_folder(folder, remains, run)
-    trainer.accelerator.wait_for_everyone()
+    by_main(lambda: begin_folder(folder, remains, run))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if use_cache is not None:
         model.config.use_cache = use_cache  # transformers 5 turns it off, and would save it so
@@ -258,9 +256,7 @@ def finish(trainer: HoloTrainer, task: Task) -> None:
     trainer.adopt_average()
     metrics = trainer.evaluate()
     task.score_more(trainer)
-    if trainer.is_world_process_zero():
-        write_results(trainer, task, metrics)
-    trainer.accelerator.wait_for_everyone()
+    by_main(lambda: write_results(trainer, task, metrics))
 
 
 def write_results(trainer: HoloTrainer, task: Task, metrics: dict[str, float]) -> None:

@@ -81,11 +81,11 @@ def test_fisher_is_the_mean_of_squared_gradients(make_teacher):
     statistics = collect(model, sites, windows[:1], windows, seed=3)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
-    name, generator, gradients = "model.layers.1.self_attn.o_proj", torch.Generator().manual_seed(3), []
+    name, gradients = "model.layers.1.self_attn.o_proj", []
     model.get_submodule(name).register_forward_hook(lambda layer, args, y: y.register_hook(gradients.append) and None)
-    for window in windows:
+    for number, window in enumerate(windows):
         log_p = model(input_ids=window[None]).logits[0].float().log_softmax(-1)
-        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=torch.Generator().manual_seed(3 + number))
         (-log_p.gather(1, drawn).sum()).backward()
     g = torch.cat([gradient[0] for gradient in gradients])
     fisher = statistics[[site.layers[0] for site in sites].index(name)].fisher

@@ -346,7 +346,7 @@ def test_refitting_goes_on_after_its_last_finished_block(saved, texts, tmp_path,
 def test_unfinished_work_with_other_options_is_not_mixed_in(saved, texts, tmp_path, monkeypatch):
     teacher, out = saved(), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(convert_linears, "refit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(convert_linears, "refit", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(SystemExit):
             run(teacher, out, "--train_file", *texts)
     with pytest.raises(HoloError, match="unfinished run with other options"):

@@ -7,9 +7,18 @@ import shutil
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+from small_distillations import (
+    QUICK,
+    SHAPE,
+    TEXT,
+    TOKENIZER,
+    arguments,
+    make_student,
+    make_teacher,
+    write_models,
+)
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_holo.conversion.distill.arguments import PREFIX, DistillTrainingArguments, Stage, StageArguments, parse
 from hf_holo.conversion.distill.command import choose_trainable, distill, feature_grams, main, mixed_equally
@@ -28,45 +37,6 @@ from hf_holo.data.tokenizers import make_tokenizer
 from hf_holo.errors import HoloError
 from hf_holo.recipes import recipe_names
 
-TEXT = "the wave binds a key to a value, and the key recalls it from the noise; again and again. " * 40
-QUICK = {
-    "block_size": 16,
-    "per_device_train_batch_size": 4,
-    "max_steps": 4,
-    "save_steps": 2,
-    "logging_steps": 1,
-    "sample_tokens": 0,
-    "use_cpu": True,
-    "disable_tqdm": True,
-}
-SHAPE = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-TOKENIZER = make_tokenizer("characters", [TEXT])
-
-
-def make_teacher(kind: str):
-    if kind == "surgery":
-        return LlamaForCausalLM(LlamaConfig(vocab_size=len(TOKENIZER), **SHAPE)).eval()
-    return Phi3ForCausalLM(Phi3Config(vocab_size=len(TOKENIZER), original_max_position_embeddings=64, **SHAPE)).eval()
-
-
-def make_student(kind: str, teacher):
-    if kind == "hsn":
-        return transfer_to_hsn(teacher)
-    student = LlamaForCausalLM(teacher.config)
-    student.load_state_dict(teacher.state_dict())
-    apply_surgery(student, HoloSurgeryConfig(harmonics=6, folded=True))
-    return student
-
 
 @pytest.fixture(params=["hsn", "surgery"])
 def folders(request, tmp_path):
@@ -76,25 +46,6 @@ def folders(request, tmp_path):
 @pytest.fixture
 def hsn_folders(tmp_path):
     return write_models("hsn", tmp_path)
-
-
-def write_models(kind, folder):
-    """A folder with a teacher, its student and a text."""
-    teacher = make_teacher(kind)
-    teacher.save_pretrained(folder / "teacher")
-    TOKENIZER.save_pretrained(folder / "teacher")
-    make_student(kind, teacher).save_pretrained(folder / "student")
-    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
-    return folder
-
-
-def arguments(folder, stages, *flags, out="out", **changes) -> list[str]:
-    """The command line for a recipe with these stages."""
-    models = {"teacher": str(folder / "teacher"), "student": str(folder / "student")}
-    recipe = {**models, "train_file": str(folder / "text.txt"), **QUICK, **changes, "stages": stages}
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({name: value for name, value in recipe.items() if value is not None}))
-    return [str(path), "--output_dir", str(folder / out), *flags]
 
 
 ALL = [{"match": "layers"}, {"match": "blocks"}, {"match": "hidden_states"}, {"match": "logits", "temperature": 2.0}]
@@ -215,8 +166,8 @@ def test_a_perfect_student_has_no_loss():
 
 def test_cached_logits_of_the_whole_vocabulary_give_the_gradients_of_live_ones():
     wanted, logits = torch.randn(2, 5, 11), torch.randn(2, 5, 11, requires_grad=True)
-    (live,) = torch.autograd.grad(SoftLabels.of(wanted, 2.0).divergence(logits, 2.0), logits)
-    (cached,) = torch.autograd.grad(SoftLabels.of(wanted, 2.0, 11).divergence(logits, 2.0), logits)
+    (live,) = torch.autograd.grad(SoftLabels.of(wanted, 2.0).divergence(logits, 2.0).mean(), logits)
+    (cached,) = torch.autograd.grad(SoftLabels.of(wanted, 2.0, 11).divergence(logits, 2.0).mean(), logits)
     torch.testing.assert_close(cached, live)
 
 
@@ -224,8 +175,8 @@ def test_the_divergence_is_that_of_torch_and_a_part_of_the_tokens_bounds_it_from
     wanted, logits = torch.randn(2, 5, 11), torch.randn(2, 5, 11)
     log_probs = [torch.log_softmax(x / 2, -1).flatten(0, 1) for x in (logits, wanted)]
     exact = 4 * torch.nn.functional.kl_div(*log_probs, log_target=True, reduction="batchmean")
-    assert SoftLabels.of(wanted, 2.0).divergence(logits, 2.0) == pytest.approx(exact.item(), rel=1e-5)
-    some = [SoftLabels.of(wanted, 2.0, k).divergence(logits, 2.0).item() for k in (1, 4, 10)]
+    assert SoftLabels.of(wanted, 2.0).divergence(logits, 2.0).mean() == pytest.approx(exact.item(), rel=1e-5)
+    some = [SoftLabels.of(wanted, 2.0, k).divergence(logits, 2.0).mean().item() for k in (1, 4, 10)]
     assert 0 < some[0] < some[1] < some[2] <= exact.item() + 1e-6
 
 

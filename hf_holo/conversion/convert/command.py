@@ -23,9 +23,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ...data.windows import fingerprint
+from ...distributed.processes import PATIENCE, by_main, failing_together, is_main, launched
 from ...errors import HoloError, first_line
 from ...generate import generate_text
 from ...hub.code import add_code
@@ -49,18 +51,23 @@ def main(argv: list[str]) -> None:
     """
     command = parse(argv, __doc__)
     teacher = command.teacher
+    if launched():
+        PartialState(cpu=True, timeout=PATIENCE)  # a conversion runs on the CPU, and so do its messages
     if command.dry_run:
-        choose_conversion(Source.find(teacher, command.options.trust_remote_code), command.options).print_coverage()
+        source = Source.find(teacher, command.options.trust_remote_code)
+        by_main(lambda: choose_conversion(source, command.options).print_coverage())
         return
     out = cast(Path, command.out)  # parse() lets only a dry run go without
     try:
         outcome = convert(teacher, out, command.options, command.overwrite)
     except KeyboardInterrupt:
-        print(f"\nInterrupted. What is done is saved in {work_path(out)}; the same command resumes from there.")
+        place = work_path(out)
+        PartialState().print(f"\nInterrupted. What is done is saved in {place}; the same command resumes from there.")
         raise SystemExit(130) from None
-    print_scores(outcome)
-    print(f"The model is saved in {out}, with report.json, layers.csv and README.md; it loads with from_pretrained.")
-    print(outcome.next_step(teacher, str(out)))
+    if is_main():
+        print_scores(outcome)
+        print(f"The model is saved in {out}, with report.json, layers.csv and README.md; load it with from_pretrained.")
+        print(outcome.next_step(teacher, str(out)))
 
 
 def choose_conversion(source: Source, options: ConvertArguments) -> Conversion:
@@ -121,12 +128,12 @@ def convert(teacher: str, out: Path, options: ConvertArguments, overwrite: bool 
     """
     seconds: dict[str, float] = {}
     with timed(seconds, "total"):
-        check_out(out, overwrite)
-        job = prepare(teacher, out, options)
+        with failing_together():
+            check_out(out, overwrite)
+            job = prepare(teacher, out, options)
         conversion = job.conversion
         with clear_disk_errors("OUT", work_path(out)):
-            work = WorkFolder(out, job.identity, overwrite)
-            check_space(work, conversion.disk)
+            work = by_main(lambda: begin_work(out, job, overwrite))
             model = job.source.load()
             with timed(seconds, "calibration"):
                 conversion.measure(model, job.texts, work)
@@ -136,19 +143,58 @@ def convert(teacher: str, out: Path, options: ConvertArguments, overwrite: bool 
                 model = conversion.apply(model, job.texts, work)
             with timed(seconds, "student"):
                 after = judge(model, job, work, "student")
-            result = work.new_result()
-            model.save_pretrained(result)
-            if not options.trust_remote_code:
-                add_code(result)
-            check_loading(model, result, options.trust_remote_code)
-            if job.tokenizer is not None:
-                job.tokenizer.save_pretrained(result)
+            result = by_main(lambda: save_model(model, job, work))
+    outcome = by_main(lambda: describe(job, out, result, (before, after), seconds))
+    with clear_disk_errors("OUT", work_path(out)):
+        by_main(lambda: publish(conversion, work, result, outcome))
+    return outcome
+
+
+def begin_work(out: Path, job: Job, overwrite: bool) -> WorkFolder:
+    """The work folder, made or found.
+
+    Raises:
+        HoloError: it cannot be used, or the disk has no room for what will be in it.
+    """
+    work = WorkFolder(out, job.identity, overwrite)
+    check_space(work, job.conversion.disk)
+    return work
+
+
+def save_model(model: PreTrainedModel, job: Job, work: WorkFolder) -> Path:
+    """The folder of the result, with the model and its tokenizer.
+
+    Raises:
+        HoloError: what was saved would not load.
+    """
+    result, trust = work.new_result(), job.options.trust_remote_code
+    model.save_pretrained(result)
+    if not trust:
+        add_code(result)
+    check_loading(model, result, trust)
+    if job.tokenizer is not None:
+        job.tokenizer.save_pretrained(result)
+    return result
+
+
+def describe(
+    job: Job, out: Path, result: Path, judged: tuple["Judgement", "Judgement"], seconds: dict[str, float]
+) -> Outcome:
+    """What the report says.
+
+    Args:
+        job: that is done.
+        out, result: the folder of the result, and where it is now.
+        judged: teacher and student.
+        seconds: that the parts of the conversion took.
+    """
+    conversion, (before, after) = job.conversion, judged
     figures = conversion.figures(result)
-    outcome = Outcome(
+    return Outcome(
         name=out.name,
-        teacher=teacher,
+        teacher=job.source.name,
         auto_class=job.source.auto_class.__name__,
-        recipe=options.recipe,
+        recipe=job.options.recipe,
         figures=figures,
         summary=conversion.summary(figures),
         lesson=conversion.lesson if job.source.causal else None,
@@ -160,11 +206,13 @@ def convert(teacher: str, out: Path, options: ConvertArguments, overwrite: bool 
         seconds=seconds,
         peak_memory_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     )
-    with clear_disk_errors("OUT", work_path(out)):
-        conversion.write_layers(result)
-        write_report(result, outcome)
-        work.publish()
-    return outcome
+
+
+def publish(conversion: Conversion, work: WorkFolder, result: Path, outcome: Outcome) -> None:
+    """Write the report, and give the result its name."""
+    conversion.write_layers(result)
+    write_report(result, outcome)
+    work.publish()
 
 
 @contextmanager
@@ -229,16 +277,20 @@ class Judgement:
 
 
 def judge(model: PreTrainedModel, job: Job, work: WorkFolder, who: str) -> Judgement:
-    """Measure the model on the held-out windows and let it write; what was measured before is read again."""
-    known = work.load_json(who)
+    """Measure the model on the held-out windows and let it write; what was measured before is read again.
+
+    Processes of one run share the windows; the main one lets the model write.
+    """
+    known = by_main(lambda: work.load_json(who))
     if known is None:
         scores = [
             Score(text.name, len(text.held_out), text.perplexity(model, f"perplexity of the {who}"))
             for text in job.texts
         ]
         can_write = job.texts and model.can_generate() and all(math.isfinite(score.perplexity) for score in scores)
-        known = {"scores": [asdict(score) for score in scores], "sample": write(model, job) if can_write else ""}
-        work.save_json(who, known)
+        sample = by_main(lambda: write(model, job) if can_write else "")
+        known = {"scores": [asdict(score) for score in scores], "sample": sample}
+        by_main(lambda: work.save_json(who, known))
     return Judgement([Score(**score) for score in known["scores"]], known["sample"])
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ...distributed.processes import by_main, gathered, is_main, share_of
 from ...modeling.checkpoint import values_on_disk
 from ...modeling.harmonics import HoloLinear
 from ..sources import Source, Text, mixed
@@ -99,6 +101,7 @@ class CalibratedSurgery(RegeneratedSurgery):
     """Stored bases, fitted to activations and gradients on a text; see [`hf_holo.conversion.surgery.calibration`].
 
     Memory: the statistics of as many sites as `options.memory` allows; those of the others are in the work folder.
+    Several processes share the windows, and the sites to be factorised.
     """
 
     advice = "It was fitted and not trained; training on what its teacher says brings it closer:"
@@ -130,18 +133,19 @@ class CalibratedSurgery(RegeneratedSurgery):
         options, windows = self.options, mixed(texts)
         fisher_windows = windows[: options.fisher_tokens // options.block_size]
         for batch in portions(self.sites, options.memory * 2**30):
-            unknown = [n for n in batch if not work.has_tensors(_factors(n)) and not work.has_tensors(_statistics(n))]
+            lacking = [n for n in batch if not work.has_tensors(_factors(n))]
+            unknown = [n for n in lacking if not work.has_tensors(_statistics(n))]
+            lacking, unknown = gathered((lacking, unknown))[0]  # nobody writes before all have looked
             if unknown:
                 sites = [self.sites[number] for number in unknown]
-                measured = collect(model, sites, windows, fisher_windows, options.seed)
-                for number, statistics in zip(unknown, measured, strict=True):
-                    work.save_tensors(_statistics(number), asdict(statistics))
-                del measured, statistics
-            for number in tqdm(batch, desc="factors", unit="site"):
-                if not work.has_tensors(_factors(number)):
-                    factorise_into(work, model, self.sites[number], number)
-                if not self.refit:
-                    work.drop_tensors(_statistics(number))
+                measured = collect(model, sites, windows, fisher_windows, options.seed, shared=True)
+                by_main(partial(save_statistics, work, dict(zip(unknown, measured, strict=True))))
+                del measured
+            for place in tqdm(share_of(len(lacking)), desc="factors", unit="site", disable=not is_main()):
+                factorise_into(work, model, self.sites[lacking[place]], lacking[place])
+            if not self.refit:
+                by_main(partial(drop_statistics, work, batch))
+        by_main(lambda: None)  # all factors are there
 
     def apply(self, model: PreTrainedModel, texts: list[Text], work: WorkFolder) -> PreTrainedModel:
         """Choose the ranks and convert, in place, with the factors in the work folder."""
@@ -151,7 +155,7 @@ class CalibratedSurgery(RegeneratedSurgery):
         self.unseen = [site.layers[0] for site, loss in zip(self.sites, losses, strict=True) if not loss.any()]
         if self.refit:
             fishers = [work.load_tensors(_statistics(number), "fisher")["fisher"] for number in numbers]
-            errors = refit(model, self.sites, ranks, fishers, mixed(texts), work)
+            errors = refit(model, self.sites, ranks, fishers, mixed(texts), work, shared=True)
         else:
             factors = (Factors(**work.load_tensors(_factors(number))) for number in tqdm(numbers, desc="surgery"))
             errors = install_all(model, self.sites, ranks, factors)
@@ -169,6 +173,18 @@ class CalibratedSurgery(RegeneratedSurgery):
         if self.unseen:
             said += f"; {len(self.unseen)} layers of experts that too few tokens came to, fitted to their weights alone"
         return said
+
+
+def save_statistics(work: WorkFolder, measured: dict[int, Statistics]) -> None:
+    """Of sites, by their numbers."""
+    for number, statistics in measured.items():
+        work.save_tensors(_statistics(number), asdict(statistics))
+
+
+def drop_statistics(work: WorkFolder, numbers: list[int]) -> None:
+    """Of these sites, whose factors are there."""
+    for number in numbers:
+        work.drop_tensors(_statistics(number))
 
 
 def factorise_into(work: WorkFolder, model: PreTrainedModel, site: Site, number: int) -> None:

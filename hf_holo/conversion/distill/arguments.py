@@ -118,7 +118,7 @@ class DistillTrainingArguments(HoloTrainingArguments):
         "all else those of AdamW; muon: MuonAdamW; adamw: the optimizer that --optim names.",
         "adamw",
     )
-    context_parallel_size: int = field(default=1, init=False)  # a distillation runs in one process
+    context_parallel_size: int = field(default=1, init=False)  # parts are compared on whole texts
     causality_check: bool = described("Stop the run if the student sees tokens that it should predict.", False)
     learning_rate: float = described("Peak learning rate of AdamW.", 1e-3)
     weight_decay: float = described("Weight decay of matrices.", 0.0)

@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from ...data.scoring import held_out_loss
 from ...data.tokenizers import saved_tokenizer
 from ...data.windows import AnyWindows, Collator, Splits, evenly
+from ...distributed.processes import by_main, count, failing_together, is_main
 from ...errors import HoloError
 from ...files import write_text
 from ...generate import generate_text
@@ -35,11 +37,19 @@ from ...training.report import folder_of
 from ...training.train import find_checkpoint, save_final
 from ...training.trainer import HoloTrainer
 from ..sources import load_tokenizer, load_weights, splits_of
-from ..surgery.calibration import removed_after
+from ..surgery.calibration import is_expert, removed_after
 from ..work_folder import clear_disk_errors
 from .arguments import Distillation, DistillTrainingArguments, Stage, TextArguments, parse
 from .logit_cache import CachedLogits, write_cache
-from .objectives import Loss, block_twins, converted_layers, hidden_state_loss, logit_loss, output_loss
+from .objectives import (
+    ROW_WEIGHTS,
+    Loss,
+    block_twins,
+    converted_layers,
+    hidden_state_loss,
+    logit_loss,
+    output_loss,
+)
 from .report import DistillReport
 
 FEATURE_WINDOWS = 8  # training windows that the features of holographic layers are measured on
@@ -53,14 +63,12 @@ def main(argv: list[str]) -> None:
         HoloError: bad input; the message is one line that says what to do.
     """
     run = parse(argv)
-    if (processes := PartialState().num_processes) > 1:
-        raise HoloError(f"a distillation runs in one process, not in {processes}: start `hf-holo distill` by itself")
     folder = folder_of(run.training)
     try:
         with clear_disk_errors("output_dir", folder):
             distill(run)
     except KeyboardInterrupt:
-        print(f"\nInterrupted. Continue with the same command and --resume_from_checkpoint: {folder}")
+        PartialState().print(f"\nInterrupted. Continue with the same command and --resume_from_checkpoint: {folder}")
         raise SystemExit(130) from None
 
 
@@ -85,39 +93,58 @@ class Texts:
 def distill(run: Distillation) -> PreTrainedModel | PeftModel:
     """Distil as `run` says, write everything into its output folder, and return the student."""
     folder = folder_of(run.training)
-    finished = _finished_stages(run, folder)
-    set_seed(run.training.seed)
-    teacher = load_model("teacher", run.models.teacher, run.models.trust_remote_code).eval().requires_grad_(False)
-    source = str(stage_folder(run, len(finished) - 1)) if finished else run.models.student
-    student = load_student(run, source)
-    tokenizer = shared_tokenizer(run)
-    check_vocabulary(teacher, student, tokenizer)
-    texts = distillation_texts(run.texts, tokenizer)
-    for stage in run.stages[len(finished) :]:  # bad input shows before the first stage costs time
-        make_loss(stage, student, teacher)
-        choose_trainable(student, teacher, stage, run.models.lora_rank)
+    with failing_together():
+        _check_processes(run)
+        finished = _finished_stages(run, folder)
+        set_seed(run.training.seed)
+        teacher = load_model("teacher", run.models.teacher, run.models.trust_remote_code).eval().requires_grad_(False)
+        source = str(stage_folder(run, len(finished) - 1)) if finished else run.models.student
+        student = load_student(run, source)
+        tokenizer = shared_tokenizer(run)
+        check_vocabulary(teacher, student, tokenizer)
+        texts = distillation_texts(run.texts, tokenizer)
+        for stage in run.stages[len(finished) :]:  # bad input shows before the first stage costs time
+            make_loss(stage, student, teacher)
+            choose_trainable(student, teacher, stage, run.models.lora_rank)
 
-    _prepare(run, folder, finished)
+    by_main(lambda: _prepare(run, folder, finished))
+    for model in (teacher, student):
+        nn.Module.to(model, run.training.device)
     report = DistillReport.load(folder, len(finished)) if finished else DistillReport(folder)
     if not finished:
         report.teacher = describe(teacher, tokenizer, texts, run)
         report.student = describe(student, tokenizer, texts, run)
-        report.write()
+        by_main(report.write)
     for stage in run.stages[len(finished) :]:
         entry = run_stage(stage, student, teacher, tokenizer, texts, run)
         report.stages = [*report.stages, entry]
-        report.write()
-        print(f"\nafter the stage {stage.name!r}: {report.line(entry)}")
+        by_main(report.write)
+        PartialState().print(f"\nafter the stage {stage.name!r}: {report.line(entry)}")
+    by_main(lambda: _save_result(student, tokenizer, folder))
+    PartialState().print(f"\nThe student is saved in {folder}; figures in report.json, losses.csv and losses.png")
+    return student
+
+
+def _save_result(student: Student, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     student.save_pretrained(str(folder))
     if isinstance(student, PreTrainedModel):  # adapters alone have no config.json
         add_code(folder)
         write_card(folder)
     tokenizer.save_pretrained(folder)
-    print(f"\nThe student is saved in {folder}; figures in report.json, losses.csv and losses.png")
-    return student
 
 
 # ---------------------------------------------------------------------------------------------- before the first stage
+def _check_processes(run: Distillation) -> None:
+    """Raise HoloError for options that several processes cannot have."""
+    if count() == 1:
+        return
+    for name in ("torch_compile", "deepspeed"):
+        if value := getattr(run.training, name):
+            raise HoloError(
+                f"{name}: {value} does not go together with a distillation in several processes; leave it out"
+            )
+
+
 def stage_folder(run: Distillation, index: int) -> Path:
     return folder_of(run.stages[index].training)
 
@@ -297,6 +324,8 @@ def bare_model(student: Student) -> PreTrainedModel:
 class DistillTrainer(HoloTrainer):
     """[`HoloTrainer`] that trains with the loss of a stage; validation is scored on the text, as ever.
 
+    Several processes learn what one does whose batch is as large as theirs together, up to rounding.
+
     Args:
         stage_loss: gives the loss of the student on a batch.
     """
@@ -315,8 +344,65 @@ class DistillTrainer(HoloTrainer):
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         if return_outputs:  # Trainer evaluates
             return super().compute_loss(model, inputs, return_outputs)
+        student = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():  # for the teacher too, and for parts of the student that are called alone
-            return self.stage_loss(bare_model(self.accelerator.unwrap_model(model)), inputs)
+            if count() == 1:
+                return self.stage_loss(bare_model(student), inputs)
+            return in_place_of_forward(model, student, lambda: self.stage_loss(bare_model(student), inputs))
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
+        """With weights for the rows of the last batch of an epoch, which Accelerate fills up with the first windows."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        rows = self.args.train_batch_size
+        windows: Any = self.train_dataset
+        left = len(windows) % (rows * count())  # for the last batch of all processes
+        ends = self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last
+        if batches and count() > 1 and left and ends:
+            place = torch.arange(rows) + rows * self.args.process_index  # in that batch
+            weights = (place < left) * (rows * count() / left)
+            batches[-1] = {**batches[-1], ROW_WEIGHTS: weights.to(self.args.device)}
+        return batches, items
+
+
+def in_place_of_forward(wrapped: nn.Module, model: nn.Module, function: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Call `function` once where `wrapped` would call the forward of `model`, and return what it returns.
+
+    What is around the model, DistributedDataParallel for one, learns in this way which parameters take part, and
+    exchanges their gradients, though parts of the model are called alone.
+
+    Args:
+        wrapped: the model in what is around it.
+        model: what is inside.
+        function: may call the model itself.
+    """
+    own = vars(model).get("forward")  # of the object: Accelerate puts one there for mixed precision
+
+    def restore() -> None:
+        if own is None:
+            vars(model).pop("forward", None)
+        else:
+            vars(model)["forward"] = own
+
+    def once(_: None) -> torch.Tensor:
+        restore()
+        return function()
+
+    vars(model)["forward"] = once
+    try:
+        return wrapped(None)  # on GPUs, DistributedDataParallel cannot do without an argument
+    finally:
+        restore()
+
+
+def leaves_some_out(loss: Loss, student: Student, batch: dict[str, torch.Tensor]) -> bool:
+    """Whether parameters that train may get no gradient from a batch: some get none here, or they belong to experts."""
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    if any(map(is_expert, trained)):
+        return True
+    batch = {name: value.to(student.device) for name, value in batch.items()}
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        value = loss(bare_model(student), batch)
+    return None in torch.autograd.grad(value, list(trained.values()), allow_unused=True)
 
 
 class DistillCollator(Collator):
@@ -340,7 +426,7 @@ def run_stage(
     start = time.perf_counter()
     checkpoint = find_checkpoint(folder, run.training.resume_from_checkpoint)
     trained = choose_trainable(student, teacher, stage, run.models.lora_rank)
-    print(f"\nstage {stage.name!r}: match {stage.what.match}, {trained:,} parameters train")
+    PartialState().print(f"\nstage {stage.name!r}: match {stage.what.match}, {trained:,} parameters train")
     train = texts.train
     if stage.what.match == "logits" and stage.what.cache_logits:
         path, batch = folder / "teacher_logits.safetensors", stage.training.per_device_train_batch_size
@@ -349,12 +435,11 @@ def run_stage(
     trainer = make_trainer(stage, student, make_loss(stage, student, teacher), tokenizer, train, texts)
     config = bare_model(student).config
     use_cache = config.use_cache
-    teacher.to(trainer.args.device)  # type: ignore[arg-type]  # transformers wraps .to() without types
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.adopt_average()
     config.use_cache = use_cache  # transformers 5 turns it off, and would save it so
 
-    save_final(cast(PreTrainedModel, student), tokenizer, folder)  # adapters are saved in the same way
+    by_main(lambda: save_final(cast(PreTrainedModel, student), tokenizer, folder))  # adapters are saved in the same way
     entry = {
         "name": stage.name,
         "match": stage.what.match,
@@ -366,12 +451,13 @@ def run_stage(
         **describe(student, tokenizer, texts, run),
         "history": [log for log in trainer.state.log_history if "loss" in log or "eval_loss" in log],
     }
-    write_text(folder / FINISHED, json.dumps(entry, indent=2) + "\n")
+    by_main(lambda: write_text(folder / FINISHED, json.dumps(entry, indent=2) + "\n"))
     return entry
 
 
 def _tokens_a_step(trainer: HoloTrainer, run: Distillation) -> int:
-    return trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * run.texts.block_size
+    windows = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * count()
+    return windows * run.texts.block_size
 
 
 def make_trainer(
@@ -386,11 +472,14 @@ def make_trainer(
     args = stage.training
     args.remove_unused_columns = False  # cached logits are not an argument of the model
     optimizer = make_optimizer(student, args, train)
+    collator = DistillCollator(tokenizer.pad_token_id or 0)
+    if count() > 1 and args.ddp_find_unused_parameters is None:  # to look for them in every step costs time
+        args.ddp_find_unused_parameters = leaves_some_out(loss, student, collator([train[0]]))
     trainer = DistillTrainer(
         student,
         args,
         stage_loss=loss,
-        data_collator=DistillCollator(tokenizer.pad_token_id or 0),
+        data_collator=collator,
         train_dataset=train,
         eval_dataset=ConcatDataset(list(texts.validation.values())),
         processing_class=tokenizer,
@@ -455,13 +544,13 @@ def feature_grams(student: nn.Module, windows: torch.Tensor) -> dict[nn.Paramete
 
 # ---------------------------------------------------------------------------------------------- scores
 def describe(model: Student, tokenizer: PreTrainedTokenizerBase, texts: Texts, run: Distillation) -> dict[str, Any]:
-    """Size of a model, its loss on every held-out text, and a sample."""
+    """Size of a model, its loss on every held-out text, and a sample; all processes take part."""
     batch = run.training.per_device_eval_batch_size
     scores = {}
     for name, windows in texts.validation.items():
-        loss = held_out_loss(model, windows, batch, tokenizer.pad_token_id or 0)
+        loss = held_out_loss(model, windows, batch, tokenizer.pad_token_id or 0, shared=True)
         scores[name] = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
     tokens = run.texts.sample_tokens
     set_seed(run.training.seed)
-    sample = generate_text(bare_model(model), tokenizer, texts.prompt, tokens) if tokens else None
+    sample = generate_text(bare_model(model), tokenizer, texts.prompt, tokens) if tokens and is_main() else None
     return {"parameters": sum(p.numel() for p in model.parameters()), "scores": scores, "sample": sample}

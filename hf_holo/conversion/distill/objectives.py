@@ -4,6 +4,10 @@
 counterpart in the teacher had, so that all parts learn at once, and none has to undo the errors of those before it.
 (MOHAWK, Bick et al., 2024, aligns a block at a time in this way.) "hidden_states" and "logits" let the student run on
 its own.
+
+Every loss is a mean over the tokens of a batch. In several processes the mean of their losses is that of one process
+which has all their batches: what depends on a whole batch is found over all of them, and rows that a process has only
+to fill up its last batch weigh nothing.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,6 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from ...data.scoring import summed_losses
+from ...distributed.processes import side_by_side
 from ...errors import HoloError
 from ...modeling.harmonics import HoloLinear
 from ...modeling.modeling_hsn import HolographicMixer
@@ -23,6 +29,7 @@ from ..surgery.plan import block_list
 from ..surgery.transfer import source_of
 
 MATCHES = ("layers", "blocks", "hidden_states", "logits")
+ROW_WEIGHTS = "row_weights"  # [B] of a batch whose rows do not count alike; their mean over all processes is 1
 SMALL = 0.1  # of the median size of a token: below it the error is not blown up any further
 
 Batch = dict[str, torch.Tensor]
@@ -106,11 +113,8 @@ def output_loss(teacher: PreTrainedModel, twins: list[Twins], residual: bool) ->
         feed = [passage.entered for passage in wanted]
         with recorded([twin.student for twin in twins], feed) as found:
             student.base_model(input_ids=batch["input_ids"], use_cache=False)
-        errors = [
-            relative_error(found[i].left, passage.left, passage.left - passage.entered if residual else passage.left)
-            for i, passage in enumerate(wanted)
-        ]
-        return torch.stack(errors).mean()
+        references = [passage.left - passage.entered if residual else passage.left for passage in wanted]
+        return relative_error([found[i].left for i in range(len(wanted))], wanted, references, batch)
 
     return loss
 
@@ -122,8 +126,8 @@ def hidden_state_loss(teacher: PreTrainedModel, twins: list[Twins]) -> Loss:
         wanted = _teacher_passages(teacher, [twin.teacher for twin in twins], batch)
         with recorded([twin.student for twin in twins]) as found:
             student.base_model(input_ids=batch["input_ids"], use_cache=False)
-        errors = [relative_error(found[i].left, passage.left, passage.left) for i, passage in enumerate(wanted)]
-        return torch.stack(errors).mean()
+        references = [passage.left for passage in wanted]
+        return relative_error([found[i].left for i in range(len(wanted))], wanted, references, batch)
 
     return loss
 
@@ -135,14 +139,37 @@ def _teacher_passages(teacher: PreTrainedModel, modules: list[nn.Module], batch:
     return [passages[i] for i in range(len(modules))]
 
 
-def relative_error(output: torch.Tensor, target: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of ‖output − target‖² / ‖reference‖², all `[B, T, D]`.
+def relative_error(
+    outputs: list[torch.Tensor], wanted: list[Passage], references: list[torch.Tensor], batch: Batch
+) -> torch.Tensor:
+    """Mean over parts and tokens of ‖output − wanted output‖² / ‖reference‖², all `[B, T, D]`.
 
     Token by token, because single tokens of large models have hidden states a thousand times longer than the others.
     """
-    size = reference.float().square().sum(-1)  # [B, T]
-    error = (output.float() - target.float()).square().sum(-1)
-    return (error / size.clamp_min(SMALL * size.median())).mean()
+    sizes = [reference.float().square().sum(-1) for reference in references]  # [B, T]
+    errors = []
+    for output, passage, size, middle in zip(outputs, wanted, sizes, medians(sizes, batch), strict=True):
+        error = (output.float() - passage.left.float()).square().sum(-1)
+        errors.append(mean_over_tokens(error / size.clamp_min(SMALL * middle), batch))
+    return torch.stack(errors).mean()
+
+
+def medians(sizes: list[torch.Tensor], batch: Batch) -> torch.Tensor:
+    """The median of each `[B, T]` over the batches of all processes, without rows that weigh nothing: `[parts]`."""
+    tokens = batch["input_ids"].numel()
+    rows = torch.full((len(sizes), tokens), torch.nan, device=sizes[0].device)
+    weights = batch.get(ROW_WEIGHTS)
+    for row, size in zip(rows, sizes, strict=True):
+        if weights is not None:
+            size = torch.where(weights[:, None] > 0, size, torch.nan)
+        row[: size.numel()] = size.flatten()  # an expert reads fewer tokens
+    return side_by_side(rows).nanmedian(-1).values
+
+
+def mean_over_tokens(values: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Mean of `[B, T]` with the weights of the rows, if the batch has some."""
+    weights = batch.get(ROW_WEIGHTS)
+    return values.mean() if weights is None else (values * weights[:, None]).mean()
 
 
 @contextmanager
@@ -197,7 +224,7 @@ class SoftLabels:
         return cls(log_probs) if top_k is None else cls(*log_probs.topk(top_k, -1))
 
     def divergence(self, logits: torch.Tensor, temperature: float) -> torch.Tensor:
-        """Mean over tokens of KL(teacher ‖ student), in nats, times the squared temperature (Hinton et al., 2015).
+        """KL(teacher ‖ student) of every token `[B, T]`, in nats, times the squared temperature (Hinton et al., 2015).
 
         What the kept tokens leave over counts as one more token, on both sides.
         """
@@ -208,7 +235,7 @@ class SoftLabels:
             rest = (1 - self.log_probs.exp().sum(-1)).clamp_min(1e-8)
             others = student.scatter(-1, self.indices, float("-inf")).logsumexp(-1)
             divergence = divergence + rest * (rest.log() - others)
-        return divergence.mean() * temperature**2
+        return divergence * temperature**2
 
 
 def logit_loss(teacher: PreTrainedModel, temperature: float, hard_labels: float) -> Loss:
@@ -224,9 +251,12 @@ def logit_loss(teacher: PreTrainedModel, temperature: float, hard_labels: float)
         else:
             with torch.no_grad():
                 soft = SoftLabels.of(teacher(input_ids=batch["input_ids"], use_cache=False).logits, temperature)
-        labels = batch["labels"] if hard_labels else None
-        output = student(input_ids=batch["input_ids"], labels=labels, use_cache=False)
-        divergence = soft.divergence(output.logits, temperature)
-        return (1 - hard_labels) * divergence + hard_labels * output.loss if hard_labels else divergence
+        logits = student(input_ids=batch["input_ids"], use_cache=False).logits
+        divergence = mean_over_tokens(soft.divergence(logits, temperature), batch)
+        if not hard_labels:
+            return divergence
+        nats, labels = summed_losses(logits, batch["labels"]).unbind(1)  # [B]
+        text = mean_over_tokens((nats / labels)[:, None], batch)  # rows have the same number of labels
+        return (1 - hard_labels) * divergence + hard_labels * text
 
     return loss

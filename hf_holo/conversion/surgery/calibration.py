@@ -23,6 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ...distributed.processes import is_main, share_of, summed
 from ...errors import HoloError
 from ...modeling.quantizer import dense_shape, dense_weight, swap
 from .plan import HoloSurgeryConfig, choose, same_input
@@ -152,6 +153,7 @@ def collect(
     windows: torch.Tensor,
     fisher_windows: torch.Tensor | None = None,
     seed: int = 0,
+    shared: bool = False,
 ) -> list[Statistics]:
     """Run the calibration text through the model and measure.
 
@@ -162,6 +164,8 @@ def collect(
         fisher_windows: token ids `[N, T]` for G, with labels drawn from the model's own predictions; without them G is
             left out.
         seed: of the labels.
+        shared: all processes of the run are here with the same arguments; each reads a part of the windows, and all get
+            the statistics of the whole.
 
     Returns:
         The statistics of each site.
@@ -171,11 +175,11 @@ def collect(
             output.
     """
     model.eval()
-    grams = _collect_grams(model, sites, windows)
+    grams = _collect_grams(model, sites, windows, shared)
     _check(sites, grams, "activations")
     if fisher_windows is None:
         return [Statistics(gram) for gram in grams]
-    fishers = _collect_fishers(model, sites, fisher_windows, seed)
+    fishers = _collect_fishers(model, sites, fisher_windows, seed, shared)
     _check(sites, fishers, "gradients")
     return [Statistics(gram, fisher) for gram, fisher in zip(grams, fishers, strict=True)]
 
@@ -194,7 +198,9 @@ def _check(sites: Sequence[Site], measured: Sequence[torch.Tensor], what: str) -
 
 
 @torch.no_grad()
-def _collect_grams(model: PreTrainedModel, sites: Sequence[Site], windows: torch.Tensor) -> list[torch.Tensor]:
+def _collect_grams(
+    model: PreTrainedModel, sites: Sequence[Site], windows: torch.Tensor, shared: bool
+) -> list[torch.Tensor]:
     grams = [_zeros(model, site, site.size, site.size) for site in sites]
 
     def add(gram: torch.Tensor, weight: torch.Tensor | None, layer: nn.Module, args: tuple[torch.Tensor]) -> None:
@@ -209,16 +215,26 @@ def _collect_grams(model: PreTrainedModel, sites: Sequence[Site], windows: torch
     prefix = f"{model.base_model_prefix}."
     body = model.base_model if all(name.startswith(prefix) for site in sites for name in site.layers) else model
     with removed_after(handles):
-        for window in tqdm(windows, desc="activations", unit="window"):
-            body(input_ids=window[None].to(model.device))  # without the output layer, which costs much
-    return [gram / windows.numel() for gram in grams]
+        for number in _numbered(windows, shared, "activations"):
+            body(input_ids=windows[number, None].to(model.device))  # without the output layer, which costs much
+    return [_mean(gram, windows, shared) for gram in grams]
+
+
+def _numbered(windows: torch.Tensor, shared: bool, description: str) -> Iterable[int]:
+    """The numbers of the windows `[N, T]` that this process reads, with a bar in the main one."""
+    numbers = share_of(len(windows)) if shared else range(len(windows))
+    return tqdm(numbers, desc=description, unit="window", disable=shared and not is_main())
+
+
+def _mean(sums: torch.Tensor, windows: torch.Tensor, shared: bool) -> torch.Tensor:
+    """Over the tokens of all windows, from the sums of this process."""
+    return (summed(sums.double()).to(sums.dtype) if shared else sums) / windows.numel()
 
 
 def _collect_fishers(
-    model: PreTrainedModel, sites: Sequence[Site], windows: torch.Tensor, seed: int
+    model: PreTrainedModel, sites: Sequence[Site], windows: torch.Tensor, seed: int, shared: bool
 ) -> list[torch.Tensor]:
     fishers = [_zeros(model, site, *((site.outputs,) * (2 if site.projects_outputs else 1))) for site in sites]
-    generator = torch.Generator().manual_seed(seed)
     pending: list[dict[str, torch.Tensor]] = [{} for _ in sites]
 
     def arrived(number: int, name: str, gradient: torch.Tensor) -> None:
@@ -246,11 +262,12 @@ def _collect_fishers(
     ]
     handles.append(model.get_input_embeddings().register_forward_hook(start_graph))
     with removed_after(handles), _frozen(model), torch.enable_grad():
-        for window in tqdm(windows, desc="gradients", unit="window"):
-            logits = model(input_ids=window[None].to(model.device)).logits.float().flatten(0, -2)  # [T, V]
+        for number in _numbered(windows, shared, "gradients"):
+            generator = torch.Generator().manual_seed(seed + number)  # whatever process reads this window
+            logits = model(input_ids=windows[number, None].to(model.device)).logits.float().flatten(0, -2)  # [T, V]
             drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
             F.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
-    return [fisher / windows.numel() for fisher in fishers]
+    return [_mean(fisher, windows, shared) for fisher in fishers]
 
 
 def _zeros(model: PreTrainedModel, site: Site, *shape: int) -> torch.Tensor:

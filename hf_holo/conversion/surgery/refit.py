@@ -31,6 +31,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ...distributed.processes import count, gathered, is_main, share_of, summed
 from ...errors import HoloError
 from ...modeling.quantizer import dense_shape, is_linear, swap
 from ..work_folder import WorkFolder
@@ -62,6 +63,7 @@ def refit(
     fishers: Sequence[torch.Tensor | None],
     windows: torch.Tensor,
     work: WorkFolder | None = None,
+    shared: bool = False,
 ) -> list[float]:
     """Convert in place, block after block, with weights fitted again, to the student's own inputs.
 
@@ -76,6 +78,8 @@ def refit(
         windows: token ids `[N, T]`; the more, the better: see [`worth_refitting`].
         work: keeps each block that is finished; those that are there already are taken from it. Default: nothing is
             kept.
+        shared: all processes of the run are here with the same arguments; each reads a part of the windows, all fit the
+            same weights to the sums of their products, and the main one keeps the blocks.
 
     Returns:
         The error of each site, see [`Factors.error`].
@@ -87,9 +91,12 @@ def refit(
     name = block_list(model)
     blocks = block_lists(model)[name]
     if _repeats(model, blocks, windows[0]):
-        return [_project(model, *each, windows) for each in zip(sites, ranks, fishers, strict=True)]
+        return [_project(model, *each, windows, shared) for each in zip(sites, ranks, fishers, strict=True)]
     calls = _record_calls(model, blocks, windows[0])
-    if all(_is_kept(work, index) for index in range(len(blocks))):
+    kept = [_is_kept(work, index) for index in range(len(blocks))]
+    if shared := shared and len(windows) >= count():  # else each process fits all by itself
+        windows, kept = windows[list(share_of(len(windows)))], gathered(kept)[0]
+    if all(kept):
         windows = windows[:0]  # nothing is left to fit
     theirs = [call.hidden for call in (_record_calls(model, blocks[:1], window)[0] for window in windows)]
     ours = theirs
@@ -101,26 +108,29 @@ def refit(
             for number, site in enumerate(sites)
             if site.layers[0].startswith(prefix) and ranks[number] is not None
         }
-        if work is not None and _is_kept(work, index):
+        if work is not None and kept[index]:
             _restore(work, index, model, sites, ranks, errors, numbers.values())
             theirs, ours = [call(teacher, hidden) for hidden in theirs], [call(block, hidden) for hidden in ours]
             continue
         writers = residual_writers(teacher, call, theirs[0])
+        writers = gathered(writers)[0] if shared else writers
         wanted, left = zip(*(_pass(teacher, call, hidden, list(numbers), writers) for hidden in theirs), strict=True)
         theirs = list(left)
         called = dict.fromkeys(layer for arrivals in wanted for layer in arrivals)  # in this order
+        if shared:  # an expert may have been called in one of the processes only
+            called = dict.fromkeys(layer for layers in gathered(list(called)) for layer in layers)
         for layer in [*called, *(layer for layer in numbers if layer not in called)]:
             number = numbers[layer]
             site, weight = sites[number], stacked_weight(model, sites[number])
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
             found = (_pass(block, call, hidden, [layer], writers, stop=True)[0] for hidden in ours)
             if is_expert(layer):
-                fitted, gram = weight, _gram(weight, layer, found, wanted)
+                fitted, gram = weight, _gram(weight, layer, found, wanted, shared)
             else:
                 passages = ((w[layer], f[layer]) for w, f in zip(wanted, found, strict=True))
-                fitted, gram = fit(weight, passages, layer in writers)  # [m, n] and [n, n]
+                fitted, gram = fit(weight, passages, layer in writers, shared)  # [m, n] and [n, n]
             errors[number] = _install(model, site, cast(int, ranks[number]), fishers[number], fitted, gram)
-        if work is not None:
+        if work is not None and (not shared or is_main()):
             _keep(work, index, model, sites, errors, numbers.values())
         ours = [call(block, hidden) for hidden in ours]
         del wanted, left  # before those of the next block are there
@@ -145,12 +155,17 @@ def _install(
 
 
 def _project(
-    model: PreTrainedModel, site: Site, rank: int | None, fisher: torch.Tensor | None, windows: torch.Tensor
+    model: PreTrainedModel,
+    site: Site,
+    rank: int | None,
+    fisher: torch.Tensor | None,
+    windows: torch.Tensor,
+    shared: bool,
 ) -> float:
     """Convert one site, for the inputs that it has in the whole model as it is now; returns its error."""
     if rank is None:
         return 0.0
-    gram = collect(model, [site], windows)[0].gram
+    gram = collect(model, [site], windows, shared=shared)[0].gram
     statistics = Statistics(gram, fisher) if gram.any() else without_gradients(model, site, gram)
     factors = factorise(site, stacked_weight(model, site), statistics)
     install(model, site, factors, rank)
@@ -239,7 +254,7 @@ class Arrival:
 
 
 def fit(
-    weight: torch.Tensor, passages: Iterator[tuple[Arrival, Arrival]], writes: bool
+    weight: torch.Tensor, passages: Iterator[tuple[Arrival, Arrival]], writes: bool, shared: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """W̃ of the module's formula.
 
@@ -247,6 +262,7 @@ def fit(
         weight: W `[m, n]`, in at least float32.
         passages: what came to the layer in the teacher and in the student, window by window.
         writes: whether its output is added to the residual stream, so that it can make up for what that lacks.
+        shared: the passages are a part of all, as in [`refit`].
 
     Returns:
         W̃ `[m, n]` and E[x̃ x̃ᵀ] `[n, n]`, both in float64.
@@ -260,7 +276,10 @@ def fit(
         if writes:
             target = target + theirs.stream - ours.stream
         gram, cross, tokens = gram + x.T @ x, cross + target.T @ x, tokens + len(x)
-    gram, cross, weight = gram.double() / tokens, cross.double() / tokens, weight.double()
+    gram, cross, weight = gram.double(), cross.double(), weight.double()
+    if shared:
+        gram, cross, tokens = summed(gram), summed(cross), int(summed(torch.tensor(tokens)))
+    gram, cross = gram / tokens, cross / tokens
     cross = weight @ cross if by_inputs else cross
     damping = DAMPING * gram.trace() / len(gram)
     damped = gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
@@ -268,7 +287,11 @@ def fit(
 
 
 def _gram(
-    weight: torch.Tensor, layer: str, found: Iterator[dict[str, Arrival]], wanted: Sequence[dict[str, Arrival]]
+    weight: torch.Tensor,
+    layer: str,
+    found: Iterator[dict[str, Arrival]],
+    wanted: Sequence[dict[str, Arrival]],
+    shared: bool,
 ) -> torch.Tensor:
     """E[x̃ x̃ᵀ] `[n, n]` of what came to an expert in the student, else in the teacher; zero if nothing came in both."""
     zero = weight.new_zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
@@ -278,6 +301,8 @@ def _gram(
             if layer in arrivals:
                 x = arrivals[layer].x.to(weight.dtype)  # [tokens, n]
                 gram, tokens = gram + (x.T @ x).double(), tokens + len(x)
+        if shared:
+            gram, tokens = summed(gram), int(summed(torch.tensor(tokens)))
         if tokens:
             return gram / tokens
     return zero
@@ -395,8 +420,8 @@ def residual_writers(block: nn.Module, call: Call, hidden: torch.Tensor) -> tupl
     with removed_after(hooks):
         added = call(block, hidden).double() - hidden.double()
     outputs = {name: y.view_as(added) for name, y in outputs.items() if y.numel() == added.numel()}  # no expert's
-    for count in range(1, MOST_WRITERS + 1):
-        for names in combinations(outputs, count):
+    for most in range(1, MOST_WRITERS + 1):
+        for names in combinations(outputs, most):
             if (sum(outputs[name] for name in names) - added).norm() <= SAME * added.norm():
                 return names
     return ()
