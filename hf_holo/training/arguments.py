@@ -152,6 +152,11 @@ class HoloTrainingArguments(TrainingArguments):
         device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
 
+    @property
+    def shards(self) -> bool:
+        """Whether FSDP is asked for, here or by `accelerate launch`."""
+        return bool(self.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.optimizer == "muon" and self.muon_lr_ratio <= 0:
@@ -159,6 +164,11 @@ class HoloTrainingArguments(TrainingArguments):
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay: {self.ema_decay} is not in [0, 1)")
         self._check_context_parallel()
+        if self.shards and self.device.type == "cpu":
+            raise ValueError(
+                "fsdp: Accelerate does not shard on a CPU, where every process would keep the whole model without a "
+                "word; leave it out, or shard with torch's fully_shard in your own code"
+            )
         if self.prediction_loss_only or self.batch_eval_metrics:
             raise ValueError("prediction_loss_only and batch_eval_metrics: the exact validation loss needs both off")
         if self.ema_decay and self.load_best_model_at_end:

@@ -38,3 +38,14 @@ def test_states_of_other_batches_are_refused(monkeypatch):
     run = parse(["--use_cpu", "--context_parallel_size", "2", "--state_passing", "0.5", "--task", "causal"])
     with pytest.raises(HoloError, match=r"state_passing: 0\.5: does not go together with context_parallel_size"):
         passed_states(run, new_model("hsn"))
+
+
+@pytest.mark.parametrize("by", ["the launcher", "the argument"])
+def test_sharding_that_would_silently_not_happen_is_refused(by, monkeypatch):
+    """Accelerate has it on GPUs alone."""
+    if by == "the launcher":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_VERSION", "2")
+    words = ["--use_cpu", *(["--fsdp", "full_shard"] if by == "the argument" else [])]
+    with pytest.raises(HoloError, match="fsdp: Accelerate does not shard on a CPU"):
+        parse(words)

@@ -138,11 +138,10 @@ def _check_processes(run: Distillation) -> None:
     """Raise HoloError for options that several processes cannot have."""
     if count() == 1:
         return
-    for name in ("torch_compile", "deepspeed"):
-        if value := getattr(run.training, name):
-            raise HoloError(
-                f"{name}: {value} does not go together with a distillation in several processes; leave it out"
-            )
+    refused = {"torch_compile": run.training.torch_compile, "deepspeed": run.training.deepspeed}
+    for name, value in {**refused, "fsdp": run.training.shards}.items():
+        if value:
+            raise HoloError(f"{name}: does not go together with a distillation in several processes; leave it out")
 
 
 def stage_folder(run: Distillation, index: int) -> Path:
