@@ -256,6 +256,7 @@ def finish(trainer: HoloTrainer, task: Task) -> None:
     trainer.adopt_average()
     metrics = trainer.evaluate()
     task.score_more(trainer)
+    trainer.gather_weights()
     by_main(lambda: write_results(trainer, task, metrics))
 
 

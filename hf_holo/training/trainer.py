@@ -241,6 +241,19 @@ class HoloTrainer(Trainer):
             self.average.swap(self.optimizer)  # type: ignore[arg-type]  # there is one after training
             self.average = None
 
+    def gather_weights(self) -> None:
+        """Where processes share out the weights (FSDP2), give the main one a model that has all of them, for good; all
+        have to call this. Training cannot continue afterwards, and the other processes keep their shares."""
+        if not self.is_fsdp_enabled:
+            return
+        weights = self.accelerator.get_state_dict(self.model)
+        if self.is_world_process_zero():
+            sharded = type(self.model)  # fully_shard has put a class of its own before that of the model
+            kind: Any = next(cls for cls in sharded.__mro__[1:] if issubclass(cls, PreTrainedModel))
+            self.model = kind(self.model.config).to(self.model.dtype)
+            self.model.load_state_dict(weights)
+            self.model.to(self.args.device).eval()  # type: ignore[arg-type]  # transformers wraps .to() without types
+
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return str(Path(folder, UNFINISHED)) if self.saving else folder
