@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch.distributed import TCPStore
 
 PATIENCE = 120  # seconds that the processes of a test may take
 
@@ -35,7 +36,9 @@ def in_processes(count: int, folder: Path, function: Callable, *args: Any) -> tu
     processes = [context.Process(target=_serve, args=order, daemon=True) for order in orders]
     for process in processes:
         process.start()
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # of the launcher, as with torchrun
     _wait(processes)
+    del store
     return [process.exitcode for process in processes], [log.read_text() for log in logs]
 
 
@@ -59,6 +62,7 @@ def _serve(rank: int, count: int, port: int, log: Path, function: Callable, args
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     for state in (PartialState, AcceleratorState, GradientState):
         state._reset_state()  # of the process that this one was forked from
     sys.exit(function(*args))
