@@ -1,6 +1,7 @@
 """`hf-holo convert`: a language model becomes holographic, with a report of what that cost.
 
     hf-holo convert TEACHER OUT --ratio 0.8 --train_file a.txt b.txt   linear layers, fitted to texts
+    hf-holo convert TEACHER OUT --quantize int8 --train_file a.txt     the same, then stored in 8 bits a value
     hf-holo convert TEACHER OUT --to hsn --layers 0 1                  attention, to be distilled
     hf-holo convert TEACHER --dry-run
 
@@ -29,8 +30,10 @@ from ...data.windows import fingerprint
 from ...errors import HoloError, first_line
 from ...generate import generate_text
 from ...hub.code import add_code
-from ...modeling.checkpoint import values_on_disk
-from ..sources import Source, Text, calibration_texts, load_tokenizer
+from ...modeling.checkpoint import weight_files
+from ...modeling.integers import BITS
+from ..sources import Source, Text, calibration_texts, load_tokenizer, mixed
+from ..surgery.quantize import quantize_linears
 from ..work_folder import WorkFolder, check_out, clear_disk_errors, work_path
 from .arguments import ConvertArguments, parse
 from .conversion import Conversion
@@ -134,6 +137,10 @@ def convert(teacher: str, out: Path, options: ConvertArguments, overwrite: bool 
                 before = judge(model, job, work, "teacher")
             with timed(seconds, "surgery"):
                 model = conversion.apply(model, job.texts, work)
+                stored = stored_values(model)
+                if options.integers:
+                    windows = mixed(job.texts)[: options.fisher_tokens // options.block_size]
+                    quantize_linears(model, options.integers, windows)
             with timed(seconds, "student"):
                 after = judge(model, job, work, "student")
             result = work.new_result()
@@ -143,17 +150,18 @@ def convert(teacher: str, out: Path, options: ConvertArguments, overwrite: bool 
             check_loading(model, result, options.trust_remote_code)
             if job.tokenizer is not None:
                 job.tokenizer.save_pretrained(result)
-    figures = conversion.figures(result)
+    figures = conversion.figures(stored)
+    size = sum(path.stat().st_size for path in weight_files(result))
     outcome = Outcome(
         name=out.name,
         teacher=teacher,
         auto_class=job.source.auto_class.__name__,
         recipe=options.recipe,
-        figures=figures,
-        summary=conversion.summary(figures),
-        lesson=conversion.lesson if job.source.causal else None,
+        figures={**figures, "bytes_on_disk": size, "quantize": options.quantize},
+        summary=conversion.summary(figures) + in_integers(options.integers, size),
+        lesson=conversion.lesson if job.source.causal and not options.integers else None,
         advice=conversion.advice,
-        numbers={"teacher": conversion.twin.num_parameters(), "student": values_on_disk(result)},
+        numbers={"teacher": conversion.twin.num_parameters(), "student": sum(stored.values())},
         before=before.scores,
         after=after.scores,
         samples={"teacher": before.sample, "student": after.sample} if before.sample else {},
@@ -165,6 +173,23 @@ def convert(teacher: str, out: Path, options: ConvertArguments, overwrite: bool 
         write_report(result, outcome)
         work.publish()
     return outcome
+
+
+def stored_values(model: PreTrainedModel) -> dict[str, int]:
+    """How many values a checkpoint of the model holds, by key; what is tied counts once."""
+    counts: dict[str, int] = {}
+    seen: set[tuple[Any, ...]] = set()
+    for key, x in model.state_dict().items():
+        place = (x.data_ptr(), x.shape)
+        if place not in seen or not x.numel():
+            seen.add(place)
+            counts[key] = x.numel()
+    return counts
+
+
+def in_integers(kind: str | None, size: int) -> str:
+    """What the summary says of a checkpoint of `size` bytes with layers in small integers."""
+    return f"; linear layers in {kind}, {BITS[kind]} bits a value, {size / 1e6:,.1f} MB on disk" if kind else ""
 
 
 @contextmanager
