@@ -12,15 +12,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ...errors import HoloError
 from ...modeling.harmonics import HoloLinear
 from ...modeling.integers import KINDS, IntegerLinear
-from ...modeling.quantizer import SurgeryPlan, is_linear, replace
+from ...modeling.quantizer import SurgeryPlan, holo_layers, is_linear, replace
 from .apply import HoloQuantizer, mark
 from .calibration import removed_after
 from .plan import HoloSurgeryConfig, is_its_product, is_router
 from .proof import Proof, all_or_nothing
-from .rounding import round_dense, round_thin
+from .rounding import round_thin
 
 MEMORY = 2 * 2**30  # bytes of statistics at a time
-Site = list[tuple[str, Any]]  # layers that read the same input: holographic ones with one basis, or a dense one
+Site = list[HoloLinear]  # layers with one basis
 
 
 def quantize_linears(
@@ -35,9 +35,9 @@ def quantize_linears(
     Args:
         model: converted by surgery, trained afterwards or not; a dense one is stored in the same way.
         kind: "int8", one scale for each row, or "int4", one for 32 values of a row.
-        windows: `[N, T]`, tokens of a text, whose inputs to the layers the rounding is fitted to. Without them every
-            value is rounded to the nearest, which fitted holographic layers do not bear in int4: large contributions
-            cancel in them.
+        windows: `[N, T]`, tokens of a text, to whose inputs the rounding of holographic layers is fitted. Without them
+            every value is rounded to the nearest, which fitted layers do not bear in int4: large contributions cancel
+            in them. Dense layers are always rounded to the nearest.
 
     Returns:
         The model.
@@ -51,13 +51,17 @@ def quantize_linears(
     config = _plan_of(model)
     proof = Proof.of(model)
     with all_or_nothing(model):
-        dense = {name: model.get_submodule(name) for name in dense_linears(model)}
+        dense = dense_linears(model)
         try:
-            for site, gram in _with_inputs(model, _sites(model, dense), windows):
-                _round(model, site, gram, kind)
+            for layers, gram in _with_inputs(model, _sites(model), windows):
+                if gram is not None:
+                    round_thin(layers, gram, kind)
+                for layer in layers if gram is None else []:
+                    layer.to_integers(kind)
+            replace(model, {layer: IntegerLinear.like(layer, kind) for layer in map(model.get_submodule, dense)})
         except ValueError as error:
             raise HoloError(f"model: {error}") from None
-        _note(model, config, kind, list(dense))
+        _note(model, config, kind, dense)
         proof.check(model)
     return model
 
@@ -94,12 +98,11 @@ def dense_linears(model: nn.Module) -> list[str]:
     ]
 
 
-def _sites(model: nn.Module, dense: dict[str, nn.Module]) -> list[Site]:
+def _sites(model: nn.Module) -> list[Site]:
     shared: dict[int, Site] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, HoloLinear):
-            shared.setdefault(id(module.basis), []).append((name, module))
-    return [*shared.values(), *([(name, layer)] for name, layer in dense.items())]
+    for layer in holo_layers(model):
+        shared.setdefault(id(layer.basis), []).append(layer)
+    return list(shared.values())
 
 
 def _with_inputs(
@@ -117,7 +120,7 @@ def _portions(sites: Sequence[Site]) -> Iterator[list[Site]]:
     batch: list[Site] = []
     taken = 0
     for site in sites:
-        size = 4 * _inputs_of(site) ** 2
+        size = 4 * site[0].in_features ** 2
         if batch and taken + size > MEMORY:
             yield batch
             batch, taken = [], 0
@@ -125,11 +128,6 @@ def _portions(sites: Sequence[Site]) -> Iterator[list[Site]]:
         taken += size
     if batch:
         yield batch
-
-
-def _inputs_of(site: Site) -> int:
-    layer = site[0][1]
-    return layer.in_features if isinstance(layer, nn.Linear) else layer.nx  # Conv1D calls it so
 
 
 @torch.no_grad()
@@ -145,25 +143,11 @@ def _grams(model: PreTrainedModel, sites: Sequence[Site], windows: torch.Tensor)
         return hook
 
     training = model.training
-    with removed_after([site[0][1].register_forward_pre_hook(listen(n)) for n, site in enumerate(sites)]):
+    with removed_after([site[0].register_forward_pre_hook(listen(n)) for n, site in enumerate(sites)]):
         for window in tqdm(windows, desc="inputs of the layers", unit="window"):
             model.eval()(input_ids=window[None].to(model.device))
     model.train(training)
     return sums
-
-
-def _round(model: nn.Module, site: Site, gram: torch.Tensor | None, kind: str) -> None:
-    layers = [layer for _, layer in site]
-    if not isinstance(layers[0], HoloLinear):
-        new = IntegerLinear.like(layers[0], kind)
-        if gram is not None:
-            round_dense(new, layers[0], gram)
-        replace(model, {layers[0]: new})
-    elif gram is None:
-        for layer in layers:
-            layer.to_integers(kind)
-    else:
-        round_thin(layers, gram, kind)
 
 
 def _note(model: PreTrainedModel, config: HoloSurgeryConfig, kind: str, dense: list[str]) -> None:

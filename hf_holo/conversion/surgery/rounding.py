@@ -12,21 +12,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from ...modeling.harmonics import HarmonicBasis, HoloLinear
-from ...modeling.integers import GROUP, LARGEST, IntegerLinear, IntegerMatrix, scales_for
-from ...modeling.quantizer import dense_weight
+from ...modeling.integers import GROUP, LARGEST, IntegerMatrix, scales_for
 
 DAMPING = 0.01  # of the mean square of each input, added to it: for directions that the text hardly shows
 RIDGE = 1e-6  # likewise where coefficients are fitted
 BLOCK = 128  # columns after which all others learn of the errors; a multiple of GROUP
-
-
-@torch.no_grad()
-def round_dense(new: IntegerLinear, old: nn.Module, gram: torch.Tensor) -> None:
-    """Store a dense layer in the integers of `new`, fitted to E[x xᵀ] `[I, I]` of its inputs."""
-    new.integers = rounded(dense_weight(old), gram, new.integers.kind)
 
 
 @torch.no_grad()
