@@ -124,7 +124,7 @@ install()
 # preset, a function that makes its model: `hsn_tiny(vocab_size=...)`.
 _LAZY = {
     "conversion.surgery.bases": ["fit_bases"],
-    "conversion.surgery": ["HoloSurgeryConfig", "apply_surgery", "restore_linears"],
+    "conversion.surgery": ["HoloSurgeryConfig", "apply_surgery", "quantize_linears", "restore_linears"],
     "conversion.surgery.transfer": ["transfer_to_hsn"],
     "errors": ["HoloError"],
     "eval.command": ["evaluate"],

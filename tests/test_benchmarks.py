@@ -820,6 +820,48 @@ def test_large_conversion(run, text, tmp_path):
 
 
 @pytest.mark.slow
+def test_pareto(run, text, tmp_path):
+    """Every point once; a later run measures only what is new, and students of an earlier one are used again."""
+    save_llama(tmp_path / "model", text, layers=1)
+    lines = [{"context": "It is the east, and Juliet is the", "target": "sun."}] * 3
+    (tmp_path / "lambada.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    windows = ("--window", 16, "--tokens", 128, "--fisher_tokens", 64, "--rounding_tokens", 64, "--eval_windows", 2)
+    argv = (tmp_path / "model", "--text", text, *windows, "--students", tmp_path / "students", "--repeats", 2)
+    argv += ("--prefill", 8, "--lambada", tmp_path / "lambada.jsonl", "--passages", 2)
+    report, _ = run("pareto", *argv, "--ratios", 0.6)
+    pareto = importlib.import_module("pareto")
+    rows = report["figures"]["rows"]
+    names = [row["point"] for row in rows if row["form"] != pareto.TORCHAO]
+    assert names == [
+        *(f"no surgery, {form}" for form in ("float32", "bfloat16", "int8", "int4")),
+        *(f"surgery 60%, {form}" for form in ("bfloat16", "int8", "int4")),
+    ]
+    sizes = {row["point"]: row["bytes"] for row in rows}
+    assert sizes["no surgery, float32"] > sizes["no surgery, bfloat16"] > sizes["no surgery, int8"]
+    assert all(row["text.txt"] > 1 and 0 <= row["lambada"] <= 1 and row["resident_bytes"] for row in rows)
+    assert len(report["figures"]["speeds"]) == len(rows)
+    joined = list(csv.DictReader((tmp_path / "pareto.csv").open()))
+    assert [row["point"] for row in joined] == [row["point"] for row in rows]
+    assert (tmp_path / "pareto.png").stat().st_size > 10_000
+    assert "on the frontier" in pareto.sentence(report) and "no surgery, int4" in pareto.table(report)
+    again, _ = run("pareto", *argv, "--ratios", 0.6, 0.5)
+    assert [row for row in again["figures"]["rows"] if row["kept"] != 0.5] == rows and len(sizes) + 3 == len(
+        again["figures"]["rows"]
+    )
+    assert len(again["figures"]["speeds"]) == len(again["figures"]["rows"])
+
+
+def test_the_frontier_is_what_nothing_beats(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    pareto = importlib.import_module("pareto")
+    sizes = {"whole": (100, 10.0), "small": (50, 11.0), "worse": (60, 12.0), "equal": (50, 11.0), "tiny": (10, 99.0)}
+    rows = [{"point": n, "bytes": size, "a.txt": p, "b.txt": p} for n, (size, p) in sizes.items()]
+    found = pareto.with_speeds({"figures": {"texts": ["a.txt", "b.txt"], "rows": rows, "speeds": []}})
+    assert [row["point"] for row in found if row["frontier"]] == ["whole", "small", "equal", "tiny"]
+    assert found[1]["relative_perplexity"] == pytest.approx(1.1)
+
+
+@pytest.mark.slow
 def test_surgery_and_distillation(run, text, tmp_path):
     """What the first converts and keeps, the second brings nearer to the teacher."""
     save_llama(tmp_path / "model", text, layers=1)

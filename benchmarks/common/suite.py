@@ -31,6 +31,7 @@ INPUTS = {
     "CIFAR10": Input("folder of small photographs, `train.parquet` and `test.parquet` with `image` and `label`"),
     "MNIST": Input("folder of handwritten digits, `train.parquet` and `test.parquet` with `image` and `label`"),
     "FSDD": Input("folder of spoken digits, likewise with `audio` and `label` (Free Spoken Digit Dataset)"),
+    "LAMBADA": Input("`lambada.jsonl`, passages with `context` and `target` (the last word), in OpenAI's form"),
     "SHAKESPEARE_RUN": Input("the model that `shakespeare` trains", "runs/shakespeare-char-hsn"),
     "STUDENTS": Input("the models that `surgery` converts", "runs/students"),
 }
@@ -120,6 +121,7 @@ GROUPS: dict[str, dict[str, Benchmark]] = {
     },
     "conversion": {
         "surgery": Benchmark("surgery", f"SMOLLM2 {BOTH_TEXTS} --eval_windows 32 {KEPT}"),
+        "pareto": Benchmark("pareto", f"SMOLLM2 {BOTH_TEXTS} --eval_windows 4 --lambada LAMBADA {KEPT}"),
         "distillation": Benchmark("distillation", f"SMOLLM2 STUDENTS {BOTH_TEXTS} --bf16"),
         "transfer": Benchmark("transfer", "TINYSHAKESPEARE"),
         "partial_transfer": Benchmark("partial_transfer", f"SMOLLM2 {BOTH_TEXTS} --bf16"),
@@ -142,6 +144,7 @@ TABLES = {  # of the pages in docs, by page and mark, likewise
     ("how-a-causal-model-cheats", "measured"): ("leaking_gate",),
     ("conformance", "measured"): ("conformance",),
     ("surgery", "measured"): ("surgery", "distillation"),
+    ("surgery", "pareto"): ("pareto",),
     ("holo", "measured"): ("holo_curve",),
     ("resonance", "measured"): ("long_context",),
     ("parallel", "measured"): ("context_parallel",),

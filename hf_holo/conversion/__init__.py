@@ -1,5 +1,19 @@
 """One form of a model into another: layer surgery, distillation, transfer."""
 
-from .surgery import HoloQuantizer, HoloSurgeryConfig, SurgeryReport, apply_surgery, restore_linears
+from .surgery import (
+    HoloQuantizer,
+    HoloSurgeryConfig,
+    SurgeryReport,
+    apply_surgery,
+    quantize_linears,
+    restore_linears,
+)
 
-__all__ = ["HoloQuantizer", "HoloSurgeryConfig", "SurgeryReport", "apply_surgery", "restore_linears"]
+__all__ = [
+    "HoloQuantizer",
+    "HoloSurgeryConfig",
+    "SurgeryReport",
+    "apply_surgery",
+    "quantize_linears",
+    "restore_linears",
+]

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from ..errors import UNREADABLE, HoloError, first_line
 from ..modeling.harmonics import HoloLinear
+from ..modeling.quantizer import integer_matrices
 from .graph import GENERATION, TASKS, Graph, GraphModule, positions, task_of
 
 PROCESSOR_FILES = ("tokenizer*.json", "*processor_config.json")
@@ -34,7 +35,7 @@ class SavedModel:
         task: as in [`Graph`]; default: what the config says, with state if it generates.
 
     Raises:
-        HoloError: it cannot be loaded, or not for this task.
+        HoloError: it cannot be loaded, or not for this task, or its layers are in small integers.
     """
 
     def __init__(self, folder: str, task: str | None = None) -> None:
@@ -52,6 +53,11 @@ class SavedModel:
                 reason = f"is not a folder, and the Hub does not give it: {first_line(error)}"
                 raise HoloError(f"model: {folder!r} {reason}") from error
             raise HoloError(f"model: {folder!r} cannot be loaded for export: {first_line(error)}") from error
+        if integer_matrices(self.model):
+            raise HoloError(
+                f"model: the layers of {folder!r} are in small integers, which have no form in exported graphs; export "
+                "the conversion that was made without --quantize, in a format such as onnx-int8"
+            )
         self.graph = Graph(self.task, self.model.config)
         self._temporary = TemporaryDirectory()
 

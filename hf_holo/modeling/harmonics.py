@@ -6,10 +6,9 @@ thin products compute it; nothing larger than [tokens, max(R, O)] is ever made.
 
 import math
 import operator
-import re
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .computed_weight import ComputedWeight
+from .integers import IntegerMatrix, as_tensor, multiply, tensors_of
 from .recording import exporting
 from .validation import check_choice, check_positive
 
@@ -138,8 +139,8 @@ class HarmonicBasis(nn.Module):
             or pivoted without a "data" basis.
     """
 
-    table: torch.Tensor
-    tail: torch.Tensor
+    table: Any  # a tensor, or an IntegerMatrix
+    tail: Any  # likewise
     order: torch.Tensor
 
     def __init__(
@@ -207,8 +208,9 @@ class HarmonicBasis(nn.Module):
     def matrix(self) -> torch.Tensor:
         """The basis as one matrix `[R, I]`."""
         if not self.pivoted:
-            return self.table
-        ordered = torch.cat([torch.eye(self.harmonics, dtype=self.tail.dtype, device=self.tail.device), self.tail], 1)
+            return as_tensor(self.table)
+        tail = as_tensor(self.tail)
+        ordered = torch.cat([torch.eye(self.harmonics, dtype=tail.dtype, device=tail.device), tail], 1)
         return torch.empty_like(ordered).index_copy(1, self.order.long(), ordered)
 
     @torch.no_grad()
@@ -234,19 +236,28 @@ class HarmonicBasis(nn.Module):
         """`[..., I]` to `[..., R]`, in the dtype of the input: casts that look at parameters alone miss a basis."""
         if self.last is None:
             return self._product(x)
-        return self.last.get(self._product, x, [self.tail, self.order] if self.pivoted else [self.table])
+        tables = [*tensors_of(self.tail), self.order] if self.pivoted else tensors_of(self.table)
+        return self.last.get(self._product, x, tables)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         if not self.pivoted:
-            return F.linear(x, self.table.to(x.dtype))
+            return multiply(x, self.table)
         x = x.index_select(-1, self.order)
-        return x[..., : self.harmonics] + F.linear(x[..., self.harmonics :], self.tail.to(x.dtype))
+        return x[..., : self.harmonics] + multiply(x[..., self.harmonics :], self.tail)
+
+    def to_integers(self, kind: str) -> None:
+        """Store a "data" basis in small integers, see [`IntegerMatrix`]; other bases are not stored, and stay."""
+        name = "tail" if self.pivoted else "table"
+        table = self._buffers.get(name)
+        if self.kind == "data" and table is not None and table.numel():
+            delattr(self, name)
+            setattr(self, name, IntegerMatrix.of(table, kind))
 
     def stored_numbers(self) -> int:
         """How many values a checkpoint keeps for it."""
-        return sum(
-            buffer.numel() for name, buffer in self.named_buffers() if name not in self._non_persistent_buffers_set
-        )
+        if self.kind != "data":
+            return 0
+        return self.tail.numel() + self.order.numel() if self.pivoted else self.table.numel()
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, harmonics={self.harmonics}, kind={self.kind!r}" + ", pivoted" * self.pivoted
@@ -279,7 +290,7 @@ class HoloLinear(nn.Linear):
 
     dense_class: type[nn.Module] = nn.Linear
     loading: bool = False
-    coefficients: nn.Parameter
+    coefficients: Any  # an nn.Parameter, or an IntegerMatrix
     amplitude: nn.Parameter
     phase: nn.Parameter
     bias: nn.Parameter | None  # type: ignore[assignment]  # torch declares none that is None
@@ -319,8 +330,18 @@ class HoloLinear(nn.Linear):
 
     @property
     def folded(self) -> bool:
-        """Whether A · cos Φ is one parameter."""
-        return "coefficients" in self._parameters
+        """Whether A · cos Φ is one matrix."""
+        return "amplitude" not in self._parameters
+
+    @property
+    def kind(self) -> str | None:
+        """Of the small integers that the coefficients are in, "int8" or "int4"; else None."""
+        return self.coefficients.kind if self.folded and isinstance(self.coefficients, IntegerMatrix) else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the coefficients; of those in small integers, the one that they stand for."""
+        return (self.coefficients if self.folded else self.amplitude).dtype
 
     def reset_parameters(self) -> None:
         """Random amplitudes and phases: inputs of variance one give outputs of variance one half."""
@@ -334,7 +355,7 @@ class HoloLinear(nn.Linear):
 
     def effective_coefficients(self) -> torch.Tensor:
         """C = A · cos Φ, `[O, R]`."""
-        return self.coefficients if self.folded else self.amplitude * self.phase.cos()
+        return as_tensor(self.coefficients) if self.folded else self.amplitude * self.phase.cos()
 
     def dense_matrix(self) -> torch.Tensor:
         """C B `[O, I]`, in the dtype of the coefficients."""
@@ -346,10 +367,10 @@ class HoloLinear(nn.Linear):
         """The dense matrix `[O, I]` that the layer stands for. Computed: writing to it raises TypeError; freezing it
         freezes what it is computed from."""
         if self.loading:
-            dtype = next(self.parameters(recurse=False)).dtype
-            return torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
+            return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
         weight = (self.dense_matrix() if self.merged is None else self.merged).as_subclass(ComputedWeight)
-        weight.factors = [self.coefficients] if self.folded else [self.amplitude, self.phase]
+        names = ("coefficients", "amplitude", "phase")
+        weight.factors = [self._parameters[name] for name in names if name in self._parameters]  # type: ignore[misc]
         return weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -357,7 +378,9 @@ class HoloLinear(nn.Linear):
         if self.merged is not None:
             return F.linear(x, self.merged, self.bias)
         if self.folded:
-            return F.linear(self.basis(x), self.coefficients, self.bias)
+            h, coefficients = self.basis(x), self.coefficients
+            integers = isinstance(coefficients, IntegerMatrix)
+            return coefficients(h, self.bias) if integers else F.linear(h, coefficients, self.bias)
         return harmonic_linear(self.basis(x), self.amplitude, self.phase, self.bias)
 
     @torch.no_grad()
@@ -391,12 +414,31 @@ class HoloLinear(nn.Linear):
 
     @torch.no_grad()
     def unfold(self) -> None:
-        """Replace the product by amplitudes and phases of π/4, so that both can be trained."""
+        """Replace the product by amplitudes and phases of π/4, so that both can be trained.
+
+        Raises:
+            TypeError: it is in small integers.
+        """
+        if isinstance(self.coefficients if self.folded else None, IntegerMatrix):
+            raise TypeError(f"coefficients: in {self.kind} they cannot be trained; unfold before they are quantized")
         if self.folded:
             amplitude = nn.Parameter(self.coefficients / math.cos(START_PHASE))
             phase = nn.Parameter(torch.full_like(self.coefficients, START_PHASE))
             del self.coefficients
             self.amplitude, self.phase = amplitude, phase
+
+    def to_integers(self, kind: str) -> None:
+        """Fold, and store coefficients and a basis of its own in small integers, for inference.
+
+        Args:
+            kind: "int8" or "int4", see [`IntegerMatrix`].
+        """
+        self.fold()
+        if self.kind is None:
+            self.unmerge()
+            self.coefficients = IntegerMatrix.of(self._parameters.pop("coefficients"), kind)  # type: ignore[arg-type]
+        if "own_basis" in self._modules:
+            self.own_basis.to_integers(kind)
 
     @torch.no_grad()
     def load_factors(self, coefficients: torch.Tensor, basis: torch.Tensor | None = None) -> None:
@@ -425,63 +467,16 @@ class HoloLinear(nn.Linear):
         bias = 0 if self.bias is None else self.out_features
         thin = self.out_features * self.harmonics
         own = self.own_basis.stored_numbers() if "own_basis" in self._modules else 0
+        integers = thin if self.kind is not None else 0
         trained = sum(parameter.numel() for parameter in self._parameters.values() if parameter is not None)
         dense = self.out_features * self.in_features + bias
-        return {"stored": trained + own, "trained": trained, "folded": thin + bias + own, "dense": dense}
+        return {"stored": trained + integers + own, "trained": trained, "folded": thin + bias + own, "dense": dense}
 
     def extra_repr(self) -> str:
         return (
             f"{self.in_features}, {self.out_features}, harmonics={self.harmonics}, basis={self.basis.kind!r}, "
             f"bias={self.bias is not None}" + ", folded" * self.folded
         )
-
-
-FREEZING = (torch.Tensor.requires_grad.__set__, torch.Tensor.requires_grad_)  # type: ignore[attr-defined]
-WRITING = r"__set__|__setitem__|[a-z]\w*[^_]_"  # x.data = ..., x[i] = ..., x.add_(...), init.zeros_(x)
-
-
-class ComputedWeight(torch.Tensor):
-    """A weight that is the product of other parameters. It can be read; a change would be lost, so it is refused.
-
-    Attributes:
-        factors: the parameters, of the weight itself; none of its views.
-    """
-
-    _is_hf_initialized = True  # the functions of transformers 5 that initialise a model then pass it by
-    factors: Sequence[nn.Parameter] = ()
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if func in FREEZING and isinstance(args[0], cls):
-            for factor in args[0].factors:
-                factor.requires_grad_(*args[1:], **kwargs)
-            return args[0]
-        first = next(iter([*args, *kwargs.values()]), None)
-        if isinstance(first if re.fullmatch(WRITING, name) else kwargs.get("out"), cls):
-            raise TypeError(
-                "the weight of a HoloLinear is computed from its factors and cannot be changed in place: "
-                "keep the adapter separate, or convert the layer to nn.Linear before merging into it"
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*_plain(args), **_plain(kwargs))
-        view = name == "__get__" and isinstance(result, torch.Tensor)  # .data, .T: a change would be lost there as well
-        return result.as_subclass(cls) if view else result
-
-
-def _plain(values: Any) -> Any:
-    """The same with plain tensors."""
-    if isinstance(values, ComputedWeight):
-        return values.as_subclass(torch.Tensor)
-    if isinstance(values, dict):
-        return {key: _plain(value) for key, value in values.items()}
-    return type(values)(map(_plain, values)) if isinstance(values, (tuple, list)) else values
 
 
 class SineActivation(nn.Module):

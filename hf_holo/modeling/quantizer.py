@@ -18,6 +18,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import check_files, check_finite, check_offloaded, weight_files
 from .harmonics import HarmonicBasis, HoloLinear, named_seed
+from .integers import KINDS, IntegerLinear, IntegerMatrix
+from .validation import check_choice
 
 # How transformers marks a model that a quantizer has made, and its config.
 QUANTIZED = ("is_quantized", "hf_quantizer", "quantization_method", "quantization_config", "_pre_quantization_dtype")
@@ -32,21 +34,28 @@ class SurgeryPlan(QuantizationConfigMixin):
         layers: by module name: `harmonics`, `basis`, `folded`, `pivoted` and `lender`, see `apply_surgery`.
         seed: of random bases.
         checksum: of the bases that are recomputed, or None.
+        quantize: "int8" or "int4": what the layers are stored in, see [`IntegerMatrix`]; None: as they are.
+        dense: names of the dense layers that are stored in it too.
         kwargs: kept as they are.
     """
 
     layers: dict[str, dict[str, Any]] | None
     seed: int
     checksum: int | None
+    quantize: str | None
+    dense: list[str]
 
     def __init__(
         self,
         layers: dict[str, dict[str, Any]] | None = None,
         seed: int = 0,
         checksum: int | None = None,
+        quantize: str | None = None,
+        dense: Iterable[str] = (),
         **kwargs,
     ) -> None:
         vars(self).update(kwargs, quant_method="holo", layers=layers, seed=seed, checksum=checksum)
+        self.quantize, self.dense = quantize, list(dense)
 
 
 class PlanQuantizer(HfQuantizer):
@@ -85,6 +94,10 @@ class PlanQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for basis in _bases(model).values():
             basis.regenerate()  # transformers 5 leaves it empty
+        for matrix in integer_matrices(model):
+            matrix.settle()
+        for linear in integer_linears(model):
+            linear.loading = False
         for layer in holo_layers(model):
             layer.loading = False
             if not self.pre_quantized:
@@ -110,7 +123,8 @@ class PlanQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        return True  # without it Trainer refuses the model
+        """Without it Trainer trains nothing but adapters, and says so."""
+        return self.quantization_config.quantize is None
 
 
 def local_files(config: PretrainedConfig) -> list[Path]:
@@ -134,7 +148,7 @@ def check_safe(files: Iterable[str | Path]) -> None:
     check_files(files)
 
 
-def swap(model: nn.Module, config: SurgeryPlan, partial: bool = False) -> dict[str, HoloLinear]:
+def swap(model: nn.Module, config: SurgeryPlan, partial: bool = False) -> dict[str, HoloLinear | IntegerLinear]:
     """Put new layers in the places that the plan names.
 
     Args:
@@ -148,12 +162,13 @@ def swap(model: nn.Module, config: SurgeryPlan, partial: bool = False) -> dict[s
     Raises:
         ValueError: the plan is not valid, or the model has no layer of a name in it; no layer has been replaced then.
     """
-    layers = check_plan(config.layers)
+    layers, dense = check_plan(config.layers), check_integers(config)
     modules: dict[str, Any] = dict(model.named_modules())
     new: dict[str, HoloLinear] = {}
-    found = places(model, layers, partial)
-    if len(found) < len(layers):
+    found = places(model, [*layers, *dense], partial)
+    if len(found) < len(layers) + len(dense):
         config.layers = layers = {name: entry for name, entry in layers.items() if name in found}
+        config.dense = dense = [name for name in dense if name in found]
         config.checksum = None  # it was of all bases
     lenders_first = sorted(layers.items(), key=lambda item: item[1]["lender"] is not None)  # JSON sorts by name
     for name, entry in lenders_first:
@@ -173,10 +188,15 @@ def swap(model: nn.Module, config: SurgeryPlan, partial: bool = False) -> dict[s
             dtype=old.weight.dtype,
         )
         new[name].dense_class = Conv1D if isinstance(old, Conv1D) else nn.Linear
-        for module in new[name].modules():
-            vars(module)["_is_hf_initialized"] = True  # else the model would initialise it as its nn.Linear
-    replace(model, {modules[found[name]]: layer.train(model.training) for name, layer in new.items()})
-    return {found[name]: layer for name, layer in new.items()}
+    if config.quantize is not None:
+        for layer in new.values():
+            layer.to_integers(config.quantize)
+    plain = {name: IntegerLinear.like(modules[found[name]], config.quantize or "") for name in dense}
+    everything: dict[str, HoloLinear | IntegerLinear] = {**new, **plain}
+    for module in (part for layer in everything.values() for part in layer.modules()):
+        vars(module)["_is_hf_initialized"] = True  # else the model would initialise it as its nn.Linear
+    replace(model, {modules[found[name]]: layer.train(model.training) for name, layer in everything.items()})
+    return {found[name]: layer for name, layer in everything.items()}
 
 
 def places(model: nn.Module, layers: Iterable[str], partial: bool) -> dict[str, str]:
@@ -253,9 +273,20 @@ def check_plan(layers: Any) -> dict[str, dict[str, Any]]:
     return layers
 
 
+def check_integers(config: SurgeryPlan) -> list[str]:
+    """The names of dense layers that a plan stores in small integers; raises ValueError unless they fit the plan."""
+    check_choice("quantize", config.quantize, (None, *KINDS))
+    dense = config.dense
+    if not isinstance(dense, list) or not all(isinstance(n, str) and n not in (config.layers or {}) for n in dense):
+        raise ValueError("dense: not a list of the names of layers that are not holographic")
+    if dense and config.quantize is None:
+        raise ValueError(f"dense: {dense[0]!r} is to be stored in integers, but quantize does not say in which")
+    return dense
+
+
 def is_linear(module: nn.Module | None) -> bool:
     """Whether it is a dense linear layer that can be converted."""
-    return isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, HoloLinear)
+    return isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, (HoloLinear, IntegerLinear))
 
 
 def dense_shape(layer: nn.Module) -> tuple[int, int]:
@@ -282,11 +313,20 @@ def holo_layers(model: nn.Module) -> list[HoloLinear]:
     return [module for module in model.modules() if isinstance(module, HoloLinear)]
 
 
+def integer_linears(model: nn.Module) -> list[IntegerLinear]:
+    """Dense layers that are stored in small integers, each once."""
+    return [module for module in model.modules() if isinstance(module, IntegerLinear)]
+
+
+def integer_matrices(model: nn.Module) -> list[IntegerMatrix]:
+    """All matrices in small integers, each once."""
+    return [module for module in model.modules() if isinstance(module, IntegerMatrix)]
+
+
 def _agree_on_dtype(layer: HoloLinear) -> None:
     """A layer that transformers keeps in float32 has its own basis in float32, too."""
-    dtype = next(layer.parameters(recurse=False)).dtype
-    if "own_basis" in layer._modules and layer.own_basis.dtype != dtype:
-        layer.own_basis.to(dtype)
+    if "own_basis" in layer._modules and layer.own_basis.dtype != layer.dtype:
+        layer.own_basis.to(layer.dtype)
 
 
 def _bases(model: nn.Module) -> dict[str, HarmonicBasis]:

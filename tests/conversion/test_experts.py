@@ -10,12 +10,12 @@ from packaging import version
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers import __version__ as transformers_version
 
-from hf_holo import HoloSurgeryConfig, apply_surgery
+from hf_holo import HoloSurgeryConfig, apply_surgery, quantize_linears
 from hf_holo.cli import main
 from hf_holo.conversion.surgery.calibration import is_expert
 from hf_holo.conversion.surgery.plan import is_router, other_matrices
 from hf_holo.data.tokenizers import make_tokenizer
-from hf_holo.modeling.quantizer import holo_layers
+from hf_holo.modeling.quantizer import holo_layers, integer_linears, integer_matrices
 
 MAJOR = version.parse(transformers_version).major
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -82,6 +82,27 @@ def relative_error(name: str, sizes: dict, auto: type, folder: Path, *options: s
         right = teacher(input_ids=x).logits
         got = auto.from_pretrained(folder / "student").eval()(input_ids=x).logits
     return float((got - right).square().mean() / right.var())
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_in_integers_routers_and_fused_experts_stay(name, tmp_path):
+    model = build(name, EXPERTS[name], AutoModelForCausalLM, 80)
+    fused = {n: p.detach().clone() for n, p in model.named_parameters() if p.dim() == 3}
+    routers = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and is_router(model, n)]
+    apply_surgery(model, HoloSurgeryConfig(modules=["self_attn"], ratio=0.9))
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        right = model(ids).logits
+        found = quantize_linears(model).eval()(ids).logits
+    assert (found - right).norm() < 0.1 * right.norm()
+    assert all(torch.equal(model.get_parameter(n), weight) for n, weight in fused.items())
+    assert all(type(model.get_submodule(n)) is torch.nn.Linear for n in routers) and integer_matrices(model)
+    if not fused:
+        assert any("experts" in name for name in model.config.quantization_config.dense)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, found) and len(integer_linears(loaded)) == len(integer_linears(model))
 
 
 @pytest.mark.parametrize("name", EXPERTS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from hf_holo import HoloSurgeryConfig, apply_surgery
+from hf_holo import HoloSurgeryConfig, apply_surgery, quantize_linears
 from hf_holo.cli import main
 from hf_holo.data.tokenizers import make_tokenizer
 
@@ -49,3 +49,13 @@ def test_onnx(name, converted, tmp_path, quick_export):
     torch.testing.assert_close(logits, model(input_ids=IDS).logits.detach(), rtol=0, atol=1e-4)
     report = json.loads((tmp_path / "out/onnx/report.json").read_text())
     assert max(row["max_relative"] for row in report["parity"]) < 1e-4
+
+
+def test_layers_in_small_integers_are_not_exported(tmp_path, capsys):
+    auto, sizes = MODELS["opt"]
+    model = auto.from_config(AutoConfig.for_model("opt", vocab_size=80, **SIZES, **sizes))
+    apply_surgery(model, HoloSurgeryConfig(harmonics=8))
+    quantize_linears(model).save_pretrained(tmp_path / "model")
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--format", "onnx"]) != 0
+    assert "are in small integers, which have no form in exported graphs" in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("*.onnx"))

@@ -16,7 +16,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 import hf_holo
-from hf_holo import HoloError, HoloSurgeryConfig, HsnForCausalLM, apply_surgery, architectures, registry
+from hf_holo import (
+    HoloError,
+    HoloSurgeryConfig,
+    HsnForCausalLM,
+    apply_surgery,
+    architectures,
+    quantize_linears,
+    registry,
+)
 from hf_holo.cli import main
 from hf_holo.hub.code import add_code, missing_code
 from hf_holo.modeling import remote_code
@@ -124,6 +132,7 @@ def test_every_head_loads_elsewhere(elsewhere, expected, tokenizer, tmp_path, mo
     """Those of this package, converted ones of transformers, and plug-ins."""
     completed = {
         "converted": converted(tokenizer),
+        "integers": quantize_linears(converted(tokenizer), "int4"),
         "plug-in": plugin(tmp_path / f"code_{len(families)}" / "inner", monkeypatch, f"Pluggy{len(families)}"),
     }
     others = [(name, "AutoModelForCausalLM", model) for name, model in completed.items()]

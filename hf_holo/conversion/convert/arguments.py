@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...errors import HoloError
+from ...modeling.integers import KINDS
 from ...recipes import RecipeParser, add_recipe, described, given_words, load_recipe, suggestion, words_of_today
 from ..surgery.plan import HoloSurgeryConfig
 
@@ -15,7 +16,7 @@ OLD_NAMES = {"text": "train_file", "held_out": "validation_fraction", "window": 
 # What says nothing about the other kind of conversion.
 OF_LINEAR_LAYERS = (
     *("method", "ratio", "harmonics", "basis", "modules", "exclude", "keep_first", "keep_last"),
-    *("tokens", "fisher_tokens", "refit", "memory"),
+    *("tokens", "fisher_tokens", "refit", "memory", "quantize"),
 )
 OF_MIXERS = ("layers",)
 
@@ -66,6 +67,10 @@ class ConvertArguments:
         "With calibrated: fit every block again to the inputs that the student itself produces; default: if there are "
         "ten tokens of text for each input of the widest layer."
     )
+    quantize: Literal["none", "int8", "int4"] = described(
+        "With calibrated: what linear layers are stored in after the surgery, for inference; training comes before.",
+        "none",
+    )
     eval_windows: int = described("Held-out windows of each text to measure perplexity on; 0: all.", 32)
     memory: float = described("GiB that the statistics may take at a time; with less the text is read more often.", 4.0)
     sample_prompt: str | None = described("Start of the sample; default: the start of the first held-out text.")
@@ -76,6 +81,11 @@ class ConvertArguments:
     @property
     def calibrated(self) -> bool:
         return self.to == "holo" and self.method != "harmonic"
+
+    @property
+    def integers(self) -> str | None:
+        """The small integers that are wanted, "int8" or "int4"; None for none."""
+        return self.quantize if self.quantize in KINDS else None
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -144,6 +154,11 @@ class ConvertArguments:
                 )
             if not 0 < self.ratio < 1:
                 raise HoloError(f"ratio: {self.ratio} is not between 0 and 1")
+        elif self.integers:
+            raise HoloError(
+                f"quantize: {self.quantize!r} needs the calibrated method: layers in regenerated bases have to be "
+                "trained, and integers cannot be; train them first, then call quantize_linears"
+            )
         elif self.refit:
             raise HoloError("refit: True needs the calibrated method, which fits layers to a text")
         for name in ("tokens", "fisher_tokens"):

@@ -1,6 +1,7 @@
 """`hf-holo convert`: a language model becomes holographic, with a report of what that cost.
 
     hf-holo convert TEACHER OUT --ratio 0.8 --train_file a.txt b.txt   linear layers, fitted to texts
+    hf-holo convert TEACHER OUT --quantize int8 --train_file a.txt     the same, then stored in 8 bits a value
     hf-holo convert TEACHER OUT --to hsn --layers 0 1                  attention, to be distilled
     hf-holo convert TEACHER --dry-run
 
@@ -31,8 +32,10 @@ from ...distributed.processes import PATIENCE, by_main, failing_together, is_mai
 from ...errors import HoloError, first_line
 from ...generate import generate_text
 from ...hub.code import add_code
-from ...modeling.checkpoint import values_on_disk
-from ..sources import Source, Text, calibration_texts, load_tokenizer
+from ...modeling.checkpoint import weight_files
+from ...modeling.integers import BITS
+from ..sources import Source, Text, calibration_texts, load_tokenizer, mixed
+from ..surgery.quantize import quantize_linears
 from ..work_folder import WorkFolder, check_out, clear_disk_errors, work_path
 from .arguments import ConvertArguments, parse
 from .conversion import Conversion
@@ -141,10 +144,14 @@ def convert(teacher: str, out: Path, options: ConvertArguments, overwrite: bool 
                 before = judge(model, job, work, "teacher")
             with timed(seconds, "surgery"):
                 model = conversion.apply(model, job.texts, work)
+                stored = stored_values(model)
+                if options.integers:
+                    windows = mixed(job.texts)[: options.fisher_tokens // options.block_size]
+                    quantize_linears(model, options.integers, windows)
             with timed(seconds, "student"):
                 after = judge(model, job, work, "student")
             result = by_main(lambda: save_model(model, job, work))
-    outcome = by_main(lambda: describe(job, out, result, (before, after), seconds))
+    outcome = by_main(lambda: describe(job, out, result, stored, (before, after), seconds))
     with clear_disk_errors("OUT", work_path(out)):
         by_main(lambda: publish(conversion, work, result, outcome))
     return outcome
@@ -178,28 +185,35 @@ def save_model(model: PreTrainedModel, job: Job, work: WorkFolder) -> Path:
 
 
 def describe(
-    job: Job, out: Path, result: Path, judged: tuple["Judgement", "Judgement"], seconds: dict[str, float]
+    job: Job,
+    out: Path,
+    result: Path,
+    stored: dict[str, int],
+    judged: tuple["Judgement", "Judgement"],
+    seconds: dict[str, float],
 ) -> Outcome:
     """What the report says.
 
     Args:
         job: that is done.
         out, result: the folder of the result, and where it is now.
+        stored: how many values it holds, see [`stored_values`].
         judged: teacher and student.
         seconds: that the parts of the conversion took.
     """
     conversion, (before, after) = job.conversion, judged
-    figures = conversion.figures(result)
+    figures, integers = conversion.figures(stored), job.options.integers
+    size = sum(path.stat().st_size for path in weight_files(result))
     return Outcome(
         name=out.name,
         teacher=job.source.name,
         auto_class=job.source.auto_class.__name__,
         recipe=job.options.recipe,
-        figures=figures,
-        summary=conversion.summary(figures),
-        lesson=conversion.lesson if job.source.causal else None,
+        figures={**figures, "bytes_on_disk": size, "quantize": job.options.quantize},
+        summary=conversion.summary(figures) + in_integers(integers, size),
+        lesson=conversion.lesson if job.source.causal and not integers else None,
         advice=conversion.advice,
-        numbers={"teacher": conversion.twin.num_parameters(), "student": values_on_disk(result)},
+        numbers={"teacher": conversion.twin.num_parameters(), "student": sum(stored.values())},
         before=before.scores,
         after=after.scores,
         samples={"teacher": before.sample, "student": after.sample} if before.sample else {},
@@ -213,6 +227,23 @@ def publish(conversion: Conversion, work: WorkFolder, result: Path, outcome: Out
     conversion.write_layers(result)
     write_report(result, outcome)
     work.publish()
+
+
+def stored_values(model: PreTrainedModel) -> dict[str, int]:
+    """How many values a checkpoint of the model holds, by key; what is tied counts once."""
+    counts: dict[str, int] = {}
+    seen: set[tuple[Any, ...]] = set()
+    for key, x in model.state_dict().items():
+        place = (x.data_ptr(), x.shape)
+        if place not in seen or not x.numel():
+            seen.add(place)
+            counts[key] = x.numel()
+    return counts
+
+
+def in_integers(kind: str | None, size: int) -> str:
+    """What the summary says of a checkpoint of `size` bytes with layers in small integers."""
+    return f"; linear layers in {kind}, {BITS[kind]} bits a value, {size / 1e6:,.1f} MB on disk" if kind else ""
 
 
 @contextmanager

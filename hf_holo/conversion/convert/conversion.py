@@ -1,6 +1,7 @@
 """What `hf-holo convert` asks of a way to convert."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ class Conversion(ABC):
         """Make the student; the teacher may be used up."""
 
     @abstractmethod
-    def figures(self, result: Path) -> dict[str, Any]:
-        """What the report says of the student that is saved in `result`."""
+    def figures(self, stored: Mapping[str, int]) -> dict[str, Any]:
+        """What the report says of a student that stores so many values, by the keys of its checkpoint."""
 
     @abstractmethod
     def summary(self, figures: dict[str, Any]) -> str:

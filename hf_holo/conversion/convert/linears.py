@@ -1,6 +1,6 @@
 """Linear layers become holographic, in place: fitted to a text, or in regenerated bases."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ...distributed.processes import by_main, gathered, is_main, share_of
-from ...modeling.checkpoint import values_on_disk
 from ...modeling.harmonics import HoloLinear
 from ..sources import Source, Text, mixed
 from ..surgery.apply import apply_surgery, mark
@@ -78,8 +77,9 @@ class RegeneratedSurgery(Conversion):
             self.rows.append(LayerRow((row["module"],), *sizes, row["error"]))
         return model
 
-    def figures(self, result: Path) -> dict[str, Any]:
-        kept = values_on_disk(result, self.dense) / sum(self.dense.values())
+    def figures(self, stored: Mapping[str, int]) -> dict[str, Any]:
+        names = tuple(f"{name}." for name in self.dense)
+        kept = sum(count for key, count in stored.items() if key.startswith(names)) / sum(self.dense.values())
         return {"kept": kept, "not_linear_layers": self.others}
 
     def summary(self, figures: dict[str, Any]) -> str:
@@ -165,8 +165,8 @@ class CalibratedSurgery(RegeneratedSurgery):
         mark(model, self.surgery)
         return model
 
-    def figures(self, result: Path) -> dict[str, Any]:
-        return {**super().figures(result), "unseen_experts": self.unseen}
+    def figures(self, stored: Mapping[str, int]) -> dict[str, Any]:
+        return {**super().figures(stored), "unseen_experts": self.unseen}
 
     def summary(self, figures: dict[str, Any]) -> str:
         said = super().summary(figures)

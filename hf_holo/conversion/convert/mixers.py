@@ -1,5 +1,6 @@
 """Attention becomes holographic mixers: a Llama or Phi-3 turns into a HoloSpectralNet, to be distilled."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class MixerTransfer(Conversion):
         set_seed(self.options.seed)
         return self._transfer(model)
 
-    def figures(self, result: Path) -> dict[str, Any]:
+    def figures(self, stored: Mapping[str, int]) -> dict[str, Any]:
         return self._counts()
 
     def _counts(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from ...generate import generate_text
 from ...hub.card import write_card
 from ...hub.code import add_code
 from ...modeling.harmonics import HarmonicBasis, HoloLinear
+from ...modeling.quantizer import integer_matrices
 from ...training.callbacks import CausalityCallback
 from ...training.optim import MuonAdamW, WhitenedAdamW
 from ...training.progress import show_progress
@@ -203,7 +204,13 @@ def load_model(argument: str, source: str | None, trust_remote_code: bool = Fals
 def load_student(run: Distillation, source: str | None) -> PreTrainedModel | PeftModel:
     """The student in `source`, with new adapters or those of the last stage, if adapters are what trains."""
     if not run.models.lora_rank:
-        return load_model("student", source, run.models.trust_remote_code)
+        student = load_model("student", source, run.models.trust_remote_code)
+        if integer_matrices(student):
+            raise HoloError(
+                f"student: the layers of {source!r} are in small integers and cannot be trained; train it before it is "
+                "quantized, or give --lora_rank"
+            )
+        return student
     student = load_model("student", run.models.student, run.models.trust_remote_code)
     if source is not None and source != run.models.student:
         return PeftModel.from_pretrained(student, source, is_trainable=True)

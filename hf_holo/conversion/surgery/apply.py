@@ -20,12 +20,14 @@ from transformers.pytorch_utils import Conv1D
 from ...errors import HoloError
 from ...hub.code import CONVERTED, add_code
 from ...modeling.harmonics import HarmonicBasis, HoloLinear
+from ...modeling.integers import IntegerLinear
 from ...modeling.quantizer import (
     QUANTIZED,
     PlanQuantizer,
     checksum_of_bases,
     dense_weight,
     holo_layers,
+    integer_linears,
     replace,
     swap,
 )
@@ -87,7 +89,7 @@ def apply_surgery(model: PreTrainedModel, config: HoloSurgeryConfig | None = Non
     with all_or_nothing(model):
         for name, new in swap(model, config).items():
             old = before.modules[name]
-            if not next(old.parameters()).is_meta:
+            if isinstance(new, HoloLinear) and not next(old.parameters()).is_meta:
                 errors[name] = _fit(new, old)
         config.checksum = checksum_of_bases(model)
         mark(model, config)
@@ -98,6 +100,8 @@ def apply_surgery(model: PreTrainedModel, config: HoloSurgeryConfig | None = Non
 def _check_arguments(model: PreTrainedModel, config: HoloSurgeryConfig) -> None:
     if not isinstance(config, HoloSurgeryConfig):
         raise HoloError(f"config: {config!r} is not a HoloSurgeryConfig")
+    if config.quantize is not None:
+        raise HoloError(f"quantize: {config.quantize!r} comes after the surgery; call quantize_linears then")
     if config.layers == {}:
         raise HoloError("layers: {} names no layer to convert; leave it out, and the surgery fills it in")
     if config.basis == "data" and config.layers is None:
@@ -152,6 +156,7 @@ def mark(model: PreTrainedModel, config: HoloSurgeryConfig) -> None:
             if share and getattr(own, "quantization_config", None) is None:
                 own.quantization_config = copy.copy(config)
                 own.quantization_config.layers, own.quantization_config.checksum = share, None
+                own.quantization_config.dense = [n for n in config.dense if n.startswith(f"{name}.")]
 
 
 def _save_with_code(model: PreTrainedModel, folder: str | os.PathLike, is_main_process: bool = True, **options) -> None:
@@ -198,20 +203,22 @@ def _is_ours(reference: str | Sequence[str | None]) -> bool:
 
 @torch.no_grad()
 def restore_linears(model: nn.Module) -> nn.Module:
-    """Replace every [`HoloLinear`] by the dense layer that it stands for, of the class that it took the place of, in
-    place: to merge adapters, or to export. What is saved then is a dense checkpoint, and so is its config."""
+    """Replace every [`HoloLinear`], and every layer in small integers, by the dense layer that it stands for, of the
+    class that it took the place of, in place: to merge adapters, or to export. What is saved then is a dense
+    checkpoint, and so is its config. What rounding to integers took away does not come back."""
     for around in model.modules():
         inner = around._modules.get("base_layer")  # of an adapter
-        if isinstance(inner, HoloLinear) and hasattr(around, "fan_in_fan_out"):
+        if isinstance(inner, (HoloLinear, IntegerLinear)) and hasattr(around, "fan_in_fan_out"):
             vars(around)["fan_in_fan_out"] = inner.dense_class is Conv1D
-    replace(model, {layer: _dense(layer) for layer in holo_layers(model)})
+    layers: list[HoloLinear | IntegerLinear] = [*holo_layers(model), *integer_linears(model)]
+    replace(model, {layer: _dense(layer) for layer in layers})
     for module in model.modules():
         if isinstance(module, PreTrainedModel):  # adapters may be wrapped around it
             _unmark(module)
     return model
 
 
-def _dense(layer: HoloLinear) -> nn.Module:
+def _dense(layer: HoloLinear | IntegerLinear) -> nn.Module:
     """The layer as one matrix."""
     matrix = layer.dense_matrix()  # [O, I]
     made: dict[str, Any] = {"device": matrix.device, "dtype": matrix.dtype}

@@ -475,7 +475,7 @@ def install(
     else:
         coefficients, basis = weight @ synthesis, analysis
     biases: dict[str, Any] = {name: model.get_submodule(name).bias for name in site.layers}
-    layers = swap(model, HoloSurgeryConfig(layers=site.plan(harmonics, pivoted)))
+    layers: dict[str, Any] = dict(swap(model, HoloSurgeryConfig(layers=site.plan(harmonics, pivoted))))
     change = layers[site.layers[0]].basis.store(basis)
     for name, part in zip(site.layers, (coefficients @ change).split(site.widths), strict=True):
         layers[name].load_factors(part)

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from ...errors import HoloError, unknown
 from ...modeling.harmonics import BASES
-from ...modeling.quantizer import SurgeryPlan, check_plan, dense_shape, dense_weight, is_linear
+from ...modeling.quantizer import SurgeryPlan, check_integers, check_plan, dense_shape, dense_weight, is_linear
 
 LINEAR = (nn.Linear, Conv1D)
 
@@ -45,6 +45,8 @@ class HoloSurgeryConfig(SurgeryPlan):
         seed: of random bases.
         layers: the resolved plan, by module name; filled in by the surgery. Given, it replaces all of the above.
         checksum: of the bases that are recomputed on loading; filled in by the surgery, verified on loading.
+        quantize, dense: "int8" or "int4", and the dense layers that are stored in it too; filled in by
+            [`quantize_linears`].
         quant_method: "holo", by which transformers knows the config.
 
     Raises:
@@ -66,6 +68,8 @@ class HoloSurgeryConfig(SurgeryPlan):
         seed: int = 0,
         layers: dict[str, dict[str, Any]] | None = None,
         checksum: int | None = None,
+        quantize: str | None = None,
+        dense: list[str] | None = None,
         quant_method: str = "holo",
         **others,
     ) -> None:
@@ -76,6 +80,7 @@ class HoloSurgeryConfig(SurgeryPlan):
         self.basis, self.shared, self.folded, self.pivoted, self.seed = basis, shared, folded, pivoted, seed
         self.layers = layers
         self.checksum = checksum
+        self.quantize, self.dense = quantize, list(dense or [])
         if others:
             raise unknown("argument", next(iter(others)), vars(self))
         self._check()
@@ -96,9 +101,12 @@ class HoloSurgeryConfig(SurgeryPlan):
         for name in ("shared", "folded", "pivoted"):
             if not isinstance(getattr(self, name), bool):
                 raise HoloError(f"{name}: {getattr(self, name)!r} is neither True nor False")
+        if self.quantize is not None and self.layers is None:
+            raise HoloError(f"quantize: {self.quantize!r} comes after the surgery; call quantize_linears then")
         if self.layers is not None:
             try:
                 check_plan(self.layers)
+                check_integers(self)
             except ValueError as error:
                 raise HoloError(str(error)) from None
 
@@ -154,7 +162,7 @@ def choose(model: nn.Module, config: HoloSurgeryConfig) -> list[str]:
     Raises:
         HoloError: a pattern matches no linear layer, none is left, or one is tied to the embeddings.
     """
-    linears = [name for name, module in model.named_modules() if is_linear(module) and _is_its_product(module)]
+    linears = [name for name, module in model.named_modules() if is_linear(module) and is_its_product(module)]
     depths = {name: len(blocks) for name, blocks in block_lists(model).items()}
     if not linears or not (depths or config.modules):
         raise _no_blocks(model)
@@ -173,7 +181,7 @@ def choose(model: nn.Module, config: HoloSurgeryConfig) -> list[str]:
 
 
 @torch.no_grad()
-def _is_its_product(layer: nn.Module) -> bool:
+def is_its_product(layer: nn.Module) -> bool:
     """Whether a layer computes its weight times the input, plus its bias. (A router may be a linear layer by class, and
     say which experts a token goes to.)"""
     if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
