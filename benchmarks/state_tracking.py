@@ -5,8 +5,9 @@
 Parity, sums modulo 3 and products in the group S3 (Liu et al., 2023; Merrill et al., 2024; Grazzi et al., 2025): after
 every token the running result is asked. Sequences of training have up to 40 (S3: 32) tokens; longer ones are asked
 only. A transition of the state that can only shrink it, as a decay between 0 and 1 does, cannot keep parity for long.
-Options are named with the model, `--models "hsn, write=cancel"`; the learning rate is chosen by sequences of the length
-of the training that are kept back. A finished run is kept in the result file and not repeated.
+Options are named with the model, `--models "hsn, write=cancel"`; the learning rate is chosen by sequences that are kept
+back, half as long again as those of the training: at the trained length, who counts and who does not look alike. A
+finished run is kept in the result file and not repeated.
 """
 
 import argparse
@@ -40,14 +41,14 @@ LEARNING_RATES = (0.002, 0.004, 0.008)
 
 
 def measure(name: str, task_name: str, args: argparse.Namespace, rate: float, seed: int) -> dict:
-    """Train one model on one task: accuracy at the trained length on kept-back sequences, and at every length."""
+    """Train one model on one task: accuracy on kept-back sequences, and at every length."""
     task, longest = TASKS[task_name]
     start = time.perf_counter()
     model = contender(name, task.vocab_size, args.width, args.depth, seed)
     how = {"steps": args.steps, "rows": args.rows, "length": (SHORTEST, longest), "growing": args.growing}
     fit(model, task, Fit(rate, args.optimizer, seed=seed, **how))
     run = {"parameters": model.num_parameters()}
-    run["chosen_by"] = accuracy(model, task, longest, args.sequences, seed=UNSEEN + 1)
+    run["chosen_by"] = accuracy(model, task, longest * 3 // 2, args.sequences, seed=UNSEEN + 1)
     run["accuracies"] = {str(n): accuracy(model, task, n, args.sequences, rows=16) for n in args.lengths}
     return run | {"seconds": round(time.perf_counter() - start, 1)}
 
@@ -135,8 +136,8 @@ def table(result: dict) -> str:
             f"{len({run['seed'] for run in f['runs']})} seeds; by guessing: {chances}. {settings['steps']:,} steps of "
             f"{settings['rows']} sequences of {SHORTEST} to 40 (S3: 32) tokens with "
             f"{OPTIMIZERS[settings['optimizer']]}, width {settings['width']}, depth {settings['depth']}, each at the "
-            f"best of its learning rates by sequences kept back{edge_note(rows)}. {_what_names_mean(rows)}"
-            f"{result['seconds']:,.0f} seconds for all on: {measured_on(result)}.",
+            f"best of its learning rates by sequences of 60 (48) tokens kept back{edge_note(rows)}. "
+            f"{_what_names_mean(rows)}{result['seconds']:,.0f} seconds for all on: {measured_on(result)}.",
         ]
     )
 
