@@ -169,6 +169,35 @@ def test_multi_query_recall(run, monkeypatch):
     assert run("multi_query_recall", *argv)[0]["figures"] == report["figures"]
 
 
+def test_far_recall(run, tmp_path, monkeypatch):
+    sizes = (
+        "--rows",
+        2,
+        "--width",
+        32,
+        "--depth",
+        1,
+        "--sequences",
+        2,
+        "--fillers",
+        4,
+        12,
+        "--pairs",
+        2,
+        "--filler",
+        4,
+    )
+    argv = ("--models", "hsn, far", "--learning_rates", 0.002, "--steps", 2, "--seeds", 0, *sizes)
+    report, _ = run("far_recall", *argv)
+    (only,) = report["figures"]["runs"]
+    assert set(only["accuracies"]) == {"4", "12"} and (tmp_path / "far_recall.png").exists()
+    script = importlib.import_module("far_recall")
+    assert "12 tokens of filler" in script.table(report) and script.FAR in script.table(report)
+
+    monkeypatch.setattr("far_recall.fit", lambda *_: pytest.fail("a finished run was repeated"))
+    assert run("far_recall", *argv)[0]["figures"] == report["figures"]
+
+
 def test_state_tracking(run, tmp_path):
     sizes = ("--rows", 2, "--width", 32, "--depth", 1, "--sequences", 2, "--lengths", 8, 48)
     argv = ("--models", "hsn", "--tasks", "parity", "S3", "--learning_rates", 0.002, "--steps", 2, "--seeds", 0, *sizes)

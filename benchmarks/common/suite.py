@@ -95,6 +95,7 @@ GROUPS: dict[str, dict[str, Benchmark]] = {
     },
     "recall": {
         "pair_recall": Benchmark("pair_recall"),
+        "far_recall": Benchmark("far_recall"),
         "multi_query_recall": Benchmark("multi_query_recall"),
         "state_tracking": Benchmark("state_tracking"),
         "memory_recall": Benchmark("memory_recall"),
@@ -145,6 +146,8 @@ TABLES = {  # of the pages in docs, by page and mark, likewise
     ("conformance", "measured"): ("conformance",),
     ("surgery", "measured"): ("surgery", "distillation"),
     ("surgery", "pareto"): ("pareto",),
+    ("hsn", "counting"): ("state_tracking",),
+    ("hsn", "far"): ("far_recall",),
     ("holo", "measured"): ("holo_curve",),
     ("resonance", "measured"): ("long_context",),
     ("parallel", "measured"): ("context_parallel",),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .configuration_base import WIDEST, FamilyConfig, default_heads, default_intermediate
-from .validation import check_choice, check_divides, check_positive
+from .validation import check_choice, check_divides, check_positive, check_state_start
 
 
 class HsnConfig(FamilyConfig):
@@ -50,6 +50,8 @@ class HsnConfig(FamilyConfig):
             those with a window 10,000.
         learned_state: whether every layer learns the state that a text begins with (False: it begins empty); in a
             bidirectional model that of the forward direction. See [`InitialState`].
+        state_start: standard deviation of these states at the start of training; 0: they start empty. A model that is
+            to count starts with 1: turns of a state are heard only where it holds something.
         kwargs: what all families share, see [`FamilyConfig`] (`vocab_size`, `hidden_size` or `dim`,
             `num_hidden_layers` or `depth`, `causal`, ...), and arguments of [`~transformers.PretrainedConfig`].
 
@@ -91,6 +93,7 @@ class HsnConfig(FamilyConfig):
         norm_type: str = "layer",
         rotary_base: float | None = None,
         learned_state: bool = False,
+        state_start: float = 0.0,
         **kwargs,
     ) -> None:
         heads = {"num_heads": num_heads, "num_key_heads": num_key_heads}
@@ -124,6 +127,7 @@ class HsnConfig(FamilyConfig):
         self.norm_type = norm_type
         self.rotary_base = rotary_base
         self.learned_state = learned_state
+        self.state_start = state_start
         self.check()
         changed = "This bidirectional model could not tell before from after and can now: train it again"
         self.take_over_format(None if self.is_causal else changed)
@@ -153,6 +157,7 @@ class HsnConfig(FamilyConfig):
         check_choice("gate_placement", self.gate_placement, ("mixer", "sublayer"))
         check_choice("norm_type", self.norm_type, ("layer", "rms"))
         check_choice("learned_state", self.learned_state, (True, False))
+        check_state_start(self.state_start, self.learned_state)
         for name in self.mixer_types:
             check_choice("mixer_types", name, ("holographic", "attention", "window"))
         if len(self.mixer_types) != self.num_hidden_layers:

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from .configuration_base import WIDEST, FamilyConfig, default_heads, default_intermediate
-from .validation import check_choice, check_divides, check_frequencies, check_positive
+from .validation import check_choice, check_divides, check_frequencies, check_positive, check_state_start
 
 BANK_WIDTH = 8  # channels that share one damping, unless the config says otherwise
 
@@ -29,6 +29,8 @@ class ResonatorConfig(FamilyConfig):
         rank: inner width of the factorized channel mix; default: hidden_size / 8.
         learned_state: whether every layer learns the state that a text begins with (False: it begins empty); in a
             bidirectional model that of the forward direction. See [`InitialState`].
+        state_start: standard deviation of these states at the start of training; 0: they start empty. A model that is
+            to count starts with 1: turns of a state are heard only where it holds something.
         kwargs: what all families share, see [`FamilyConfig`], and arguments of [`~transformers.PretrainedConfig`].
 
     Raises:
@@ -52,6 +54,7 @@ class ResonatorConfig(FamilyConfig):
         intermediate_size: int | None = None,
         rank: int | None = None,
         learned_state: bool = False,
+        state_start: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**self.own_names(kwargs))
@@ -69,6 +72,7 @@ class ResonatorConfig(FamilyConfig):
         self.intermediate_size = default_intermediate(hidden_size) if intermediate_size is None else intermediate_size
         self.rank = max(1, hidden_size // 8) if rank is None else rank
         self.learned_state = learned_state
+        self.state_start = state_start
 
     def check(self) -> None:
         check_positive(
@@ -88,4 +92,5 @@ class ResonatorConfig(FamilyConfig):
         check_choice("channel_mix", self.channel_mix, ("gated", "factorized"))
         check_choice("interference", self.interference, (True, False))
         check_choice("learned_state", self.learned_state, (True, False))
+        check_state_start(self.state_start, self.learned_state)
         check_frequencies(lowest_frequency=self.lowest_frequency, highest_frequency=self.highest_frequency)

@@ -1,7 +1,8 @@
 """Where a text begins: a learned state in place of an empty one.
 
 Every mixer with a state of constant size may learn what it remembers when a text begins. That is broadcast over the
-batch, cached and continued like any other state, and starts at zero: a model that gets one computes what it did.
+batch, cached and continued like any other state, and starts at zero: a model that gets one computes what it did. (A new
+model may start with random ones, `state_start`: how far a state is turned shows only where there is something in it.)
 Trained alone it is the smallest adapter of a recurrent model (state tuning; Kang et al., "State-offset tuning", 2025).
 
 A document in the middle of a row begins with it, too. The scans know how to begin with nothing, or with one state a
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .cache import RecurrentLayer
-from .layers import at_least_float32
+from .layers import at_least_float32, init_normal_
 from .layout import TokenLayout
 from .recording import exporting
 
@@ -75,10 +76,12 @@ class InitialState(nn.Module):
 
     Args:
         spec: names and shapes of the states of the mixer, without the batch; those that are `REMEMBERED` are learned.
+        start: standard deviation of the states at the start of training; 0: empty ones.
     """
 
-    def __init__(self, spec: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, spec: Mapping[str, tuple[int, ...]], start: float = 0.0) -> None:
         super().__init__()
+        self.start = start
         for name, shape in spec.items():
             if name in REMEMBERED:
                 self.register_parameter(name, nn.Parameter(torch.empty(shape)))
@@ -86,7 +89,7 @@ class InitialState(nn.Module):
 
     def reset_parameters(self) -> None:
         for value in self.parameters():
-            nn.init.zeros_(value)
+            nn.init.zeros_(value) if self.start == 0 else init_normal_(value, std=self.start)
 
     def rows(self, name: str, count: int) -> torch.Tensor:
         """The state `name` of `count` texts that begin, `[count, ...]` in at least float32."""

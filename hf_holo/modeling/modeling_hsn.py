@@ -377,7 +377,7 @@ class HoloSpectralBlock(GradientCheckpointingLayer):
         self.channel_mix = make_channel_mix(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         remembers = config.learned_state and isinstance(self.mixer, HolographicMixer)
-        self.initial_state = InitialState(self.mixer.state_spec()) if remembers else None
+        self.initial_state = InitialState(self.mixer.state_spec(), config.state_start) if remembers else None
 
     def forward(
         self,

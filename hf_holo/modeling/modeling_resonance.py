@@ -146,7 +146,8 @@ class ResonanceBlock(GradientCheckpointingLayer):
         self.channel_norm = make_norm(config)
         self.channel_mix = make_channel_mix(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.initial_state = InitialState(self.mixer.state_spec()) if config.learned_state else None
+        remembers = config.learned_state
+        self.initial_state = InitialState(self.mixer.state_spec(), config.state_start) if remembers else None
 
     def forward(
         self,

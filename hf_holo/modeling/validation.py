@@ -41,3 +41,11 @@ def check_divides(name: str, value: int, total_name: str, total: int) -> None:
     if total % value:
         divisors = [d for d in range(1, total + 1) if total % d == 0]
         raise ValueError(f"{name}: {value} does not divide {total_name}={total}; choose one of {divisors}")
+
+
+def check_state_start(start: float, learned: bool) -> None:
+    """Raise ValueError unless `start`, of states that are learned, is a number of at least 0."""
+    if not (isinstance(start, (int, float)) and start >= 0):
+        raise ValueError(f"state_start: {start!r} is not a number of at least 0")
+    if start and not learned:
+        raise ValueError(f"state_start: {start} needs learned_state=True; without it, states start empty")
