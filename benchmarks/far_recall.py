@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     points = [
         {"model": row["model"], "length": int(n), "accuracy": sum(r["accuracies"][n] for r in row["runs"]) / count}
         for row in rows
-        if (count := len(row["runs"]))
+        if (count := len(row["runs"])) and not (row["model"] == FILTERED and caveat(rows, args.fillers))
         for n in row["runs"][0]["accuracies"]
     ]
     draw_accuracies(
