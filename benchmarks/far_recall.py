@@ -16,7 +16,16 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from common.contenders import FILTERED, SOLVED, Runs, at_best_rate, contender, edge_note, range_of
+from common.contenders import (
+    FILTERED,
+    SOLVED,
+    Runs,
+    accuracies_of,
+    at_best_rate,
+    contender,
+    edge_note,
+    mean_accuracies,
+)
 from common.fitting import OPTIMIZERS, Fit, fit
 from common.report import RESULTS, image_path, markdown_table, measured_on, print_footer, print_table
 
@@ -71,22 +80,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in args.models:
         kept.search({"model": name}, args.learning_rates, args.seeds, partial(measure, name, task, args))
     rows = at_best_rate(kept.runs, ("model",))
-    print_table([{"model": row["model"], "learning_rate": row["learning_rate"]} | _shown(row) for row in rows])
-    points = [
-        {"model": row["model"], "length": int(n), "accuracy": sum(r["accuracies"][n] for r in row["runs"]) / count}
-        for row in rows
-        if (count := len(row["runs"])) and not (row["model"] == FILTERED and caveat(rows, args.fillers))
-        for n in row["runs"][0]["accuracies"]
-    ]
+    print_table([{"model": row["model"], "learning_rate": row["learning_rate"]} | accuracies_of(row) for row in rows])
+    told = [row for row in rows if not (row["model"] == FILTERED and caveat(rows, args.fillers))]
+    points = [point for row in told for point in mean_accuracies(row, row["model"])]
     draw_accuracies(
         points, f"{args.pairs} pairs behind filler, trained on up to {args.filler}", image_path(NAME, args.results)
     )
     print_footer(args.results / f"{NAME}.json", kept.seconds)
-
-
-def _shown(row: dict) -> dict[str, str]:
-    """Accuracy behind every length of filler."""
-    return {n: range_of([run["accuracies"][n] for run in row["runs"]]) for n in row["runs"][0]["accuracies"]}
 
 
 def caveat(rows: Sequence[dict], fillers: Sequence[int]) -> str:
@@ -103,7 +103,7 @@ def caveat(rows: Sequence[dict], fillers: Sequence[int]) -> str:
 def sentence(result: dict) -> str:
     f = result["figures"]
     settings, rows = f["settings"], at_best_rate(f["runs"], ("model",))
-    shares = "; ".join(f"{row['model']} {' / '.join(_shown(row).values())}" for row in rows)
+    shares = "; ".join(f"{row['model']} {' / '.join(accuracies_of(row).values())}" for row in rows)
     behind = " / ".join(f"{n:,}" for n in settings["fillers"])
     return (
         f"{settings['pairs']} pairs looked up behind {behind} tokens of filler, after {settings['steps']:,} steps with "
@@ -121,7 +121,7 @@ def table(result: dict) -> str:
         (
             row["model"],
             f"{row['runs'][0]['parameters']:,}",
-            *_shown(row).values(),
+            *accuracies_of(row).values(),
             f"{row['learning_rate']:g}",
         )
         for row in rows

@@ -17,7 +17,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-from common.contenders import FILTERED, Runs, at_best_rate, contender, edge_note, range_of
+from common.contenders import FILTERED, Runs, accuracies_of, at_best_rate, contender, edge_note, mean_accuracies
 from common.fitting import OPTIMIZERS, Fit, fit
 from common.report import RESULTS, image_path, markdown_table, measured_on, print_footer, print_table
 
@@ -77,22 +77,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         run = partial(measure, name, task, args)
         kept.search({"task": task, "model": name}, args.learning_rates, args.seeds, run)
     rows = at_best_rate(kept.runs, ("task", "model"))
-    print_table([{name: row[name] for name in ("task", "model", "learning_rate")} | _shown(row) for row in rows])
+    print_table([{name: row[name] for name in ("task", "model", "learning_rate")} | accuracies_of(row) for row in rows])
     for task in dict.fromkeys(row["task"] for row in rows):
-        points = [
-            {"model": _name(row), "length": int(n), "accuracy": sum(r["accuracies"][n] for r in row["runs"]) / count}
-            for row in rows
-            if row["task"] == task and (count := len(row["runs"]))
-            for n in row["runs"][0]["accuracies"]
-        ]
+        points = [point for row in rows if row["task"] == task for point in mean_accuracies(row, _name(row))]
         title = f"{task}, trained on up to {TASKS[task][1]} tokens"
         draw_accuracies(points, title, image_path(f"{NAME}_{task.replace(' ', '_')}", args.results))
     print_footer(args.results / f"{NAME}.json", kept.seconds)
-
-
-def _shown(row: dict) -> dict[str, str]:
-    """Accuracy at every length."""
-    return {n: range_of([run["accuracies"][n] for run in row["runs"]]) for n in row["runs"][0]["accuracies"]}
 
 
 def _name(row: dict) -> str:
@@ -104,7 +94,7 @@ def sentence(result: dict) -> str:
     rows, longest = at_best_rate(f["runs"], ("task", "model")), str(max(f["settings"]["lengths"]))
     parts = []
     for task in dict.fromkeys(row["task"] for row in rows):
-        shares = [f"{_name(row)} {_shown(row)[longest]}" for row in rows if row["task"] == task]
+        shares = [f"{_name(row)} {accuracies_of(row)[longest]}" for row in rows if row["task"] == task]
         parts.append(f"{task} ({TASKS[task][0].chance:.0%} by guessing): {', '.join(shares)}")
     return (
         f"running results that are right in {int(longest):,} tokens, after training on at most 40 (S3: 32): "
@@ -122,7 +112,7 @@ def table(result: dict) -> str:
             row["task"],
             _name(row),
             f"{row['runs'][0]['parameters']:,}",
-            *(_shown(row)[str(n)] for n in settings["lengths"]),
+            *(accuracies_of(row)[str(n)] for n in settings["lengths"]),
             f"{row['learning_rate']:g}",
         )
         for row in rows

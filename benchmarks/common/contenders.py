@@ -129,6 +129,19 @@ def search(rates: Sequence[float], score: Callable[[float], float]) -> None:
         scores[beyond] = score(beyond)
 
 
+def accuracies_of(row: Mapping) -> dict[str, str]:
+    """Of a row of [`at_best_rate`] whose runs have `accuracies` by length: lowest and highest, in words."""
+    return {n: range_of([run["accuracies"][n] for run in row["runs"]]) for n in row["runs"][0]["accuracies"]}
+
+
+def mean_accuracies(row: Mapping, name: str) -> list[dict]:
+    """The same as points of a picture: means over the seeds, for a model of this name."""
+    return [
+        {"model": name, "length": int(n), "accuracy": fmean(run["accuracies"][n] for run in row["runs"])}
+        for n in row["runs"][0]["accuracies"]
+    ]
+
+
 def at_best_rate(runs: Sequence[dict], names: Sequence[str]) -> list[dict]:
     """Of runs that agree in `names` those at the learning rate whose `chosen_by`, over all seeds, is highest: a row
     with `names`, `learning_rate`, `at_edge` (whether no rate beyond it was tried), and `runs`."""

@@ -89,7 +89,10 @@ class InitialState(nn.Module):
 
     def reset_parameters(self) -> None:
         for value in self.parameters():
-            nn.init.zeros_(value) if self.start == 0 else init_normal_(value, std=self.start)
+            if self.start:
+                init_normal_(value, std=self.start)
+            else:  # no random number is drawn, so that the weights of a seed stay what they are
+                nn.init.zeros_(value)
 
     def rows(self, name: str, count: int) -> torch.Tensor:
         """The state `name` of `count` texts that begin, `[count, ...]` in at least float32."""

@@ -22,14 +22,11 @@ from .computed_weight import ComputedWeight
 from .recording import exporting
 from .validation import check_choice, check_positive
 
-KINDS = ("int8", "int4")
 BITS = {"int8": 8, "int4": 4}
-LARGEST = {"int8": 127, "int4": 7}
+KINDS = tuple(BITS)
+LARGEST = {kind: 2 ** (bits - 1) - 1 for kind, bits in BITS.items()}
 GROUP = 32  # values of a row that share a scale in int4
-COLUMNS = {
-    "int8": 16,
-    "int4": GROUP,
-}  # columns are filled up with zeros to a multiple, which the kernels read at a time
+COLUMNS = {"int8": 16, "int4": GROUP}  # that the kernels read at a time: zeros fill them up to a multiple
 ROWS = 16  # likewise of the int4 kernel, in its own copy
 FEW = 8  # tokens, up to which the kernels are faster than a matrix that is made first
 SCALE = torch.bfloat16

@@ -45,8 +45,7 @@ def round_thin(layers: Sequence[HoloLinear], gram: torch.Tensor, kind: str) -> N
         layer.fold()
         layer.unmerge()
         del layer.coefficients
-        layer.coefficients = rounded(fitted.to(torch.promote_types(dtype, torch.float32)), seen, kind)
-        layer.coefficients.dtype = dtype
+        layer.coefficients = rounded(fitted.to(torch.promote_types(dtype, torch.float32)), seen, kind, dtype)
 
 
 def _round_basis(basis: HarmonicBasis, exact: torch.Tensor, gram: torch.Tensor, kind: str) -> None:
@@ -56,16 +55,14 @@ def _round_basis(basis: HarmonicBasis, exact: torch.Tensor, gram: torch.Tensor, 
     dtype, harmonics = basis.dtype, basis.harmonics
     if not basis.pivoted:
         del basis.table
-        basis.table = rounded(exact, gram, kind)
-        basis.table.dtype = dtype
+        basis.table = rounded(exact, gram, kind, dtype)
     elif harmonics < basis.in_features:
         order = order_of_inputs(exact, gram)
         rest = order[harmonics:]
         tail = torch.linalg.solve(exact[:, order[:harmonics]], exact[:, rest])
         basis.order = order.to(basis.order.dtype)
         del basis.tail
-        basis.tail = rounded(tail, gram[rest][:, rest], kind)
-        basis.tail.dtype = dtype
+        basis.tail = rounded(tail, gram[rest][:, rest], kind, dtype)
 
 
 def order_of_inputs(matrix: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
@@ -84,18 +81,19 @@ def order_of_inputs(matrix: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def rounded(matrix: torch.Tensor, gram: torch.Tensor, kind: str) -> IntegerMatrix:
+def rounded(matrix: torch.Tensor, gram: torch.Tensor, kind: str, dtype: torch.dtype | None = None) -> IntegerMatrix:
     """The matrix in integers.
 
     Args:
         matrix: W `[O, I]`.
         gram: E[x xᵀ] `[I, I]` of its inputs, up to a factor.
         kind: "int8" or "int4".
+        dtype: that it stands for; default: that of the matrix.
 
     Raises:
         ValueError: a value is not finite, or too large for a scale.
     """
-    new = IntegerMatrix(len(matrix), matrix.shape[1], kind, matrix.device, matrix.dtype)
+    new = IntegerMatrix(len(matrix), matrix.shape[1], kind, matrix.device, dtype or matrix.dtype)
     weight = F.pad(matrix.double(), (0, new.padding))
     factor = _inverse_factor(F.pad(gram.double(), (0, new.padding, 0, new.padding)))
     columns = weight.shape[1]

@@ -8,19 +8,8 @@ import numpy as np
 import torch
 
 from ...data.audio import Sounds, audio_collator, with_noise
-from ...data.labelled import Augmentation, load_to_score
-from ..figures import draw_lines
-from .classifying import (
-    UNCHANGED,
-    Scoring,
-    class_parts,
-    classes_told,
-    conditions_told,
-    data_of,
-    timed,
-    times_told,
-    under_conditions,
-)
+from ...data.labelled import load_to_score
+from .classifying import UNCHANGED, Conditions, Scoring, data_of, sense_parts, sense_told, timed
 from .models import Evaluated
 from .options import Options
 from .run import Part, Row, Tables
@@ -36,7 +25,7 @@ def softer(samples: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return samples * np.float32(0.1)
 
 
-CONDITIONS: dict[str, Augmentation | None] = {
+CONDITIONS: Conditions = {
     UNCHANGED: None,
     "noise 20 dB below": partial(noisy, decibels=20.0),
     "noise 10 dB below": partial(noisy, decibels=10.0),
@@ -57,14 +46,7 @@ def parts(models: Sequence[Evaluated], options: Options) -> Iterator[Part]:
         settings = {"model": model.fingerprint, **chosen, "examples": len(sounds)}
         extractor = model.needed_processor()
         scoring = Scoring(model, sounds.at(extractor.sampling_rate), audio_collator(extractor), options)
-        yield from class_parts(scoring, settings)
-        yield Part("conditions", f"{model.name}, conditions", settings, partial(under_conditions, scoring, CONDITIONS))
-        yield Part(
-            "speed",
-            f"{model.name}, speed",
-            {"model": model.fingerprint, **options.chosen("repeats")},
-            partial(speed, model, options.repeats, options.seed),
-        )
+        yield from sense_parts(scoring, settings, CONDITIONS, speed)
 
 
 def speed(model: Evaluated, repeats: int, seed: int, seconds: float | None = None) -> list[Row]:
@@ -81,11 +63,4 @@ def speed(model: Evaluated, repeats: int, seed: int, seconds: float | None = Non
 
 def told(tables: Tables, folder: Path) -> str:
     """The section of the report."""
-    pieces = [*classes_told(tables, folder), *conditions_told(tables, folder, "audio", "sounds")]
-    if rows := tables.get("speed"):
-        pieces += times_told(rows, "seconds", "seconds of sound")
-        draw_lines(
-            rows, "seconds", "ms", folder / "audio_speed.png", "One sound", ("seconds of sound", "ms"), log_y=True
-        )
-        pieces.append("![Time of one sound](audio_speed.png)")
-    return "\n\n".join(pieces)
+    return sense_told(tables, folder, "audio", "sounds", "seconds", "seconds of sound")

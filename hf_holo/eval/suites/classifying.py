@@ -4,7 +4,7 @@ Examples come in a random order that is the same for every model, so that what f
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ...data.labelled import Augmentation, LabelledCollator
 from ...errors import HoloError, first_line
 from ..classes import draw_confusion
-from ..figures import draw_bars
+from ..figures import draw_bars, draw_lines
 from ..markdown import markdown_table
 from ..metrics import ClassScores, confusion_matrix
 from ..timing import interleaved_times
@@ -25,6 +25,7 @@ from .options import Options
 from .run import Part, Row, Tables
 
 UNCHANGED = "as they are"
+Conditions = Mapping[str, Augmentation | None]  # by their names what changes an example; None: nothing
 
 
 class Scoring:
@@ -113,6 +114,25 @@ def data_of(options: Options, suite: str) -> str | Sequence[str]:
     return options.eval_file
 
 
+def sense_parts(
+    scoring: Scoring, settings: dict[str, Any], conditions: Conditions, speed: Callable[..., list[Row]]
+) -> Iterator[Part]:
+    """What is measured of a classifier of pictures or of sounds: classes, conditions and times.
+
+    Args:
+        scoring: of the model.
+        settings: that its scores depend on.
+        conditions: as for [`under_conditions`].
+        speed: times a model; gets the model, the repeats and the seed.
+    """
+    model, options = scoring.model, scoring.options
+    yield from class_parts(scoring, settings)
+    measure = partial(under_conditions, scoring, conditions)
+    yield Part("conditions", f"{model.name}, conditions", settings, measure)
+    timing = {"model": model.fingerprint, **options.chosen("repeats")}
+    yield Part("speed", f"{model.name}, speed", timing, partial(speed, model, options.repeats, options.seed))
+
+
 def class_parts(scoring: Scoring, settings: dict[str, Any]) -> Iterator[Part]:
     """How many are right, and what is taken for what."""
     name = scoring.model.name
@@ -140,14 +160,12 @@ def _confusion(scoring: Scoring, seconds: float | None = None) -> list[Row]:
     ]
 
 
-def under_conditions(
-    scoring: Scoring, conditions: dict[str, Augmentation | None], seconds: float | None = None
-) -> list[Row]:
+def under_conditions(scoring: Scoring, conditions: Conditions, seconds: float | None = None) -> list[Row]:
     """Accuracy of the same examples, each time changed in one way.
 
     Args:
         scoring: of one model.
-        conditions: by their names what changes an example; None: nothing.
+        conditions: of the examples.
         seconds: for all of them.
     """
     each = None if seconds is None else seconds / len(conditions)
@@ -193,6 +211,26 @@ def timed(model: Evaluated, size: str, inputs: dict[int, dict[str, torch.Tensor]
 
 
 # The report ---------------------------------------------------------------------------------------------------------
+
+
+def sense_told(tables: Tables, folder: Path, suite: str, what: str, size: str, sizes: str) -> str:
+    """The section of pictures or of sounds.
+
+    Args:
+        tables: of the suite.
+        folder: of the pictures.
+        suite: its name.
+        what: the examples, in words.
+        size: column of the sizes in the table of times.
+        sizes: what that counts, in words.
+    """
+    pieces = [*classes_told(tables, folder), *conditions_told(tables, folder, suite, what)]
+    if rows := tables.get("speed"):
+        title, file = f"Time of one of the {what}", f"{suite}_speed.png"
+        pieces += times_told(rows, size, sizes)
+        draw_lines(rows, size, "ms", folder / file, title, (sizes, "ms"), log_y=True)
+        pieces.append(f"![{title}]({file})")
+    return "\n\n".join(pieces)
 
 
 def classes_told(tables: Tables, folder: Path) -> list[str]:

@@ -9,19 +9,8 @@ import torch
 from PIL import Image
 
 from ...data.images import Images, image_collator
-from ...data.labelled import Augmentation, load_to_score
-from ..figures import draw_lines
-from .classifying import (
-    UNCHANGED,
-    Scoring,
-    class_parts,
-    classes_told,
-    conditions_told,
-    data_of,
-    timed,
-    times_told,
-    under_conditions,
-)
+from ...data.labelled import load_to_score
+from .classifying import UNCHANGED, Conditions, Scoring, data_of, sense_parts, sense_told, timed
 from .models import Evaluated
 from .options import Options
 from .run import Part, Row, Tables
@@ -47,7 +36,7 @@ def grey(image: Image.Image, random: np.random.Generator) -> Image.Image:
     return image.convert("L").convert("L" if image.mode == "L" else "RGB")
 
 
-CONDITIONS: dict[str, Augmentation | None] = {
+CONDITIONS: Conditions = {
     UNCHANGED: None,
     "noise of 0.1": partial(noisy, size=0.1),
     "noise of 0.2": partial(noisy, size=0.2),
@@ -67,14 +56,7 @@ def parts(models: Sequence[Evaluated], options: Options) -> Iterator[Part]:
         chosen = options.chosen("eval_file", "image_column", "label_column", "limit", "batch_size")
         settings = {"model": model.fingerprint, **chosen, "examples": len(examples)}
         scoring = Scoring(model, examples, image_collator(model.needed_processor()), options)
-        yield from class_parts(scoring, settings)
-        yield Part("conditions", f"{model.name}, conditions", settings, partial(under_conditions, scoring, CONDITIONS))
-        yield Part(
-            "speed",
-            f"{model.name}, speed",
-            {"model": model.fingerprint, **options.chosen("repeats")},
-            partial(speed, model, options.repeats, options.seed),
-        )
+        yield from sense_parts(scoring, settings, CONDITIONS, speed)
 
 
 def speed(model: Evaluated, repeats: int, seed: int, seconds: float | None = None) -> list[Row]:
@@ -87,11 +69,4 @@ def speed(model: Evaluated, repeats: int, seed: int, seconds: float | None = Non
 
 def told(tables: Tables, folder: Path) -> str:
     """The section of the report."""
-    pieces = [*classes_told(tables, folder), *conditions_told(tables, folder, "vision", "pictures")]
-    if rows := tables.get("speed"):
-        pieces += times_told(rows, "side", "pixels of a side")
-        draw_lines(
-            rows, "side", "ms", folder / "vision_speed.png", "One picture", ("pixels of a side", "ms"), log_y=True
-        )
-        pieces.append("![Time of one picture](vision_speed.png)")
-    return "\n\n".join(pieces)
+    return sense_told(tables, folder, "vision", "pictures", "side", "pixels of a side")
