@@ -14,14 +14,14 @@ from .eval.conformance import Check, Subject, select
 from .eval.conformance.targets import family_subjects
 from .registry import architectures, get_architecture
 
-SAVED = ("persistence", "adapters")  # groups of checks that take long and say much the same of every variant
+ONCE = ("generation", "persistence", "adapters")  # groups that take long and say much the same of every variant
 
 
 class ConformanceTests:
     """Base of a test class: one test for each model and each check that applies to it.
 
     Slow checks carry the marker `slow`; so do the rarer models that `hf-holo check --quick` leaves out, and what is
-    saved, loaded and adapted in other variants than the first of a family.
+    generated, saved, loaded and adapted in other variants than the first of a family.
 
     Attributes:
         architecture: name of a registered family; None: all registered families.
@@ -47,7 +47,7 @@ class ConformanceTests:
         for subject in common if quick else self.subjects(quick=False):
             for check in select(None, quick):
                 if check.reason_not(subject) is None:
-                    rarer = subject.name not in names or (check.group in SAVED and subject.name not in first)
+                    rarer = subject.name not in names or (check.group in ONCE and subject.name not in first)
                     name = f"{subject.name}: {check.name}"
                     cases.append(
                         pytest.param(subject, check, id=name, marks=[pytest.mark.slow] * (check.slow or rarer))

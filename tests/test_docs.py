@@ -21,6 +21,7 @@ SIZES = {"hsn": "rank", "holo": "harmonics", "resonance": "num_modes"}  # what t
 LONG = {
     "code",
     "conformance",
+    "how-a-causal-model-cheats",
     "evaluation",
     "surgery",
     "export/onnx",

@@ -91,7 +91,9 @@ def fingerprint(folder: str) -> dict[str, bytes]:
 # What it delivers ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "bert"])
+@pytest.mark.parametrize(
+    "name", ["phi3", "gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "bert"))]
+)
 def test_every_architecture_converts_and_loads(saved, texts, tmp_path, name):
     """Fused projections (Phi-3), Conv1D (GPT-2), an encoder (BERT)."""
     teacher, out = saved(name), tmp_path / "out"

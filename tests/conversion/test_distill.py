@@ -38,7 +38,7 @@ from hf_holo.errors import HoloError
 from hf_holo.recipes import recipe_names
 
 
-@pytest.fixture(params=["hsn", "surgery"])
+@pytest.fixture(params=[pytest.param("hsn", marks=pytest.mark.slow), "surgery"])
 def folders(request, tmp_path):
     return write_models(request.param, tmp_path)
 

@@ -53,6 +53,7 @@ def assert_same(one, two, name="model.safetensors"):
     assert tokens[0] == tokens[1]
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path):
     """With an epoch that ends in the middle of a batch, and every file once."""
     folder = write_models("hsn", tmp_path)

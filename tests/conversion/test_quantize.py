@@ -77,7 +77,9 @@ def size(folder: Path) -> int:
 # The command --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "phi3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "phi3"))]
+)
 def test_a_conversion_is_stored_in_integers(teacher, text, tmp_path, name):
     """Tied and other heads, Conv1D, an encoder; the same surgery as without."""
     source = teacher(name)

@@ -114,7 +114,7 @@ RESONANCE = [(None, "left"), ("hierarchical", "position_ids"), ("memory", "right
 CASES = [("hsn", *case) for case in HSN] + [("resonance", *case) for case in RESONANCE]
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("family", "variant", "kind"), CASES)
 def test_several_processes_are_as_one(workers, family, variant, kind, size):
     workers.run(as_alone, family, variant, kind, size)

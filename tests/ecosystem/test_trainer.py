@@ -158,7 +158,9 @@ HEADS = {
 
 
 @pytest.mark.feature("Trainer", "gradient accumulation")
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    "head", [pytest.param(head, marks=[pytest.mark.slow] * (head == "several labels")) for head in HEADS]
+)
 def test_accumulated_gradients_are_those_of_one_batch(tiny, family, arguments, repeating_ids, head):
     auto, options, label = HEADS[head]
     ids = repeating_ids(8)

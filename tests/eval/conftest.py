@@ -45,7 +45,7 @@ def fault(request):
     return WRONG_MODELS.FAULTS[request.param]
 
 
-@pytest.fixture(params=some_first(WRONG_MODELS.FAULTS, quick=5))
+@pytest.fixture(params=some_first(WRONG_MODELS.FAULTS, quick=2))
 def important_fault(request):
     """The wrong models again, the most important ones first."""
     return WRONG_MODELS.FAULTS[request.param]

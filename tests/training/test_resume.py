@@ -28,8 +28,15 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.feature("training", "resuming to the bit", family="hsn")
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize("checkpoint", ["checkpoint-2", "checkpoint-4"])
+@pytest.mark.parametrize(
+    ("optimizer", "checkpoint"),
+    [
+        ("muon", "checkpoint-2"),
+        ("adamw", "checkpoint-4"),
+        pytest.param("muon", "checkpoint-4", marks=pytest.mark.slow),
+        pytest.param("adamw", "checkpoint-2", marks=pytest.mark.slow),
+    ],
+)
 def test_resume_is_bitwise_exact(tiny_run, tmp_path, optimizer, checkpoint):
     # 4 x 4 = 16 windows a step: the second epoch begins within the run.
     flags = ["--optimizer", optimizer, "--save_steps", "2", "--save_total_limit", "9", "--stride", "32"]

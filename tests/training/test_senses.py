@@ -204,7 +204,7 @@ def test_resuming_several_senses_is_exact(scenes, tmp_path):
     assert same_weights(tmp_path / "whole", tmp_path / "part")
 
 
-@pytest.mark.parametrize("question", ["digit", "sum"])
+@pytest.mark.parametrize("question", ["digit", pytest.param("sum", marks=pytest.mark.slow)])
 def test_digits_of_three_senses(shared_data, tmp_path, question, monkeypatch):
     from hf_holo.training import senses
 
