@@ -11,21 +11,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from common.report import RESULTS, in_threads, keep_freed_memory, print_footer, print_table, write_report
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from hf_holo import (
@@ -36,34 +29,24 @@ from hf_holo import (
     ResonanceConfig,
     ResonanceForCausalLM,
 )
+from hf_holo.eval.suites.peers import PEERS, peer
 
 VOCAB_SIZE = 1000
+LEARNED_POSITIONS, LONGEST = 2**11, 2**20  # the former are weights, the latter a number in a config
 SLOW = ("gpt2", "mamba", "holo")  # not asked to read long texts
 
 
 def make_models(width: int, depth: int, names: Sequence[str]) -> dict[str, PreTrainedModel]:
-    """Models of a width and depth, but for HOLO, whose layers are thin, and Mamba, whose blocks have no channel mix:
-    they have what gives them about as many parameters."""
+    """Models of a width and depth; HOLO, whose layers are thin, is twice as wide, and the models of transformers have
+    the parameters of hsn."""
     own: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "hidden_size": width, "num_hidden_layers": depth}
-    heads = HsnConfig(hidden_size=width).num_heads
     made = {
         "hsn": lambda: HsnForCausalLM(HsnConfig(**own, channel_mix="gated")),
         "resonance": lambda: ResonanceForCausalLM(ResonanceConfig(**own)),
         "holo": lambda: HoloForCausalLM(HoloConfig(**own | {"hidden_size": 2 * width})),
-        "llama": lambda: LlamaForCausalLM(
-            LlamaConfig(
-                **own,
-                intermediate_size=HsnConfig(**own).intermediate_size,
-                num_attention_heads=heads,
-                max_position_embeddings=2**20,
-                tie_word_embeddings=True,
-            )
-        ),
-        "gpt2": lambda: GPT2LMHeadModel(
-            GPT2Config(vocab_size=VOCAB_SIZE, n_embd=width, n_layer=depth, n_head=heads, n_positions=2**11)
-        ),
-        "mamba": lambda: MambaForCausalLM(MambaConfig(**own | {"num_hidden_layers": 2 * depth - 1})),
     }
+    for kind in PEERS:
+        made[kind] = partial(peer, kind, made["hsn"](), LEARNED_POSITIONS if kind == "gpt2" else LONGEST)
     models = {}
     for name in names:
         torch.manual_seed(0)
