@@ -74,6 +74,9 @@ class FamilyTests(*mixins):
     @unittest.skip("the source distribution leaves GenerationTesterMixin out")
     def test_generation_tester_mixin_inheritance(self): ...
 
+    @unittest.skip("it waits for a warning: both names of a cache are taken, in every release, without one")
+    def test_bc_cache_name_forward(self): ...
+
 
 def family_tests(architecture: Architecture) -> type[unittest.TestCase]:
     facts = {"architecture": architecture, "all_model_classes": tuple(architecture.models.values())}
