@@ -6,6 +6,8 @@ import io
 import json
 import math
 import re
+from collections.abc import Callable
+from dataclasses import asdict, astuple, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_holo import preset_model
 from hf_holo.data.documents import stdlib_sources
 from hf_holo.data.tokenizers import make_tokenizer
+from hf_holo.modeling.cache import CACHE_NAME
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks live in the repository only")
@@ -748,16 +752,16 @@ def test_long_context(run, monkeypatch):
     assert long / short > 4  # a cache of attention grows with its context
 
 
+def in_forks(measure: Callable[..., dict], _: str, each: list[dict]) -> list[dict]:
+    """As `in_own_processes`, without another start of Python."""
+    with mp.get_context("fork").Pool(len(each)) as pool:
+        return pool.starmap(measure, [tuple(arguments.values()) for arguments in each], 1)
+
+
 def test_context_parallel(run, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     context_parallel = importlib.import_module("context_parallel")
-
-    def in_forks(_: str, each: list[dict]) -> list[dict]:
-        """As `in_own_processes`, without another start of Python."""
-        with mp.get_context("fork").Pool(len(each)) as pool:
-            return pool.starmap(context_parallel.measure, [tuple(arguments.values()) for arguments in each], 1)
-
-    monkeypatch.setattr(context_parallel, "in_own_processes", in_forks)
+    monkeypatch.setattr(context_parallel, "in_own_processes", partial(in_forks, context_parallel.measure))
     report, printed = run("context_parallel", "--tokens", 150, "--vocab_size", 32, "--processes", 1, 2)
     one, two = report["figures"]["rows"]
     assert (one["sent_per_layer"], one["relative"]) == (0, 1)
@@ -766,6 +770,44 @@ def test_context_parallel(run, monkeypatch):
     assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-5)
     assert "in each of 2, with losses that differ by" in context_parallel.sentence(report)
     assert context_parallel.table(report).count("| 1") and printed
+
+
+@pytest.mark.slow
+def test_cost_model(run, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    cost_model = importlib.import_module("cost_model")
+    monkeypatch.setattr(cost_model, "in_own_processes", partial(in_forks, cost_model.measure))
+    tiny = [
+        cost_model.Setup("data", 1, 32, 1, 1, 16),
+        *(cost_model.Setup(k, 2, 32, 1, 1, 16) for k in cost_model.KINDS),
+    ]
+    monkeypatch.setattr(cost_model, "FITTED", tiny)
+    monkeypatch.setattr(cost_model, "LARGE", {"width": 64, "depth": 3, "bytes": 2})
+    monkeypatch.setattr(cost_model, "PER_GPU", dict.fromkeys(cost_model.KINDS, (1, 32)))
+    monkeypatch.setattr(cost_model, "PREDICTED", cost_model.Setup("data", 2, 48, 2, 1, 16))
+    report, _ = run("cost_model", "--steps", 1)
+    assert len(report["figures"]["fitted"]) == 4 and report["figures"]["predicted"]["setup"]["width"] == 48
+    assert "of it computing" in cost_model.table(report) and "has not seen" in cost_model.sentence(report)
+
+
+def test_costs_are_counted_and_a_machine_is_found_from_them(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    cost_model = importlib.import_module("cost_model")
+    one = cost_model.Setup("data", 1, width=64, depth=3, rows=2, length=32)
+    model = cost_model.new_model(64, 3)
+    ids = torch.zeros(2, 32, dtype=torch.long)
+    with FlopCounterMode(display=False) as counted:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert cost_model.costs(one).operations == pytest.approx(counted.get_total_flops(), rel=0.01)
+    four = {kind: cost_model.costs(replace(one, kind=kind, processes=4)) for kind in cost_model.KINDS}
+    assert four["data"].bytes == 1.5 * 4 * model.num_parameters() and four["sharded"].bytes == 1.5 * four["data"].bytes
+    state = sum(
+        part.numel() for part in model.eval()(ids)[CACHE_NAME].layers[0].states.values() if part.is_floating_point()
+    )
+    assert four["context"].bytes - four["data"].bytes == pytest.approx(2 * 3 * 4 * state, rel=0.2)  # filters have some
+    machine = cost_model.Machine(2e9, 3e7, 4e8, 5e-3, cores=2)
+    rows = [{"setup": asdict(setup), "seconds": machine.seconds(setup)} for setup in cost_model.FITTED]
+    assert astuple(cost_model.fit(rows, 2)) == pytest.approx(astuple(machine), rel=1e-6)
 
 
 @pytest.mark.slow

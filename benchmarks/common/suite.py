@@ -36,6 +36,7 @@ INPUTS = {
     "STUDENTS": Input("the models that `surgery` converts", "runs/students"),
 }
 BOTH_TEXTS = "--text WIKITEXT2 TINYSHAKESPEARE --held_out 0.5 0.1"
+RATES = "0.0005 0.001 0.002 0.004 0.008"
 KEPT = f"--students {INPUTS['STUDENTS'].default}"
 
 
@@ -85,7 +86,7 @@ GROUPS: dict[str, dict[str, Benchmark]] = {
         "vocabulary": Benchmark("vocabulary", "BROWN"),
         "python_code": Benchmark("python_code"),
         "infilling": Benchmark("infilling"),
-        "movie_reviews": Benchmark("movie_reviews", "REVIEWS_TRAIN REVIEWS_TEST --cpu"),
+        "movie_reviews": Benchmark("movie_reviews", f"REVIEWS_TRAIN REVIEWS_TEST --cpu --learning_rates {RATES}"),
         "vision_cifar10": Benchmark("vision", "CIFAR10"),
         "vision_mnist": Benchmark("vision", "MNIST --data mnist"),
         "audio": Benchmark("audio", "FSDD"),
@@ -112,6 +113,7 @@ GROUPS: dict[str, dict[str, Benchmark]] = {
         "holo_speed": Benchmark("holo_speed", quick=True),
         "long_context": Benchmark("long_context", "--repeats 3"),
         "context_parallel": Benchmark("context_parallel"),
+        "cost_model": Benchmark("cost_model"),
     },
     "correctness": {
         "stepwise_loss": Benchmark("stepwise_loss", "SHAKESPEARE_RUN TINYSHAKESPEARE"),
@@ -151,6 +153,7 @@ TABLES = {  # of the pages in docs, by page and mark, likewise
     ("holo", "measured"): ("holo_curve",),
     ("resonance", "measured"): ("long_context",),
     ("parallel", "measured"): ("context_parallel",),
+    ("scaling", "measured"): ("cost_model",),
     ("resonance", "gradients"): ("gradient_norms",),
     ("resonance", "options"): ("design_choices_resonance",),
     ("resonance", "recall"): ("pair_recall",),
