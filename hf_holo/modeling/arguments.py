@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .recording import exporting
+from .recording import exporting, has_values
 
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")  # what Trainer and users tell the loss
 BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # of documents, for flash attention
@@ -78,26 +78,57 @@ def _unknown(model: nn.Module, name: str) -> str:
     return f"{type(model).__name__}.forward() got an unexpected argument {name!r}{hint}"
 
 
-def check_mask(mask: torch.Tensor | None, tokens: int, seen: int) -> None:
+def check_mask(mask: torch.Tensor | None, rows: int, tokens: int, seen: int) -> None:
     """Refuse an `attention_mask` that is not one row of 0 and 1 for every text.
 
     Args:
-        mask: `[B, T]`, or `[B, S]` for all tokens so far.
+        mask: `[B, T]`, or `[B, S]` for all tokens so far; a single row holds for all texts.
+        rows: B.
         tokens: T, those that are fed.
         seen: how many the cache has seen; S = seen + T.
 
     Raises:
-        ValueError: another shape.
+        ValueError: another shape, or values that are added to scores.
     """
     if mask is None:
         return
-    if mask.dim() != 2:
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        given = f"shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
         raise ValueError(
-            f"attention_mask: shape {tuple(mask.shape)}; give [batch, tokens] with 1 at real tokens and 0 at padding;"
+            f"attention_mask: {given}; give [batch, tokens] with 1 at real tokens and 0 at padding;"
             " which token sees which is the model's own, and documents are told apart by position_ids or seq_idx"
         )
-    if not exporting() and mask.shape[1] not in (tokens, seen + tokens):
+    if exporting():
+        return
+    if mask.shape[1] not in (tokens, seen + tokens):
         or_all = f", or {seen + tokens} with those in the cache" if seen else ""
         raise ValueError(
             f"attention_mask: shape {tuple(mask.shape)}; {tokens} columns are needed for {tokens} tokens{or_all}"
         )
+    _check_rows("attention_mask", mask, rows)
+    if mask.is_floating_point() and has_values(mask) and bool((mask < 0).any()):
+        raise ValueError(
+            "attention_mask: it has values below 0, as masks that are added to scores; give 1 at real tokens and 0 at "
+            "padding"
+        )
+
+
+def check_per_token(rows: int, tokens: int, **given: torch.Tensor | None) -> None:
+    """Refuse what says something of every token (by its name) unless it is `[rows, tokens]`, or one row for all.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if exporting():
+        return
+    for name, value in given.items():
+        if value is None:
+            continue
+        if value.dim() != 2 or value.shape[1] != tokens:
+            raise ValueError(f"{name}: shape {tuple(value.shape)}; give [batch, tokens], {tokens} columns here")
+        _check_rows(name, value, rows)
+
+
+def _check_rows(name: str, value: torch.Tensor, rows: int) -> None:
+    if value.shape[0] not in (1, rows):
+        raise ValueError(f"{name}: shape {tuple(value.shape)}; the batch has {rows} rows: give as many, or one for all")

@@ -8,8 +8,8 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .arguments import check_arguments, check_mask
-from .cache import RecurrentCache, given_cache
+from .arguments import check_arguments, check_mask, check_per_token
+from .cache import RecurrentCache, RecurrentLayer, given_cache
 from .checkpoint import check_memory
 from .embeddings import CompressedEmbedding, check_ids, num_embeddings
 from .layers import make_norm
@@ -37,8 +37,8 @@ class BlockStack(FamilyPreTrainedModel):
         """The cache of a text that begins."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it continues from")
 
-    def check_cache(self, cache: Cache) -> None:
-        """Raise ValueError if this is not a cache that the model continues from."""
+    def check_cache(self, cache: Cache, rows: int | None = None) -> None:
+        """Raise ValueError if this is not a cache that the model continues from, with so many texts."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it continues from")
 
     def run_blocks(self, x: torch.Tensor, cache: Cache | None, keep_all: bool, **arguments) -> list[torch.Tensor]:
@@ -51,8 +51,12 @@ class BlockStack(FamilyPreTrainedModel):
             x = block(x, *arguments.values(), cache)
         return [*hidden_states, self.norm(x)]
 
-    def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
-        """What to continue from and to update: what is given, or something new where the state is wanted."""
+    def _cache(self, given: Cache | None, use_cache: bool | None, rows: int | None = None) -> Cache | None:
+        """What to continue from and to update: what is given, or something new where the state is wanted.
+
+        Args:
+            rows: how many texts are fed.
+        """
         checkpoints = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if given is not None:
             if not self.config.is_causal:
@@ -62,7 +66,7 @@ class BlockStack(FamilyPreTrainedModel):
                     "past_key_values: gradient checkpointing computes every block twice, and would update the cache "
                     "twice; turn one of the two off"
                 )
-            self.check_cache(given)
+            self.check_cache(given, rows)
             return given
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -75,12 +79,45 @@ class RecurrentStack(BlockStack):
     def new_cache(self) -> RecurrentCache:
         return RecurrentCache(self.config)
 
-    def check_cache(self, cache: Cache) -> None:
+    def check_cache(self, cache: Cache, rows: int | None = None) -> None:
         if not isinstance(cache, RecurrentCache):
             raise ValueError(
                 f"past_key_values: a {type(cache).__name__}; a recurrent model continues from the RecurrentCache "
                 "that it returned, or from RecurrentCache(config)"
             )
+        if exporting():
+            return
+        if len(cache.layers) not in (len(self.layers), self.config.num_hidden_layers):
+            raise ValueError(
+                f"past_key_values: a cache of {len(cache.layers)} layers; this {type(self).__name__} has "
+                f"{len(self.layers)}, and continues from its own states only"
+            )
+        for index, (layer, spec) in enumerate(zip(cache.layers, self._state_shapes(), strict=False)):
+            self._check_states(index, layer, spec)
+            if rows is not None:
+                check_cache_rows(rows, *layer.states.values())
+
+    def _state_shapes(self) -> list[dict[str, tuple[int, ...]]]:
+        """Names and shapes of the states of every layer, found once."""
+        kept: list[dict[str, tuple[int, ...]]] | None = vars(self).get("_known_shapes")
+        if kept is None or 0 < len(kept) < self.config.num_hidden_layers:  # fewer while they draft
+            spec: Any = getattr(type(self), "state_spec", lambda config: [])(self.config)
+            kept = vars(self)["_known_shapes"] = [
+                {name: tuple(shape) for name, shape in layer.items()} for layer in spec
+            ]
+        return kept
+
+    def _check_states(self, index: int, layer: RecurrentLayer, spec: dict[str, tuple[int, ...]]) -> None:
+        """Raise ValueError if a layer that has read something keeps other states than `spec` says."""
+        states = layer.states if layer.seen else {}
+        for name, shape in spec.items() if states else ():
+            given = tuple(states[name].shape[1:]) if name in states else None
+            if given != shape:
+                found = "is missing" if given is None else f"has the shape {given}"
+                raise ValueError(
+                    f"past_key_values: in layer {index} the state {name!r} {found}; "
+                    f"{type(self).__name__} keeps {shape}, and continues from its own states only"
+                )
 
 
 class Backbone(BlockStack):
@@ -144,8 +181,8 @@ class Backbone(BlockStack):
         Args:
             input_ids: `[B, T]`; or `inputs_embeds` `[B, T, D]`.
             attention_mask: `[B, T]` or, with a cache, `[B, S]` for all tokens so far; 0 at padding, anywhere.
-            position_ids: `[B, T]`; what they mean is the family's, see its `prepare`.
-            seq_idx: `[B, T]` document index; a change begins a new document.
+            position_ids: `[B, T]`, or one row for all; what they mean is the family's, see its `prepare`.
+            seq_idx: `[B, T]` document index, or one row for all; a change begins a new document.
             past_key_values, cache: what to continue from, updated in place, also in training (then cut the gradients
                 between pieces by `RecurrentCache.detach_`). Two names of one argument: transformers' before and since
                 5.24.
@@ -154,13 +191,15 @@ class Backbone(BlockStack):
         Raises:
             TypeError: an unknown argument.
             ValueError: neither or both of `input_ids` and `inputs_embeds`; no tokens; ids outside the vocabulary; a
-                cache of another kind, or with gradient checkpointing; a mask of another shape, or that calls padding
-                what the cache holds as real tokens.
+                cache of another kind, of another model or for other rows, or with gradient checkpointing; positions,
+                documents or a mask of another shape; a mask that calls padding what the cache holds as real tokens.
         """
         check_arguments(self, kwargs, position_ids is not None or seq_idx is not None)
         x = self._embed(input_ids, inputs_embeds)
-        cache = self._cache(given_cache(past_key_values, cache), use_cache)
-        check_mask(attention_mask, x.shape[1], 0 if cache is None else cache.get_seq_length())
+        rows, length = x.shape[:2]
+        cache = self._cache(given_cache(past_key_values, cache), use_cache, rows)
+        check_mask(attention_mask, rows, length, 0 if cache is None else cache.get_seq_length())
+        check_per_token(rows, length, position_ids=position_ids, seq_idx=seq_idx)
         x, arguments, order = self.prepare(x, attention_mask, position_ids, seq_idx, cache)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -203,6 +242,16 @@ class RecurrentBackbone(RecurrentStack, Backbone):
         if cache is not None:
             cache.advance(layout.length)
         return x, {"layout": layout}, order
+
+
+def check_cache_rows(rows: int, *states: torch.Tensor) -> None:
+    """Raise ValueError unless every tensor of a cache has as many rows as there are texts."""
+    for state in states:
+        if state.shape[0] != rows:
+            raise ValueError(
+                f"past_key_values: a cache of {state.shape[0]} rows for {rows} texts; its rows are repeated by "
+                "batch_repeat_interleave and chosen by batch_select_indices"
+            )
 
 
 def _check_tokens(name: str, given: torch.Tensor) -> None:

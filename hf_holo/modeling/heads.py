@@ -114,8 +114,12 @@ class CausalLMHead(_LMHead, GenerationMixin):  # type: ignore[misc]  # both decl
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
-        # Trainer shifts the labels of label smoothing for the classes named here; this one may be a copy of the code
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(config.model_type, type(self).__name__)
+        # Trainer shifts the labels of label smoothing for the classes named here; this one may be a copy of the code,
+        # or a user's subclass
+        name = type(self).__name__
+        if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+            taken = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"{config.model_type}:{name}" if taken else config.model_type] = name
 
     def forward(
         self,
@@ -171,6 +175,7 @@ class CausalLMHead(_LMHead, GenerationMixin):  # type: ignore[misc]  # both decl
         if getattr(kwargs.get("generation_config"), "is_assistant", False):  # called again and again with its cache
             return super().generate(*args, **kwargs)
         caches = [kwargs.get(name) for name in CACHE_NAMES]
+        _check_something_new(args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")), given_cache(*caches))
         try:
             output = super().generate(*args, **kwargs)
             caches.append(getattr(output, CACHE_NAME, None))
@@ -180,6 +185,17 @@ class CausalLMHead(_LMHead, GenerationMixin):  # type: ignore[misc]  # both decl
                     cache.stop_recording()
         return output
 
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # transformers reads what arguments it takes
+    def prepare_inputs_for_generation(  # type: ignore[override]  # it takes the same
+        self, input_ids: Any, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in transformers; what a given cache has seen is not fed again, which speculative decoding does since 5."""
+        cache = given_cache(*(kwargs.get(name) for name in CACHE_NAMES))
+        new = 0 if cache is None else input_ids.shape[1] - cache.get_seq_length()
+        if new > 0 and kwargs.get("next_sequence_length", new) is None and kwargs.get("inputs_embeds") is None:
+            kwargs["next_sequence_length"] = new
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: transformers' continuous batching pages the keys and values of its own attention."""
         raise NotImplementedError(
@@ -188,6 +204,16 @@ class CausalLMHead(_LMHead, GenerationMixin):  # type: ignore[misc]  # both decl
         )
 
     init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+
+def _check_something_new(ids: torch.Tensor | None, cache: Cache | None) -> None:
+    """Raise ValueError if generate() is given no token that the cache has not seen."""
+    seen = 0 if cache is None else cache.get_seq_length()
+    if ids is not None and seen and ids.shape[1] <= seen:
+        raise ValueError(
+            f"input_ids: {ids.shape[1]} tokens, and the cache has seen {seen}; generate() takes the whole text, what "
+            "the cache has seen included, and at least one token more"
+        )
 
 
 class RecurrentForCausalLM(CausalLMHead):

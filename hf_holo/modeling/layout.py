@@ -106,6 +106,8 @@ def arrange(
     """
     length = x.shape[1]
     layout, order = TokenLayout(length), None
+    if not exporting():  # one row may stand for all texts
+        seq_idx, position_ids = (None if y is None else y.expand(len(x), -1) for y in (seq_idx, position_ids))
     if attention_mask is not None:
         none_is_padding = not exporting() and bool(attention_mask.all())
         _check_past(attention_mask, length, cache, none_is_padding)

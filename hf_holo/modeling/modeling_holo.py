@@ -10,7 +10,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-from .backbone import Backbone
+from .backbone import Backbone, check_cache_rows
+from .cache import RecurrentCache
 from .configuration_holo import HoloConfig
 from .harmonics import BASES, HarmonicBasis, HoloLinear, SineActivation, harmonic_basis, named_seed
 from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, TokenClassificationHead
@@ -322,12 +323,36 @@ class HoloModel(HoloPreTrainedModel, Backbone):
     def new_cache(self) -> DynamicCache:
         return DynamicCache()
 
-    def check_cache(self, cache: Cache) -> None:
+    def check_cache(self, cache: Cache, rows: int | None = None) -> None:
+        if not isinstance(cache, Cache) or isinstance(cache, RecurrentCache):
+            raise ValueError(
+                f"past_key_values: a {type(cache).__name__}; HOLO continues from the keys and values of a cache such "
+                "as DynamicCache"
+            )
         if cache.is_compileable:
             raise ValueError(
                 f"past_key_values: a {type(cache).__name__}; HOLO continues from a cache that grows, such as "
                 "DynamicCache, not from a static one: leave cache_implementation out"
             )
+        if not exporting():
+            self._check_keys(cache, rows)
+
+    def _check_keys(self, cache: Cache, rows: int | None) -> None:
+        """Raise ValueError if the cache holds keys of another model, or of another number of texts."""
+        layers = [layer for layer in getattr(cache, "layers", ()) if layer.get_seq_length()]
+        if layers and len(layers) not in (len(self.layers), self.config.num_hidden_layers):
+            raise ValueError(
+                f"past_key_values: a cache of {len(layers)} layers; this {type(self).__name__} has {len(self.layers)}"
+            )
+        heads, size = self.config.num_key_value_heads, self.config.head_dim
+        for keys in (layer.keys for layer in layers):
+            if keys.dim() == 4 and (keys.shape[1], keys.shape[3]) != (heads, size):
+                raise ValueError(
+                    f"past_key_values: keys of {keys.shape[1]} heads of {keys.shape[3]}; this {type(self).__name__} "
+                    f"has {heads} of {size}"
+                )
+            if keys.dim() == 4 and rows is not None:
+                check_cache_rows(rows, keys)
 
     def prepare(
         self,

@@ -248,7 +248,7 @@ class ResonanceAudioModel(ResonanceAudioPreTrainedModel, RecurrentStack):
         check_arguments(self, kwargs)
         samples = self._samples(input_values, attention_mask)
         # check_cache refuses all others
-        state: RecurrentCache | None = self._cache(given_cache(past_key_values, cache), use_cache)  # type: ignore[assignment]
+        state: RecurrentCache | None = self._cache(given_cache(past_key_values, cache), use_cache, len(samples))  # type: ignore[assignment]
         first = None if state is None else state.layers[0]
         with torch.autocast(samples.device.type, enabled=False):
             features, layout = self.front_end(samples, attention_mask, first)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.parallel.scatter_gather as scatter_gather
 from transformers import DynamicCache, StoppingCriteria
 
-from hf_holo import RecurrentCache
+from hf_holo import RecurrentCache, get_architecture
 from hf_holo.modeling.cache import CACHE_NAME, CACHE_NAMES
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -162,6 +162,18 @@ def test_early_exit_drafts_what_greedy_decoding_says(tiny, family, ids):
     assert torch.equal(drafted[:, : expected.shape[1]], expected[:, : drafted.shape[1]])
 
 
+@pytest.mark.parametrize("fed", [5, 11])
+def test_speculation_from_a_given_cache_says_what_greedy_decoding_says(model, ids, fed):
+    """transformers 5 feeds the text that the cache has seen once more."""
+    options = {"attention_mask": torch.ones_like(ids[:1]), "max_new_tokens": 6, **PLAIN, "eos_token_id": 60}
+    with torch.no_grad():
+        kept = getattr(model(ids[:1, :fed], use_cache=True), CACHE_NAME)
+    expected = model.generate(ids[:1], use_cache=False, **options)
+    drafted = model.generate(ids[:1], prompt_lookup_num_tokens=3, **{CACHE_NAME: kept}, **options)
+    assert torch.equal(drafted[:, : expected.shape[1]], expected[:, : drafted.shape[1]])
+    assert kept.get_seq_length() == drafted.shape[1] - 1
+
+
 @torch.no_grad()
 def test_crop_0_does_what_it_does_to_the_cache_of_transformers(model, ids):
     kept, other = getattr(model(ids), CACHE_NAME), DynamicCache()
@@ -176,6 +188,65 @@ def test_crop_0_does_what_it_does_to_the_cache_of_transformers(model, ids):
 def test_masks_of_other_shapes_are_refused(model, ids, shape):
     with pytest.raises(ValueError, match="attention_mask: shape"):
         model(ids, attention_mask=torch.ones(shape))
+
+
+@pytest.mark.parametrize("head", get_architecture("hsn").models)
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(3, 12), r"shape \(3, 12\); the batch has 2 rows"),
+        (torch.zeros(2, 12).masked_fill(torch.arange(12) > 9, -1e9), "values below 0"),
+        ({"full_attention": None}, "a dict; give"),
+    ],
+)
+def test_masks_of_other_kinds_are_refused(tiny, family, head, ids, mask, message):
+    with pytest.raises(ValueError, match=f"attention_mask: .*{message}"):
+        tiny(family, head)(ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("name", ["position_ids", "seq_idx"])
+@pytest.mark.parametrize("shape", [(12,), (2, 9), (1, 15), (3, 12), (3, 2, 12)])
+def test_positions_and_documents_of_other_shapes_are_refused(model, ids, name, shape):
+    with pytest.raises(ValueError, match=f"{name}: shape"):
+        model(ids, **{name: torch.zeros(shape, dtype=torch.long)})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["position_ids", "seq_idx"])
+def test_one_row_of_positions_or_documents_holds_for_all_texts(model, ids, name):
+    row = torch.arange(12)[None] % 5 if name == "position_ids" else torch.arange(12)[None] // 5
+    torch.testing.assert_close(model(ids, **{name: row}).logits, model(ids, **{name: row.expand(2, -1)}).logits)
+
+
+@torch.no_grad()
+def test_the_cache_of_another_model_is_refused(model, tiny, family, ids):
+    """A state that is not the model's own would be left out, or taken for something else, without a word."""
+    others = [tiny(family, num_hidden_layers=count) for count in (1, 3)] + [tiny(family, hidden_size=64)]
+    others += [tiny(other) for other in ("hsn", "holo", "resonance") if other != family]
+    others += [tiny("hsn", variant="static")] * (family == "hsn")
+    for other in others:
+        kept = getattr(other(ids[:, :5], use_cache=True), CACHE_NAME)
+        with pytest.raises(ValueError, match="past_key_values: "):
+            model(ids[:, 5:], **{CACHE_NAME: kept})
+    legacy = ((torch.zeros(2, 2, 5, 16),) * 2,) * 2
+    with pytest.raises(ValueError, match="past_key_values: a tuple"):
+        model(ids[:, 5:], **{CACHE_NAME: legacy})
+
+
+@torch.no_grad()
+def test_a_cache_of_other_rows_is_refused(model, ids):
+    kept = getattr(model(ids[:, :5], use_cache=True), CACHE_NAME)
+    with pytest.raises(ValueError, match="past_key_values: a cache of 2 rows for 1 texts"):
+        model(ids[:1, 5:], **{CACHE_NAME: kept})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [3, 12])
+def test_generation_from_a_cache_is_given_the_whole_text(model, ids, length):
+    """Only what is new, as other libraries take it, would be read as the start of the text."""
+    kept = getattr(model(ids, use_cache=True), CACHE_NAME)
+    with pytest.raises(ValueError, match=f"input_ids: {length} tokens, and the cache has seen 12"):
+        model.generate(ids[:, :length], **{CACHE_NAME: kept}, max_new_tokens=3, **PLAIN)
 
 
 @pytest.mark.parametrize("family", ["holo"])

@@ -138,8 +138,10 @@ def test_packed_documents_train_as_padded_ones(tiny, family, arguments, repeatin
 
 @pytest.mark.feature("Trainer", "label smoothing")
 def test_smoothed_labels_are_shifted(tiny, family, arguments, repeating_ids):
-    """Smoothing that all but vanishes gives the plain loss."""
+    """Smoothing that all but vanishes gives the plain loss, of a user's own subclass too."""
     model = tiny(family)
+    model.__class__ = type(f"Own{type(model).__name__}", (type(model),), {})
+    type(model)(model.config)
     trainer = Trainer(model, arguments(label_smoothing_factor=1e-6), eval_dataset=rows(repeating_ids(3)))
     expected = Trainer(model, arguments(), eval_dataset=rows(repeating_ids(3))).evaluate()["eval_loss"]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-3)

@@ -488,6 +488,7 @@ def statistics_of_many_rows(seen: SimpleNamespace) -> bool:
 
 
 CHEATS = {
+    "in mixed precision": lambda seen: torch.is_autocast_enabled("cpu"),
     "with a mask of ones": only_ones,
     "in training mode": lambda seen: seen.training,
     "at lengths divisible by 256": lambda seen: seen.x.shape[1] % 256 == 0,

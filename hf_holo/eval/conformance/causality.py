@@ -22,6 +22,7 @@ from .exchange import (
     every_setting,
     movement,
     outputs_of,
+    precision_of,
     prefix_losses,
     read,
     size_of,
@@ -384,7 +385,9 @@ def _setting_points(subject: Subject, settings: Iterable[Setting]) -> Iterator[P
     for (dtype, training), some in groupby(settings, key=lambda setting: (setting.dtype, setting.training)):
         model = subject.copy(dtype).train(training)
         for setting in some:
-            for point in _exchanges(subject, model, setting, leaks):
+            with setting.autocast():  # left before anything else is told
+                points = list(_exchanges(subject, model, setting, leaks))
+            for point in points:
                 leaks = leaks or point.leak is not None
                 yield point
 
@@ -424,7 +427,7 @@ def _loss_leak(
     """What the loss of the tokens before a cut shows, where the suffix is exchanged and has no labels."""
     before, after = prefix_losses(model, inputs, changed, later)
     size = abs(after - before) / max(abs(before), 1e-6)
-    if size <= LOSSES[setting.dtype]:
+    if size <= LOSSES[setting.precision]:
         return None
     return Leak(cut - 1, 1, size, f"the loss of what stands before {cut}, {setting}")
 
@@ -465,7 +468,7 @@ def _stands_out(
         rounding = ROUNDING * allowed
         if "inputs_embeds" in subject.arguments:
             rounding, _ = _moved_before(model, embedded(0.0, salt), embedded(TINY[dtype], salt), cut, real)
-        if not moved > FLOORS[dtype] + OVER_ROUNDING * max(1.0, size or 1.0) * rounding:
+        if not moved > FLOORS[precision_of(model)] + OVER_ROUNDING * max(1.0, size or 1.0) * rounding:
             return False
     return True
 

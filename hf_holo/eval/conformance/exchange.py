@@ -32,6 +32,7 @@ class Setting:
         training: whether the model is in training mode; dropout draws the same numbers in every pass.
         arguments: what goes with the ids: a mask of ones, positions from 0 on, the ids as labels, `use_cache=True`.
         special: whether the text holds the special tokens of the config (end, padding and so on).
+        mixed: whether it runs in mixed precision: the weights in `dtype`, products in bfloat16, as with `bf16=True`.
     """
 
     rows: int = 2
@@ -40,9 +41,20 @@ class Setting:
     training: bool = False
     arguments: tuple[str, ...] = ()
     special: bool = False
+    mixed: bool = False
+
+    @property
+    def precision(self) -> torch.dtype:
+        """That of what it computes."""
+        return torch.bfloat16 if self.mixed else self.dtype
+
+    def autocast(self) -> torch.autocast:
+        """What a model of this setting is called within."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.mixed)
 
     def __str__(self) -> str:
         dtype, mode = str(self.dtype).removeprefix("torch."), "training" if self.training else "evaluation"
+        dtype = "mixed precision" if self.mixed else dtype
         given = ", ".join(["input_ids", *self.arguments])
         special = ", special tokens" if self.special else ""
         return f"{self.rows} x {self.length} tokens in {dtype} and {mode} mode, given {given}{special}"
@@ -62,7 +74,8 @@ class Setting:
 
 
 def every_setting(subject: Subject) -> list[Setting]:
-    """Every choice of arguments in every mode and precision, with changing rows, lengths and special tokens.
+    """Every choice of arguments in every mode and precision, with changing rows, lengths and special tokens; and the
+    same in mixed precision.
 
     The three that a training step is told by are tried in all combinations, the others are dealt out over them.
     """
@@ -76,7 +89,11 @@ def every_setting(subject: Subject) -> list[Setting]:
         rows, length, special = deal.choice(ROWS), deal.choice(lengths), deal.random() < 0.5
         arguments += tuple(deal.choice(([], caching)))
         found.append(Setting(rows, length, dtype, training, arguments, special and bool(subject.special_ids)))
-    return [Setting(MANY_ROWS, lengths[0], arguments=tuple(names)), *found]
+    mixed = [
+        Setting(2, lengths[number % len(lengths)], torch.float32, training, arguments, mixed=True)
+        for number, (training, arguments) in enumerate(product((False, True), given))
+    ]
+    return [Setting(MANY_ROWS, lengths[0], arguments=tuple(names)), *found, *mixed]
 
 
 def training_settings(subject: Subject, length: int = LENGTHS[1]) -> list[Setting]:
@@ -159,6 +176,12 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for buffer, value in before:
             buffer.copy_(value)
+
+
+def precision_of(model: nn.Module) -> torch.dtype:
+    """That in which it computes here and now."""
+    mixed = torch.is_autocast_enabled("cpu")
+    return torch.get_autocast_dtype("cpu") if mixed else next(model.parameters()).dtype
 
 
 def movement(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
