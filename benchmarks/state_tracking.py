@@ -44,7 +44,8 @@ TASKS = {
 SHORTEST = 3  # tokens in training
 LENGTHS = (40, 64, 128, 256, 512, 1024)
 TURNS = "drift=data, drift_share=0.0, learned_state=true, state_start=1.0, turn_fractions"  # of a state that is there
-COUNTS = f"hsn, {TURNS}=[6], memory=[2,1000000]"
+# Many heads: some of them soon turn the right way. One that forgets would spoil what they have counted.
+COUNTS = f"hsn, {TURNS}=[2,3], memory=[100000,1000000], num_heads=16"
 # A turn and a reflection in one plane make all of S3; the reflection is a write of β = 2.
 TURNS_AND_REFLECTS = (
     f"hsn, {TURNS}=[3], memory=[100000,1000000], num_heads=4, num_phases=1, "

@@ -173,6 +173,10 @@ class CausalLMHead(_LMHead, GenerationMixin):  # type: ignore[misc]  # both decl
     def generate(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # it takes the same
         check_decoding(self)
         if getattr(kwargs.get("generation_config"), "is_assistant", False):  # called again and again with its cache
+            ids = kwargs.get("input_ids")
+            if kwargs.get("attention_mask") is None and ids is not None:
+                # transformers 5.24 leaves out a mask of ones, and would then take a pad that the model has said for one
+                kwargs["attention_mask"] = torch.ones_like(ids)
             return super().generate(*args, **kwargs)
         caches = [kwargs.get(name) for name in CACHE_NAMES]
         _check_something_new(args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")), given_cache(*caches))

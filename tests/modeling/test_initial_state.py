@@ -53,12 +53,9 @@ def test_states_start_as_far_from_empty_as_asked(family):
 
 
 def test_a_state_that_turns_counts_at_lengths_that_it_has_not_seen():
-    """Parity, learned on up to 24 tokens in seconds, holds for 400; without turns it is not learned.
-
-    About every second start finds it so soon, and which ones depends on the processor.
-    """
-    start = {"drift_share": 0.0, "memory": [2, 1_000_000], "learned_state": True, "state_start": 1.0}
-    sizes = {"vocab_size": 2, "hidden_size": 32, "num_hidden_layers": 1, "channel_mix": "gated"}
+    """Parity, learned on up to 24 tokens in seconds, holds for 400; without turns it is not learned."""
+    start = {"drift_share": 0.0, "memory": [100_000, 1_000_000], "learned_state": True, "state_start": 1.0}
+    sizes = {"vocab_size": 2, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 8, "channel_mix": "gated"}
 
     def learned_at(seed: int, drift: str) -> float:
         torch.manual_seed(seed)
@@ -66,7 +63,7 @@ def test_a_state_that_turns_counts_at_lengths_that_it_has_not_seen():
         learn(model, Sums(2), torch.optim.AdamW(model.parameters(), 0.005), lengths=(3, 24), growing=0.8, steps=500)
         return accuracy(model, Sums(2), 400, sequences=32)
 
-    assert any(learned_at(seed, "data") > 0.99 for seed in range(8))
+    assert any(learned_at(seed, "data") > 0.99 for seed in range(3))  # rounding differs between processors
     assert learned_at(0, "fixed") < 0.7
 
 
