@@ -5,10 +5,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
-import httpx
-import requests
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -32,7 +32,10 @@ from .code import missing_code
 
 UNFINISHED = re.compile(r"\.tmp\d+$")  # as `hf_holo.files.replacing` calls a file that is being written
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-LOST = (requests.ConnectionError, requests.Timeout, httpx.TransportError, ConnectionError, TimeoutError)
+LOST = {
+    "requests": ("ConnectionError", "Timeout"),
+    "httpx": ("TransportError",),
+}  # by what huggingface_hub talks through
 
 
 @dataclass(frozen=True)
@@ -256,11 +259,20 @@ def naming_the_checkpoint(repo: str) -> Iterator[None]:
         ) from None
     except HfHubHTTPError as error:
         raise HoloError(f"REPO: {_refusal(repo, error)}") from None
-    except LOST as error:
+    except _lost() as error:
         raise HoloError(
             f"REPO: the connection was lost ({type(error).__name__}); nothing was published. Run the same command "
             "again: large files that have arrived are not sent again"
         ) from None
+
+
+def _lost() -> tuple[type[Exception], ...]:
+    """What a lost connection raises. huggingface_hub needs requests before 1.0 and httpx since, not both."""
+    found: list[type[Exception]] = [ConnectionError, TimeoutError]
+    for package, names in LOST.items():
+        if find_spec(package) is not None:
+            found += [getattr(import_module(package), name) for name in names]
+    return tuple(found)
 
 
 def _refusal(repo: str, error: HfHubHTTPError) -> str:

@@ -105,7 +105,7 @@ def _evaluate(lm: "HoloLM", task: str, folder: str, chosen: list[int]) -> dict[s
     name = f"hf_holo_{task}"
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with quiet():
-        manager = TaskManager(include_path=TASKS, include_defaults=False, metadata={"zero_shot_data": folder})
+        manager = TaskManager(include_path=[str(TASKS)], include_defaults=False, metadata={"zero_shot_data": folder})
         found = simple_evaluate(lm, tasks=[name], samples={name: chosen}, task_manager=manager, bootstrap_iters=100)
     assert found is not None  # it is None in processes that only help
     return dict(found)
