@@ -16,36 +16,20 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 from common.contenders import FILTERED, Runs, accuracies_of, at_best_rate, contender, edge_note, mean_accuracies
 from common.fitting import OPTIMIZERS, Fit, fit
 from common.report import RESULTS, image_path, markdown_table, measured_on, print_footer, print_table
 
 from hf_holo.eval.learning import UNSEEN, accuracy, draw_accuracies
-from hf_holo.eval.tasks import GroupProducts, Sums, Task
+from hf_holo.eval.tasks import GroupProducts, Sums
 
 NAME = "state_tracking"
-
-
-class Tracked(NamedTuple):
-    """A task, the longest sequences of its training in tokens, and how many steps it is trained for."""
-
-    task: Task
-    longest: int
-    steps: int
-
-
-TASKS = {
-    "parity": Tracked(Sums(2), 40, 800),
-    "sums modulo 3": Tracked(Sums(3), 40, 800),
-    "S3": Tracked(GroupProducts("S", 3), 32, 1600),
-}
+TASKS = {"parity": (Sums(2), 40), "sums modulo 3": (Sums(3), 40), "S3": (GroupProducts("S", 3), 32)}  # trained length
 SHORTEST = 3  # tokens in training
 LENGTHS = (40, 64, 128, 256, 512, 1024)
 TURNS = "drift=data, drift_share=0.0, learned_state=true, state_start=1.0, turn_fractions"  # of a state that is there
-# Many heads: some of them soon turn the right way. One that forgets would spoil what they have counted.
-COUNTS = f"hsn, {TURNS}=[2,3], memory=[100000,1000000], num_heads=16"
+COUNTS = f"hsn, {TURNS}=[6], memory=[2,1000000]"
 # A turn and a reflection in one plane make all of S3; the reflection is a write of β = 2.
 TURNS_AND_REFLECTS = (
     f"hsn, {TURNS}=[3], memory=[100000,1000000], num_heads=4, num_phases=1, "
@@ -56,12 +40,12 @@ MODELS = ("hsn", COUNTS, TURNS_AND_REFLECTS, FILTERED)
 LEARNING_RATES = (0.002, 0.004, 0.008)
 
 
-def measure(name: str, tracked: Tracked, args: argparse.Namespace, rate: float, seed: int) -> dict:
+def measure(name: str, task_name: str, args: argparse.Namespace, rate: float, seed: int) -> dict:
     """Train one model on one task: accuracy on kept-back sequences, and at every length."""
-    task, longest, steps = tracked
+    task, longest = TASKS[task_name]
     start = time.perf_counter()
     model = contender(name, task.vocab_size, args.width, args.depth, seed)
-    how = {"steps": steps, "rows": args.rows, "length": (SHORTEST, longest), "growing": args.growing}
+    how = {"steps": args.steps, "rows": args.rows, "length": (SHORTEST, longest), "growing": args.growing}
     fit(model, task, Fit(rate, args.optimizer, seed=seed, **how))
     run = {"parameters": model.num_parameters()}
     run["chosen_by"] = accuracy(model, task, longest * 3 // 2, args.sequences, seed=UNSEEN + 1)
@@ -75,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=tuple(TASKS))
     parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw")
     parser.add_argument("--learning_rates", nargs="+", type=float, default=LEARNING_RATES, help="to start from")
-    parser.add_argument("--steps", type=int, help="default: those of each task, 800 or 1,600")
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--growing", type=float, default=0.8, help="share of the steps in which lengths grow")
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="to ask")
@@ -86,18 +70,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args(argv)
 
-    names = ("optimizer", "rows", "growing", "lengths", "sequences", "width", "depth")
+    names = ("optimizer", "steps", "rows", "growing", "lengths", "sequences", "width", "depth")
     settings = {name: getattr(args, name) for name in names} | {"lengths": list(args.lengths)}
     kept = Runs(NAME, settings, args.results, args.seeds[0])
     for task, name in product(args.tasks, args.models):
-        tracked = TASKS[task]._replace(steps=args.steps or TASKS[task].steps)
-        run = partial(measure, name, tracked, args)
-        kept.search({"task": task, "model": name, "steps": tracked.steps}, args.learning_rates, args.seeds, run)
-    rows = at_best_rate(kept.runs, ("task", "model", "steps"))
+        run = partial(measure, name, task, args)
+        kept.search({"task": task, "model": name}, args.learning_rates, args.seeds, run)
+    rows = at_best_rate(kept.runs, ("task", "model"))
     print_table([{name: row[name] for name in ("task", "model", "learning_rate")} | accuracies_of(row) for row in rows])
     for task in dict.fromkeys(row["task"] for row in rows):
         points = [point for row in rows if row["task"] == task for point in mean_accuracies(row, _name(row))]
-        title = f"{task}, trained on up to {TASKS[task].longest} tokens"
+        title = f"{task}, trained on up to {TASKS[task][1]} tokens"
         draw_accuracies(points, title, image_path(f"{NAME}_{task.replace(' ', '_')}", args.results))
     print_footer(args.results / f"{NAME}.json", kept.seconds)
 
@@ -108,11 +91,11 @@ def _name(row: dict) -> str:
 
 def sentence(result: dict) -> str:
     f = result["figures"]
-    rows, longest = at_best_rate(f["runs"], ("task", "model", "steps")), str(max(f["settings"]["lengths"]))
+    rows, longest = at_best_rate(f["runs"], ("task", "model")), str(max(f["settings"]["lengths"]))
     parts = []
     for task in dict.fromkeys(row["task"] for row in rows):
         shares = [f"{_name(row)} {accuracies_of(row)[longest]}" for row in rows if row["task"] == task]
-        parts.append(f"{task} ({TASKS[task].task.chance:.0%} by guessing): {', '.join(shares)}")
+        parts.append(f"{task} ({TASKS[task][0].chance:.0%} by guessing): {', '.join(shares)}")
     return (
         f"running results that are right in {int(longest):,} tokens, after training on at most 40 (S3: 32): "
         f"{'; '.join(parts)}; seeds: {len({run['seed'] for run in f['runs']})}{edge_note(rows)}"
@@ -122,7 +105,7 @@ def sentence(result: dict) -> str:
 def table(result: dict) -> str:
     """Every model on every task at every length."""
     f = result["figures"]
-    settings, rows = f["settings"], at_best_rate(f["runs"], ("task", "model", "steps"))
+    settings, rows = f["settings"], at_best_rate(f["runs"], ("task", "model"))
     head = ("task", "model", ">parameters", *(f">{n:,} tokens" for n in settings["lengths"]), ">learning rate")
     cells = [
         (
@@ -134,14 +117,13 @@ def table(result: dict) -> str:
         )
         for row in rows
     ]
-    steps = " or ".join(f"{n:,}" for n in sorted({row["steps"] for row in rows}))
-    chances = ", ".join(f"{name} {tracked.task.chance:.0%}" for name, tracked in TASKS.items())
+    chances = ", ".join(f"{name} {task.chance:.0%}" for name, (task, _) in TASKS.items())
     return "\n".join(
         [
             markdown_table(head, cells),
             "",
             f"Share of the places whose running result is named, the lowest and the highest of "
-            f"{len({run['seed'] for run in f['runs']})} seeds; by guessing: {chances}. {steps} steps of "
+            f"{len({run['seed'] for run in f['runs']})} seeds; by guessing: {chances}. {settings['steps']:,} steps of "
             f"{settings['rows']} sequences of {SHORTEST} to 40 (S3: 32) tokens with "
             f"{OPTIMIZERS[settings['optimizer']]}, width {settings['width']}, depth {settings['depth']}, each at the "
             f"best of its learning rates by sequences of 60 (48) tokens kept back{edge_note(rows)}. "
