@@ -142,7 +142,8 @@ def test_two_recipes_are_refused():
         parse(["alpaca", "--recipe", "quickstart"])
 
 
-def test_several_files_are_read_in_their_order():
+def test_several_files_are_read_in_their_order(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # the quickstart may have left its run where the tests are started
     assert parse(["--train_file", "b.txt", "a.txt"]).data.train_file == ["b.txt", "a.txt"]
     with pytest.raises(HoloError, match=r"train_file: there is no file or folder 'b\.txt'"):
         train(["--train_file", "b.txt", "a.txt"])
