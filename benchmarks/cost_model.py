@@ -192,8 +192,8 @@ def measure(index: int, store: str, setup: dict, steps: int) -> dict:
     """Median seconds of a step as one of the processes takes it."""
     torch.set_num_threads(1)
     here = Setup(**setup)
-    limits = {"timeout": timedelta(minutes=2)}  # a process that has lost the others is an error, not a wait for ever
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=index, world_size=here.processes, **limits)
+    place = {"init_method": f"file://{store}", "rank": index, "world_size": here.processes}
+    dist.init_process_group("gloo", **place, timeout=timedelta(minutes=2))  # fails where another process has ended
     torch.manual_seed(0)
     step = _step(here, new_model(here.width, here.depth))
     seconds = []

@@ -32,10 +32,8 @@ from .code import missing_code
 
 UNFINISHED = re.compile(r"\.tmp\d+$")  # as `hf_holo.files.replacing` calls a file that is being written
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-LOST = {
-    "requests": ("ConnectionError", "Timeout"),
-    "httpx": ("TransportError",),
-}  # by what huggingface_hub talks through
+# Errors of a lost connection, by the package that huggingface_hub uses.
+LOST = {"requests": ("ConnectionError", "Timeout"), "httpx": ("TransportError",)}
 
 
 @dataclass(frozen=True)
