@@ -9,7 +9,6 @@ thread. They share the cores of one machine, so the time says little where there
 """
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from common.own_process import in_own_processes, peak_gib
+from common.own_process import in_own_processes, parsed, peak_gib
 from common.report import RESULTS, markdown_table, measured_on, print_footer, print_table, write_report
 
 from hf_holo.distributed import ContextParallel
@@ -85,11 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--vocab_size", type=int, default=256)
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4], help="the first is compared with")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
-    parser.add_argument("--own_process", type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.own_process is not None:
-        print(json.dumps(measure(**args.own_process)))
-        return
+    args = parsed(parser, argv, measure)
 
     start = time.perf_counter()
     settings = {"preset": args.preset, "tokens": args.tokens, "vocab_size": args.vocab_size}

@@ -10,7 +10,6 @@ same formulas say what GPUs would need, with numbers from data sheets in place o
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -26,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from common.own_process import in_own_processes
+from common.own_process import in_own_processes, parsed
 from common.report import RESULTS, markdown_table, measured_on, print_footer, print_table, write_report
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -279,11 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=7, help="timed for each configuration, after two")
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4], help="leave out those with others")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
-    parser.add_argument("--own_process", type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.own_process is not None:
-        print(json.dumps(measure(**args.own_process)))
-        return
+    args = parsed(parser, argv, measure)
 
     start, cores = time.perf_counter(), len(os.sched_getaffinity(0))
     rows = []

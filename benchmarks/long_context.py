@@ -16,13 +16,12 @@ depends on their values.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from common.own_process import in_own_process, peak_gib
+from common.own_process import in_own_process, parsed, peak_gib
 from common.report import (
     RESULTS,
     interleaved_medians,
@@ -214,14 +213,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--stability_tokens", type=int, default=300_000)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
-    parser.add_argument("--own_process", type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.own_process is not None:
-        print(json.dumps(run_part(**args.own_process)))
-        return
+    args = parsed(parser, argv, run_part)
 
     name = "long_context" if args.preset == parser.get_default("preset") else f"long_context_{args.preset}"
-    settings = {key: value for key, value in vars(args).items() if key not in ("parts", "results", "own_process")}
+    settings = {key: value for key, value in vars(args).items() if key not in ("parts", "results")}
     earlier = read_report(name, args.results)
     same = earlier["figures"].get("settings") == settings
     figures, seconds = (earlier["figures"], earlier["seconds"]) if same else ({"settings": settings}, 0.0)

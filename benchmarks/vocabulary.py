@@ -9,7 +9,6 @@ step of 2 × 256 tokens at width 768 with the hash strategy, measured in a proce
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from common.characters import windowed_loss
 from common.fitting import make_optimizer
-from common.own_process import in_own_process, peak_gib
+from common.own_process import in_own_process, parsed, peak_gib
 from common.report import RESULTS, markdown_table, measured_on, print_footer, print_table, write_report
 from tqdm import trange
 from transformers import PreTrainedModel
@@ -139,11 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--large_width", type=int, default=768)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
-    parser.add_argument("--own_process", type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.own_process is not None:
-        print(json.dumps(large_step(**args.own_process)))
-        return
+    args = parsed(parser, argv, large_step)
     if args.text is None:
         parser.error("a text file is needed")
 
