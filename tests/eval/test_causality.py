@@ -11,13 +11,16 @@ from transformers import (
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from hf_holo import HsnConfig
 from hf_holo.errors import HoloError
-from hf_holo.eval.conformance import Violation, check_causality
+from hf_holo.eval.conformance import Subject, Violation, check_causality
+from hf_holo.eval.conformance.causality import probe_causality
 
 
 def test_it_finds_who_looks_ahead_and_how_far(leak, wrong_seed):
@@ -138,6 +141,38 @@ def test_bidirectional_attention_looks_ahead():
 
     config = GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=4, n_positions=64)
     assert check_causality(Bidirectional(config)).lookahead == 63
+
+
+def test_a_mixture_of_experts_is_checked_in_float64():
+    """transformers 5 multiplies with all experts at once by an operation that knows no float64."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=61, num_hidden_layers=1, num_local_experts=4, max_position_embeddings=64, **sizes)
+    assert probe_causality(Subject(MixtralForCausalLM(config)), lengths=(17,), settings=()).passed
+
+
+def test_a_model_that_padding_breaks_is_checked_without():
+    class Breaks(GPT2LMHeadModel):
+        def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None):
+            output = super().forward(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
+            if attention_mask is not None and not attention_mask.all():
+                output.logits = output.logits * torch.nan
+            return output
+
+    model = Breaks(GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=4, n_positions=64))
+    report = probe_causality(Subject(model), lengths=(17,), settings=())
+    assert report.passed and "not tested: padding: the output is NaN or infinite" in str(report)
+
+
+def test_a_model_without_float64_is_refused():
+    class Narrow(GPT2LMHeadModel):
+        def forward(self, input_ids=None, inputs_embeds=None):
+            if self.dtype == torch.float64:
+                raise RuntimeError("no such operation in Double")
+            return super().forward(input_ids, inputs_embeds=inputs_embeds)
+
+    model = Narrow(GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=4, n_positions=64))
+    with pytest.raises(HoloError, match="model: Narrow cannot be checked in float64: no such operation in Double"):
+        check_causality(model)
 
 
 def _t5():

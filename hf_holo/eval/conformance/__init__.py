@@ -3,7 +3,16 @@
 `check_causality(model)` answers the most important question; `hf-holo check` asks all of them.
 """
 
-from . import adapters, equivalence, generation, persistence, senses, state  # noqa: F401  (they register their checks)
+from . import (  # noqa: F401  (they register their checks)
+    adapters,
+    causality,
+    equivalence,
+    generation,
+    order,
+    persistence,
+    senses,
+    state,
+)
 from .causality import CausalityReport, Leak, check_causality
 from .checks import CHECKS, GROUPS, Check, Report, Result, Violation, assert_same, check, run_check, select
 from .subject import Subject

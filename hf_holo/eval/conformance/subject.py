@@ -238,7 +238,10 @@ class Subject:
 
     def copy(self, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
         """A model of one's own with the same weights, in evaluation mode."""
-        return copied(self._weights).to(dtype)  # type: ignore[arg-type]  # as above
+        model = copied(self._weights).to(dtype)  # type: ignore[arg-type]  # as above
+        if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")  # the grouped product of experts has no float64
+        return model
 
     def drawn_again(self, seed: int) -> "Subject":
         """The same model with weights and inputs by another seed."""
