@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import os
 import random
 import sys
@@ -17,12 +18,21 @@ pytest_plugins = ["pytester", "what_works"]
 SHARED_DATA = Path(__file__).resolve().parents[1] / "../shared/data"
 
 
+def pytest_collection_finish():
+    """The collector of garbage need not look again and again at what stays to the end: all tests and libraries."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seed():
     """Every test starts from the same random state."""
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    if torch.accelerator.is_available():
+        torch.manual_seed(0)
+    else:
+        torch.default_generator.manual_seed(0)  # the other notes the stack for every device that there is not
 
 
 @pytest.fixture(autouse=True)

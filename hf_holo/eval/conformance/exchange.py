@@ -145,7 +145,7 @@ class Reading:
 @torch.no_grad()
 def read(model: nn.Module, inputs: dict[str, Any], seed: int = 0) -> Reading:
     """One pass that leaves the model as it was. Random numbers start from the seed."""
-    torch.manual_seed(seed)
+    _start_from(seed)
     given = {name: x.copy() if isinstance(x, RecurrentCache) else x for name, x in inputs.items()}  # it is updated
     with buffers_kept(model):
         output = model(**given)
@@ -154,6 +154,14 @@ def read(model: nn.Module, inputs: dict[str, Any], seed: int = 0) -> Reading:
         return Reading(outputs, None)
     shifts = isinstance(output, dict) and getattr(model, "can_generate", lambda: False)()
     return Reading(None, output.get("loss") if shifts else None)
+
+
+def _start_from(seed: int) -> None:
+    """Seed all generators of random numbers."""
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)  # the other notes the stack for every device that there is not
 
 
 def outputs_of(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
