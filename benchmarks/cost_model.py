@@ -100,10 +100,14 @@ class Machine:
     cores: float = math.inf
 
     def seconds(self, setup: Setup) -> float:
-        cost, turns = costs(setup), max(1.0, setup.processes / self.cores)
-        computing = turns * (cost.operations / self.operations + cost.values / self.values)
-        waiting = cost.waiting / self.operations
-        return computing + waiting + cost.bytes / self.bytes + cost.messages * self.message
+        operations, values, sent, messages = waited_for(setup, self.cores)
+        return operations / self.operations + values / self.values + sent / self.bytes + messages * self.message
+
+
+def waited_for(setup: Setup, cores: float) -> tuple[float, float, float, float]:
+    """Operations, values, bytes and rounds that a step takes its time for, where processes take turns on the cores."""
+    cost, turns = costs(setup), max(1.0, setup.processes / cores)
+    return turns * cost.operations + cost.waiting, turns * cost.values, cost.bytes, cost.messages
 
 
 def costs(setup: Setup) -> Costs:
@@ -173,13 +177,10 @@ def fit(rows: Sequence[dict], cores: int) -> Machine:
     """The machine that explains measured seconds best: least squares of relative errors, with numbers of at least 0."""
     from scipy.optimize import nnls
 
-    columns, unit = [], np.ones(len(rows))
-    for row in rows:
-        cost, turns = costs(Setup(**row["setup"])), max(1.0, row["setup"]["processes"] / cores)
-        columns.append([cost.operations * turns + cost.waiting, cost.values * turns, cost.bytes, cost.messages])
-    table = np.array(columns) / np.array([[row["seconds"]] for row in rows])
+    columns = np.array([waited_for(Setup(**row["setup"]), cores) for row in rows])
+    table = columns / np.array([[row["seconds"]] for row in rows])
     scale = table.max(0)
-    seconds = nnls(table / scale, unit)[0] / scale
+    seconds = nnls(table / scale, np.ones(len(rows)))[0] / scale
     operations, values, sent = (1 / each if each else math.inf for each in seconds[:3])
     return Machine(operations, values, sent, seconds[3], cores)
 

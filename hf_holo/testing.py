@@ -9,19 +9,22 @@ runs every check that applies on every variant and head of the family "mine". Ne
 """
 
 import pytest
+from transformers import PreTrainedModel
 
 from .eval.conformance import Check, Subject, select
 from .eval.conformance.targets import family_subjects
 from .registry import architectures, get_architecture
 
 ONCE = ("generation", "persistence", "adapters")  # groups that take long and say much the same of every variant
+THOROUGH = ("suffix exchange in every setting", "suffix exchange at usual lengths")  # hundreds of passes each
 
 
 class ConformanceTests:
     """Base of a test class: one test for each model and each check that applies to it.
 
-    Slow checks carry the marker `slow`; so do the rarer models that `hf-holo check --quick` leaves out, and what is
-    generated, saved, loaded and adapted in other variants than the first of a family.
+    Slow checks carry the marker `slow`; so do the rarer models that `hf-holo check --quick` leaves out, what is
+    generated, saved, loaded and adapted in other variants than the first of a family, and the most thorough checks of
+    causality of other models than the main one of that variant.
 
     Attributes:
         architecture: name of a registered family; None: all registered families.
@@ -41,30 +44,34 @@ class ConformanceTests:
         metafunc.config.addinivalue_line("markers", "slow: takes more than a few seconds")
         quick = metafunc.config.getoption("markexpr") == "not slow"
         common = self.subjects(quick=True)
-        names = {subject.name for subject in common}
         first = _of_first_variants(common)
+        main = [subject for subject in first if subject.model_class is _main_model(subject)]
+        fast = dict.fromkeys(ONCE, first) | dict.fromkeys(THOROUGH, main)
         cases = []
         for subject in common if quick else self.subjects(quick=False):
             for check in select(None, quick):
                 if check.reason_not(subject) is None:
-                    rarer = subject.name not in names or (check.group in ONCE and subject.name not in first)
+                    where = fast.get(check.name, fast.get(check.group, common))
+                    slow = check.slow or subject.name not in [other.name for other in where]
                     name = f"{subject.name}: {check.name}"
-                    cases.append(
-                        pytest.param(subject, check, id=name, marks=[pytest.mark.slow] * (check.slow or rarer))
-                    )
+                    cases.append(pytest.param(subject, check, id=name, marks=[pytest.mark.slow] * slow))
         metafunc.parametrize(("subject", "check"), cases)
 
     def test_conformance(self, subject: Subject, check: Check) -> None:
         check(subject)
 
 
-def _of_first_variants(subjects: list[Subject]) -> set[str]:
-    """The names of those that are of the same variant as the first of their family."""
+def _of_first_variants(subjects: list[Subject]) -> list[Subject]:
+    """Those that are of the same variant as the first of their family."""
     variants: dict[str, str] = {}
     for subject in subjects:
         variants.setdefault(subject.config.model_type, _variant(subject))
-    return {subject.name for subject in subjects if variants[subject.config.model_type] == _variant(subject)}
+    return [subject for subject in subjects if variants[subject.config.model_type] == _variant(subject)]
 
 
 def _variant(subject: Subject) -> str:
     return subject.name.partition("/")[2]
+
+
+def _main_model(subject: Subject) -> type[PreTrainedModel]:
+    return get_architecture(subject.config.model_type).main_model

@@ -86,6 +86,7 @@ def test_a_device_that_cannot_be_used_is_refused(device, capsys):
     assert status == 2 and f"--device: {device!r} cannot be used" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_leaking_family_fails_with_status_1(capsys, peeking):
     status, text = run(capsys, "peeking", *QUICK)
     assert status == 1

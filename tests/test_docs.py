@@ -25,6 +25,7 @@ LONG = {
     "how-a-causal-model-cheats",
     "evaluation",
     "surgery",
+    "tour",
     "export/onnx",
     "export/torch-export",
 }  # their Python takes seconds

@@ -211,6 +211,7 @@ def test_little_memory_gives_the_same_model(saved, texts, tmp_path):
     assert torch.equal(logits(load(tmp_path / "roomy")), logits(load(tmp_path / "tight")))
 
 
+@pytest.mark.slow
 def test_layers_are_refitted_unless_told_otherwise(saved, texts, tmp_path):
     teacher = saved()
     choices = {"by default": [], "asked for": ["--refit", "true"], "not": ["--refit", "false"]}
@@ -260,6 +261,7 @@ def test_benchmark_compares_at_the_same_share(saved, texts, tmp_path, monkeypatc
 # Dry run ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dry_run_names_every_module_and_needs_no_weights(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     folder = tmp_path / "config-only"

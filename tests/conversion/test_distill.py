@@ -76,7 +76,7 @@ def test_a_run_writes_all_it_promises_and_leaves_the_teacher(folders, capsys):
 @pytest.mark.parametrize(
     ("surgery", "changes", "trains"),
     [
-        ({"folded": True}, {}, {"coefficients", "bias"}),
+        pytest.param({"folded": True}, {}, {"coefficients", "bias"}, marks=pytest.mark.slow),
         pytest.param({}, {}, {"amplitude", "phase", "bias"}, marks=pytest.mark.slow),
         ({"folded": True}, {"lora_rank": 2}, None),  # what is saved is the adapter
     ],

@@ -78,7 +78,7 @@ def size(folder: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "phi3"))]
+    "name", ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "bert", "phi3"))]
 )
 def test_a_conversion_is_stored_in_integers(teacher, text, tmp_path, name):
     """Tied and other heads, Conv1D, an encoder; the same surgery as without."""

@@ -73,6 +73,7 @@ def test_python_help_is_prose():
     assert text.count(" the ") > 1_000
 
 
+@pytest.mark.slow
 def test_the_standard_library_is_written_code_in_a_fixed_order():
     sources = stdlib_sources()
     names = list(sources)

@@ -19,6 +19,11 @@ from hf_holo.eval.metrics import LanguageScores, TextScores, accuracy, f1, of_cl
 from hf_holo.modeling.losses import IGNORED
 
 TEXT = "the wave binds a key "
+OTHERS_SLOW = pytest.mark.parametrize(
+    "family",
+    ["hsn", *(pytest.param(family, marks=pytest.mark.slow) for family in ("holo", "resonance"))],
+    indirect=True,
+)
 
 
 @pytest.fixture
@@ -99,6 +104,7 @@ def test_metrics_of_classifiers(tiny, family, head, arguments, repeating_ids):
     assert after["eval_accuracy"] > before["eval_accuracy"] and after["eval_f1"] > before["eval_f1"]
 
 
+@OTHERS_SLOW
 @pytest.mark.feature("Trainer", "streaming datasets")
 def test_a_stream_is_read_as_it_is_needed(tiny, family, arguments, repeating_ids):
     """It gives the losses of the same rows in a table, and no more of it is read than a batch ahead."""
@@ -118,6 +124,7 @@ def test_a_stream_is_read_as_it_is_needed(tiny, family, arguments, repeating_ids
     assert losses(streamed) == pytest.approx(losses(in_order), abs=1e-5)
 
 
+@OTHERS_SLOW
 @pytest.mark.feature("Trainer", "packed documents")
 def test_packed_documents_train_as_padded_ones(tiny, family, arguments, repeating_ids):
     """In one row, told apart by positions or by `seq_idx`: no document sees another."""
@@ -159,6 +166,7 @@ HEADS = {
 }
 
 
+@OTHERS_SLOW
 @pytest.mark.feature("Trainer", "gradient accumulation")
 @pytest.mark.parametrize(
     "head", [pytest.param(head, marks=[pytest.mark.slow] * (head == "several labels")) for head in HEADS]

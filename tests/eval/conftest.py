@@ -13,6 +13,7 @@ sys.path.append(str(Path(__file__).parent))  # the benchmarks import it too
 WRONG_MODELS = importlib.import_module("wrong_models")
 
 SEEDS = range(20)
+QUICK = ("toy", "llama")  # of the right models
 
 
 def some_first(values: Iterable, quick: int) -> list:
@@ -57,7 +58,7 @@ def leak(request):
     return WRONG_MODELS.FAULTS[request.param]
 
 
-@pytest.fixture(params=WRONG_MODELS.RIGHT)
+@pytest.fixture(params=[pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in WRONG_MODELS.RIGHT])
 def right(request):
     """Every right model."""
     return WRONG_MODELS.RIGHT[request.param]

@@ -51,7 +51,7 @@ def test_nan_is_no_look_ahead_and_no_pass(wrong_models):
         check_causality(wrong_models.FAULTS["not a number"].model.build())
 
 
-@pytest.mark.parametrize("lengths", [(31,), (40,), (1024, 33)])
+@pytest.mark.parametrize("lengths", [(40,), *(pytest.param(n, marks=pytest.mark.slow) for n in ((31,), (1024, 33)))])
 def test_one_length_is_enough_to_see_as_far_as_it_goes(wrong_models, lengths):
     model = wrong_models.FAULTS["circular gate"].model.build()
     assert check_causality(model, lengths=lengths).lookahead == 31
@@ -95,13 +95,14 @@ def test_the_model_is_left_as_it_was(wrong_models):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["toy", "llama"])
+@pytest.mark.parametrize("name", ["toy", pytest.param("llama", marks=pytest.mark.slow)])
 def test_any_dtype_will_do(wrong_models, name, dtype):
     model = wrong_models.RIGHT[name].build().to(dtype)
     assert check_causality(model, lengths=(17, 33)).passed
     assert model.dtype == dtype
 
 
+@pytest.mark.slow
 def test_the_report_is_the_same_every_time(wrong_models):
     model = wrong_models.FAULTS["zero-padded filter"].model.build()
     first = check_causality(model, lengths=(17, 33))

@@ -295,6 +295,7 @@ def test_other_weights_are_another_measurement(model):
     assert Evaluated("mine", model.model).fingerprint != before
 
 
+@pytest.mark.slow
 def test_a_model_that_leaks_is_refused(wrong_models, text, tmp_path):
     tokenizer = byte_tokenizer()
     leaking = perturb(wrong_models.new_toy("Recurrence", "CircularGate", vocab_size=len(tokenizer)))

@@ -33,7 +33,7 @@ CASES = [
     ("resonance_multimodal", "AutoModelForSequenceClassification", "plain"),
     ("resonance_multimodal", "AutoModelForSequenceClassification", "vision and audio"),
 ]
-QUICK = CASES[0::6]  # pictures, and all senses at once
+QUICK = CASES[:1]  # pictures
 SIZES = [(1, 0), (3, 0), (1, 7), (3, 7), (1, 40), (3, 40)]  # batch, and by how much larger than the config says
 PROCESSORS = {"resonance_vision": "AutoImageProcessor", "resonance_audio": "AutoFeatureExtractor"}
 

@@ -88,7 +88,8 @@ def saved(tmp_path, family):
     return tmp_path / "model", auto
 
 
-@pytest.mark.parametrize("family", ["resonance_multimodal", *(pytest.param(f, marks=pytest.mark.slow) for f in SINGLE)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["resonance_multimodal", *SINGLE])
 @pytest.mark.feature("Hub", "code and processor go along", family="{family}")
 @pytest.mark.timeout(900)
 def test_it_loads_where_hf_holo_is_missing(saved, elsewhere, family):

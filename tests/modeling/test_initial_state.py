@@ -52,6 +52,7 @@ def test_states_start_as_far_from_empty_as_asked(family):
             new_model(family, state_start=value)
 
 
+@pytest.mark.slow
 def test_a_state_that_turns_counts_at_lengths_that_it_has_not_seen():
     """Parity, learned on up to 24 tokens in seconds, holds for 400; without turns it is not learned."""
     start = {"drift_share": 0.0, "memory": [100_000, 1_000_000], "learned_state": True, "state_start": 1.0}

@@ -25,6 +25,7 @@ def test_a_head_goes_on_a_pretrained_body(tiny_model, tmp_path):
         torch.testing.assert_close(body[name], tensor, rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_through_auto_classes(tiny_model, random_ids, tmp_path):
     model, ids = tiny_model("bundle", dtype=torch.float32), random_ids(1, 9)
     model.save_pretrained(tmp_path)

@@ -250,6 +250,7 @@ def test_no_wrapping_hides_a_leak(wrapping):
         CausalityCallback().probe(WRAPPINGS[wrapping](peek(gate=0.0)), move_weights=True)
 
 
+@pytest.mark.slow
 def test_adapters_that_leak_are_found():
     """The base model is honest; only what PEFT put into it is not."""
     model = with_adapters(llama(), "v_proj")

@@ -32,7 +32,7 @@ def same_weights(one: Path, other: Path) -> bool:
     ("optimizer", "checkpoint"),
     [
         ("muon", "checkpoint-2"),
-        ("adamw", "checkpoint-4"),
+        pytest.param("adamw", "checkpoint-4", marks=pytest.mark.slow),
         pytest.param("muon", "checkpoint-4", marks=pytest.mark.slow),
         pytest.param("adamw", "checkpoint-2", marks=pytest.mark.slow),
     ],

@@ -48,7 +48,7 @@ def tiny_run(data, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("recipe", TINY)
+@pytest.mark.parametrize("recipe", [pytest.param(r, marks=[pytest.mark.slow] * (r == "cifar10")) for r in TINY])
 def test_a_run_writes_all_it_promises(tiny_run, data, tmp_path, recipe, capsys):
     tiny_run(recipe, *shlex.split(LEARNS))
     folder = tmp_path / "run"
@@ -95,6 +95,7 @@ def test_resuming_is_exact(tiny_run, tmp_path, recipe):
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "part" / name).read_text()
 
 
+@pytest.mark.slow
 def test_augmentation_is_for_training_only(tiny_run):
     names = {"plain": ["none"], "changed": ["erase", "crop"]}
     plain, changed = (
@@ -118,6 +119,7 @@ def test_a_trained_model_learns_other_classes(tiny_run, data, tmp_path):
     assert trainer.model.config.id2label == {0: "a", 1: "b", 2: "c"} and trainer.model.config.hidden_sizes == [8, 8]
 
 
+@pytest.mark.slow
 def test_processors_fit_the_model(tiny_run, tmp_path):
     tiny_run("cifar10", "--model", "hidden_sizes=[8]", "depths=[1]", "filter_reaches=2", "num_channels=1")
     assert AutoImageProcessor.from_pretrained(tmp_path / "run").num_channels == 1
