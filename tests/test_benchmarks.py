@@ -238,6 +238,7 @@ def test_the_best_learning_rate_is_looked_for_beyond_the_edge(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_leaking_gate(run, text, tmp_path):
     image = tmp_path / "leak.png"
     report, _ = run(
@@ -438,6 +439,7 @@ def spoken(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_audio(run, spoken, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     audio = importlib.import_module("audio")
@@ -670,6 +672,7 @@ def test_holo_speed(run, monkeypatch):
     assert all(0.79 <= row["kept"] <= 0.8 or 0.59 <= row["kept"] <= 0.6 for row in decoding)
 
 
+@pytest.mark.slow
 def test_holo_curve(run, text, tmp_path, monkeypatch):
     image = tmp_path / "curve.png"
     argv = (text, "--steps", 2, "--harmonics", 4, 8, "--image", image, *TINY_FIT)
@@ -726,6 +729,7 @@ def test_vocabulary(run, text):
     assert large["compression"] > 5 and 0 < large["peak_gib"] < 4
 
 
+@pytest.mark.slow
 def test_long_context(run, monkeypatch):
     sizes = {"context": 90, "short": 30, "short_context": 20, "training_tokens": 40, "exact_tokens": 50, "tokens": 2}
     sizes |= {"stability_tokens": 100, "repeats": 1, "sizes": 7}
@@ -793,6 +797,7 @@ def test_cost_model(run, monkeypatch):
     assert "of it computing" in cost_model.table(report) and "has not seen" in cost_model.sentence(report)
 
 
+@pytest.mark.slow
 def test_costs_are_counted_and_a_machine_is_found_from_them(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     cost_model = importlib.import_module("cost_model")
@@ -831,6 +836,7 @@ def test_infilling(run, monkeypatch):
     assert again["figures"] == figures
 
 
+@pytest.mark.slow
 def test_both_models_of_infilling_learn_from_the_same_batches(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     infilling = importlib.import_module("infilling")

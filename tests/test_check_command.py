@@ -197,6 +197,7 @@ def test_quick_takes_every_variant_and_every_head_once():
     assert len(quick) == len(hsn.variants) + len(hsn.models) - 1
 
 
+@pytest.mark.slow
 def test_a_family_without_models_to_check_is_refused(monkeypatch):
     monkeypatch.setattr(registry, "_ARCHITECTURES", registry.architectures())
     bare = registry.register_architecture("peeking", PeekingConfig, {"AutoModelForCausalLM": PeekingForCausalLM})

@@ -123,6 +123,7 @@ def test_the_tables_of_presets_are_true(preset, with_few_tokens):
     assert f"| `{preset}` | {' | '.join(cells)} |" in page
 
 
+@pytest.mark.slow
 def test_the_counts_beside_those_of_the_reference_are_true():
     page = (DOCS / "hsn.md").read_text(encoding="utf-8")
     for counted in catalogue(vocab_size=32000)[:3]:

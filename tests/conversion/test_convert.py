@@ -134,6 +134,7 @@ def test_more_numbers_keep_more_meaning(saved, texts, tmp_path):
     assert errors[0] < 0.02 * float(logits(load(teacher)).var())
 
 
+@pytest.mark.slow
 def test_kept_share_is_what_the_files_hold(saved, texts, tmp_path):
     teacher, out = saved(), tmp_path / "out"
     run(teacher, out, "--ratio", "0.6", "--train_file", *texts)
@@ -150,12 +151,14 @@ def test_kept_share_is_what_the_files_hold(saved, texts, tmp_path):
     assert sum(int(row["stored"]) for row in rows) == in_blocks[0]
 
 
+@pytest.mark.slow
 def test_attention_only(saved, texts, tmp_path):
     run(saved(), tmp_path / "out", "--recipe", "convert-attention", "--train_file", *texts)
     student = load(tmp_path / "out")
     assert {name.split(".")[-2] for name, m in student.named_modules() if isinstance(m, HoloLinear)} == {"self_attn"}
 
 
+@pytest.mark.slow
 def test_keep_first_last_and_exclude(saved, texts, tmp_path):
     run(saved(), tmp_path / "out", "--keep_first", "1", "--exclude", "o_proj", "--train_file", *texts)
     converted = [name for name, m in load(tmp_path / "out").named_modules() if isinstance(m, HoloLinear)]
@@ -318,6 +321,7 @@ def test_a_stopped_run_continues(saved, texts, tmp_path, monkeypatch, capsys):
     assert torch.equal(logits(load(out)), logits(load(tmp_path / "whole")))
 
 
+@pytest.mark.slow
 def test_refitting_goes_on_after_its_last_finished_block(saved, texts, tmp_path, monkeypatch):
     teacher, out, words = saved(), tmp_path / "out", ["--ratio", "0.6", "--train_file", *texts]
     run(teacher, tmp_path / "whole", *words)

@@ -177,7 +177,7 @@ def test_refitting_without_use_cache(name, tmp_path):
 
 
 @pytest.mark.skipif(MAJOR >= 5, reason="experts are fused, and stay dense")
-@pytest.mark.parametrize("refit", ["false", "true"])
+@pytest.mark.parametrize("refit", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_an_expert_that_no_token_comes_to(refit, tmp_path):
     def close(model: PreTrainedModel) -> None:
         """The last expert's score is between the others', so it is never the best."""

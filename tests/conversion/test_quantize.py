@@ -217,6 +217,7 @@ def test_training_is_refused_and_adapters_are_not(make_teacher, tmp_path):
         adapted.merge_and_unload()
 
 
+@pytest.mark.slow
 def test_distillation_is_refused(teacher, text, tmp_path, capsys):
     source = teacher()
     convert(source, tmp_path / "out", text, "--quantize", "int8")

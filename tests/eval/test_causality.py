@@ -33,6 +33,7 @@ def test_it_finds_who_looks_ahead_and_how_far(leak, wrong_seed):
         assert report.lookahead == leak.lookahead
 
 
+@pytest.mark.slow  # test_kit asks the same of single checks
 def test_it_accuses_no_honest_model(right, right_seed):
     report = check_causality(right.build(right_seed), seed=right_seed)
     assert report.passed and report.lookahead == 0 and not report.leaks

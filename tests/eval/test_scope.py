@@ -33,6 +33,7 @@ def test_the_networks_have_as_many_parameters():
         assert count(holographic) <= count(dense) <= 1.1 * count(holographic)
 
 
+@pytest.mark.slow
 def test_the_holographic_network_learns_the_spirals():
     relu, holographic, _ = compare(seed=0, steps=150)
     assert holographic.train_accuracy > 0.9 > relu.train_accuracy

@@ -88,6 +88,7 @@ def test_pictures_are_counted_as_the_pipeline_sees_them(folders, tmp_path):
     assert (tmp_path / "out" / "vision_conditions.csv").exists()
 
 
+@pytest.mark.slow
 def test_classes_are_compared_by_their_names(folders, tmp_path):
     swapped = {"id2label": {0: "second", 1: "first"}, "label2id": {"second": 0, "first": 1}}
     found = []

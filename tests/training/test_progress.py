@@ -61,7 +61,7 @@ def test_durations_are_read_at_a_glance(seconds, said):
     assert progress.duration(seconds) == said
 
 
-@pytest.mark.parametrize("preset", ["hsn-tiny", "resonance-tiny"])
+@pytest.mark.parametrize("preset", ["hsn-tiny", pytest.param("resonance-tiny", marks=pytest.mark.slow)])
 def test_checkpoints_hold_no_code_and_the_final_model_does(tiny_run, tmp_path, preset):
     sizes = ["--model", "hidden_size=16", "num_hidden_layers=1"]
     trainer = tiny_run("--preset", preset, *sizes)

@@ -108,6 +108,7 @@ def test_augmentation_is_for_training_only(tiny_run):
     assert not torch.equal(one(examples)["pixel_values"], other(examples)["pixel_values"])
 
 
+@pytest.mark.slow
 def test_a_trained_model_learns_other_classes(tiny_run, data, tmp_path):
     """Its head is a new one then."""
     tiny_run("cifar10", folder="first")
@@ -181,6 +182,7 @@ def scenes(tmp_path_factory):
 
 
 @pytest.mark.feature("training", "hf-holo train", family="resonance_multimodal")
+@pytest.mark.slow
 def test_a_table_of_several_senses(scenes, tmp_path, capsys):
     words = "--preset resonance-multimodal-tiny --task multimodal-classification --optimizer adamw"
     flags = f"{words} {COMMON} --max_steps 12 --eval_steps 6 --validation_fraction 0.25 --train_file {scenes}"
@@ -196,6 +198,7 @@ def test_a_table_of_several_senses(scenes, tmp_path, capsys):
 
 
 @pytest.mark.feature("training", "resuming to the bit", family="resonance_multimodal")
+@pytest.mark.slow
 def test_resuming_several_senses_is_exact(scenes, tmp_path):
     words = "--preset resonance-multimodal-tiny --task multimodal-classification --augment crop gain"
     often = f"--save_steps 2 --save_total_limit 9 --train_file {scenes}"
