@@ -153,6 +153,7 @@ def table(result: dict) -> str:
     f = result["figures"]
     settings, taken = f["settings"], f["step_seconds"]
     default = {run["seed"]: run["loss"] for run in f["runs"] if run["variant"] == "default"}
+    seeds = f"seed{'s' * (len(default) > 1)} {', '.join(map(str, sorted(default)))}"
     rows = []
     for variant in taken:
         runs = [run for run in f["runs"] if run["variant"] == variant]
@@ -167,8 +168,8 @@ def table(result: dict) -> str:
             ),
             "",
             f"{settings['steps']} steps of {settings['rows']}×{settings['length']} characters of tinyshakespeare with "
-            f"Muon, width {settings['width']}, depth {settings['depth']}, one learning rate, seed{'s' * (len(default) > 1)} "
-            f"{', '.join(map(str, sorted(default)))}; the loss is that of the whole validation split, the time that of "
+            f"Muon, width {settings['width']}, depth {settings['depth']}, one learning rate, {seeds}; "
+            "the loss is that of the whole validation split, the time that of "
             f"a forward and a backward pass. {result['seconds']:,.0f} seconds for all on: {measured_on(result)}.",
         ]
     )

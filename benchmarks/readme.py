@@ -15,6 +15,8 @@ from common.ledger import table as claims
 from common.report import BENCHMARKS, RESULTS, markdown_table, processors_of, read_report, software
 from common.suite import GROUPS, HEADLINES, INPUTS, SUITE, TABLES, duration
 
+from hf_holo.eval.markdown import filled
+
 ROOT = BENCHMARKS.parent
 DOCS, PAGE = ROOT / "docs", ROOT / "docs" / "benchmarks.md"
 
@@ -91,13 +93,6 @@ PAGES: dict[tuple[Path, str], Callable[[], str]] = {
     **{(CLAIMS, project): partial(claims, project) for project in PROJECTS},
     (DOCS / "conformance.md", "checks"): lambda: SUITE["conformance"].module.table_of_checks(),
 }
-
-
-def filled(text: str, mark: str, content: str) -> str:
-    """A page with `content` between the two marks of that name."""
-    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
-    head, rest = text.split(begin)
-    return f"{head}{begin}\n{content}\n{end}{rest.split(end)[1]}"
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from hf_holo.eval.markdown import filled
 from hf_holo.files import write_text
 
 from .claim import CONDITIONS, FALSE, MISSING, TRUE, UNTESTABLE, Claim, Figures, Results
@@ -611,8 +612,6 @@ def summary(folder: Path = RESULTS) -> str:
 
 def write_page(folder: Path = RESULTS, page: Path = PAGE) -> None:
     """Write all tables of docs/claims.md between their marks."""
-    from readme import filled  # which imports all scripts, this one's caller too
-
     text = PAGE.read_text(encoding="utf-8")
     for mark, content in {"summary": summary(folder), **{name: table(name, folder) for name in PROJECTS}}.items():
         text = filled(text, mark, content)

@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ...errors import HoloError, first_line, unknown
 from ...files import write_text
 from ...registry import architectures
-from ..markdown import markdown_table
+from ..markdown import filled, markdown_table
 from .checks import run_check, select
 from .quiet import quiet
 from .subject import Subject
@@ -280,12 +280,8 @@ def write_page(animals: Sequence[Animal], page: Path) -> None:
         HoloError: the page has no such marks.
     """
     major = transformers.__version__.partition(".")[0]
-    begin, end = f"<!-- transformers-{major}: begin -->", f"<!-- transformers-{major}: end -->"
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
-    if begin not in text or end not in text:
-        raise HoloError(f"page: {str(page)!r} has no marks {begin} and {end}")
-    head, tail = text.partition(begin)[0], text.partition(end)[2]
-    write_text(page, f"{head}{begin}\n{summary(animals)}\n\n{table(animals)}\n{end}{tail}")
+    write_text(page, filled(text, f"transformers-{major}", f"{summary(animals)}\n\n{table(animals)}"))
 
 
 if __name__ == "__main__":
