@@ -11,6 +11,7 @@ from hf_holo.eval.scope import compare, count, dense_network, holographic_networ
 from hf_holo.modeling.harmonics import HoloLinear, SineActivation
 
 
+@pytest.mark.slow
 def test_it_writes_a_picture_and_its_figures(tmp_path, capsys):
     folder = tmp_path / "new" / "scope"
     for _ in range(2):  # an older picture is replaced

@@ -102,6 +102,7 @@ def test_classes_are_compared_by_their_names(folders, tmp_path):
         evaluate([sees(**strange)], "vision", tmp_path / "no", eval_file=str(folders["image"]), **SMALL)
 
 
+@pytest.mark.slow
 def test_a_model_of_transformers_of_one_size(folders, tmp_path):
     torch.manual_seed(0)
     config = ViTConfig(
@@ -134,6 +135,7 @@ def test_changed_pictures_are_changed_and_the_same_each_time(folders):
     assert noise.std() == pytest.approx(0.1, rel=0.05)
 
 
+@pytest.mark.slow
 def test_sounds_are_counted_as_the_pipeline_hears_them(folders, tmp_path):
     model, extractor = hears()
     model.save_pretrained(tmp_path / "mine")

@@ -231,7 +231,7 @@ def scan_pair(scan: str) -> tuple:
 
 
 @pytest.mark.parametrize("scan", SCANS)
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", [*LENGTHS[:-1], pytest.param(LENGTHS[-1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("with_documents", [False, True])
 @pytest.mark.parametrize("groups", [1, 2])
