@@ -190,9 +190,10 @@ class Backbone(BlockStack):
 
         Raises:
             TypeError: an unknown argument.
-            ValueError: neither or both of `input_ids` and `inputs_embeds`; no tokens; ids outside the vocabulary; a
-                cache of another kind, of another model or for other rows, or with gradient checkpointing; positions,
-                documents or a mask of another shape; a mask that calls padding what the cache holds as real tokens.
+            ValueError: neither or both of `input_ids` and `inputs_embeds`, or of another shape; no tokens; ids outside
+                the vocabulary; a cache of another kind, of another model or for other rows, or with gradient
+                checkpointing; positions, documents or a mask of another shape; a mask that calls padding what the cache
+                holds as real tokens.
         """
         check_arguments(self, kwargs, position_ids is not None or seq_idx is not None)
         x = self._embed(input_ids, inputs_embeds)
@@ -214,11 +215,11 @@ class Backbone(BlockStack):
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         if input_ids is not None and inputs_embeds is None:
-            _check_tokens("input_ids", input_ids)
+            _check_tokens("input_ids", input_ids, "[batch, tokens]")
             check_ids("input_ids", input_ids, num_embeddings(self.embed_tokens))
             return self.embed_tokens(input_ids)
         if inputs_embeds is not None and input_ids is None:
-            _check_tokens("inputs_embeds", inputs_embeds)
+            _check_tokens("inputs_embeds", inputs_embeds, "[batch, tokens, channels]")
             return inputs_embeds
         raise ValueError("give exactly one of input_ids and inputs_embeds")
 
@@ -254,7 +255,9 @@ def check_cache_rows(rows: int, *states: torch.Tensor) -> None:
             )
 
 
-def _check_tokens(name: str, given: torch.Tensor) -> None:
+def _check_tokens(name: str, given: torch.Tensor, form: str) -> None:
+    if given.dim() != form.count(",") + 1:
+        raise ValueError(f"{name}: shape {tuple(given.shape)}; give {form}")
     if not exporting() and 0 in given.shape:
         raise ValueError(f"{name}: shape {tuple(given.shape)} has no tokens; give at least one row of one")
 

@@ -85,10 +85,13 @@ def num_embeddings(embedding: nn.Module) -> int:
 
 
 def check_ids(name: str, ids: torch.Tensor, size: int, among: str = "the vocabulary of") -> None:
-    """Raise ValueError if an id is not from 0 to `size` - 1; on the CPU only, elsewhere a look would stop the device.
+    """Raise ValueError if an id is no whole number from 0 to `size` - 1; the latter on the CPU only, elsewhere a look
+    would stop the device.
 
     `among` says in the message what there are `size` of.
     """
+    if ids.is_floating_point():
+        raise ValueError(f"{name}: {str(ids.dtype).removeprefix('torch.')}; ids are whole numbers")
     if ids.device.type != "cpu" or not has_values(ids) or not ids.numel():
         return
     low, high = (bound.item() for bound in ids.aminmax())

@@ -21,7 +21,15 @@ from .backbone import Backbone, wants_dict
 from .cache import CACHE_NAME, CACHE_NAMES, RecurrentCache, given_cache
 from .embeddings import CompressedEmbedding, num_embeddings
 from .layers import at_least_float32, mean_of_real
-from .losses import CLASSES, IGNORED, check_labels, classification_loss, dense_token_losses, language_loss
+from .losses import (
+    CLASSES,
+    IGNORED,
+    check_label_shape,
+    check_labels,
+    classification_loss,
+    dense_token_losses,
+    language_loss,
+)
 from .pretrained import FamilyPreTrainedModel
 from .self_test import check_decoding
 
@@ -69,28 +77,41 @@ class _LMHead(_Head):
     def predict(
         self, hidden: torch.Tensor, labels: torch.Tensor | None, kept: slice | torch.Tensor | None = None, **kwargs
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The loss of `[B, T]` labels, if there are any, and the logits at the kept positions `[B, k, vocab_size]`.
+        """The loss of `[B, T]` or `[B, k]` labels, if there are any, and the logits at the kept positions
+        `[B, k, vocab_size]`.
 
         A family whose config offers an `embedding_strategy` may have a large vocabulary. In training, and where there
         would be more than `LOGITS_WITH_A_LOSS` logits, it computes the loss in pieces and gives no logits but those
         that `kept` asks for; it is None for all.
 
         Raises:
-            ValueError: labels that are neither tokens nor to be ignored.
+            ValueError: labels that are neither tokens nor to be ignored, or of another shape.
         """
-        if labels is not None:
-            check_labels(labels, self.config.vocab_size, ignore_index=kwargs.get("ignore_index", IGNORED))
-        loss = None
-        in_pieces = labels is not None and self._too_many_logits(labels)
-        if labels is not None and in_pieces:
-            loss = self._loss_in_pieces(hidden, labels, **kwargs)
-            if kept is None:
-                return loss, None
+        asked = hidden if kept is None else hidden[:, kept]  # [B, k, D]
         score = self.model.embed_tokens.logits if self.lm_head is None else self.lm_head
-        logits = score(hidden if kept is None else hidden[:, kept])
-        if labels is not None and not in_pieces:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return loss, logits
+        if labels is None:
+            return None, score(asked)
+        labelled = self._labelled(labels, hidden, asked, **kwargs)
+        if self._too_many_logits(labels):
+            return self._loss_in_pieces(labelled, labels, **kwargs), None if kept is None else score(asked)
+        logits = score(asked)
+        of_labels = logits if labelled is asked else score(labelled)
+        return self.loss_function(logits=of_labels, labels=labels, vocab_size=self.config.vocab_size, **kwargs), logits
+
+    def _labelled(
+        self,
+        labels: torch.Tensor,
+        hidden: torch.Tensor,
+        asked: torch.Tensor,
+        shift_labels: torch.Tensor | None = None,
+        ignore_index: int = IGNORED,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Which of `hidden` and `asked` the labels belong to; ValueError if neither."""
+        check_labels(labels, self.config.vocab_size, ignore_index=ignore_index)
+        name, counted = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+        check_label_shape(counted, *(tuple(x.shape[:2]) for x in (hidden, asked)), name=name)
+        return hidden if counted.shape == hidden.shape[:2] and hidden.shape != asked.shape else asked
 
     def _too_many_logits(self, labels: torch.Tensor) -> bool:
         if getattr(self.config, "embedding_strategy", None) is None:
@@ -139,7 +160,7 @@ class CausalLMHead(_LMHead, GenerationMixin):  # type: ignore[misc]  # both decl
     ) -> CausalLMOutputWithPast | tuple:
         """
         Args:
-            labels: `[B, T]`, -100 where no loss is wanted; shifted inside.
+            labels: `[B, T]`, or of the positions to keep alone; -100 where no loss is wanted; shifted inside.
             logits_to_keep: compute logits for the last n positions only (0: all), or for the given positions.
             kwargs: what the loss is told (`num_items_in_batch`, `ignore_index`, `shift_labels`).
             others: as in [`Backbone.forward`], errors too.
@@ -387,6 +408,8 @@ class TokenClassificationHead(_ClassificationHead):
             return_dict=True,
         )
         logits = self.score(self.dropout(output.last_hidden_state))
+        if labels is not None:
+            check_label_shape(labels, tuple(logits.shape[:2]))
         loss = None if labels is None else self.loss_function(logits, labels, self.config, **of_loss)
         result = TokenClassifierOutput(loss, logits, output.hidden_states)
         return result if wants_dict(self.config, return_dict) else result.to_tuple()

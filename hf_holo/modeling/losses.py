@@ -25,6 +25,12 @@ def check_labels(
     check_ids("labels", labels.masked_fill(labels == ignore_index, 0), size, among)
 
 
+def check_label_shape(labels: torch.Tensor, *shapes: tuple[int, ...], name: str = "labels") -> None:
+    """Raise ValueError unless the labels are of one of these shapes: others would be counted against wrong outputs."""
+    if tuple(labels.shape) not in shapes:
+        raise ValueError(f"{name}: shape {tuple(labels.shape)}; give {' or '.join(map(str, dict.fromkeys(shapes)))}")
+
+
 def true_rows(mask: torch.Tensor) -> torch.Tensor:
     """Indices of the True ones of a mask `[N]`; of all where their number cannot be known."""
     return mask.nonzero()[:, 0] if has_values(mask) else torch.arange(len(mask), device=mask.device)
@@ -108,8 +114,11 @@ def classification_loss(
         of_loss: what else Trainer tells the loss.
 
     Raises:
-        ValueError: a class that does not exist.
+        ValueError: a class that does not exist; labels of another shape.
     """
+    rows, width = logits.shape
+    several = labels.is_floating_point() or model.config.problem_type not in (None, "single_label_classification")
+    check_label_shape(labels, *([(rows, width)] if several and width > 1 else [(rows,), (rows, 1)]))
     numbers = labels.is_floating_point() or model.num_labels == 1
     if model.config.problem_type in (None, "single_label_classification") and not numbers:
         check_labels(labels, model.num_labels, CLASSES)
