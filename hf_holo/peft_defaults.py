@@ -1,11 +1,11 @@
-"""Defaults for PEFT, so that LoRA, VeRA and IA3 need no `target_modules` on the families of this package.
+"""Defaults for PEFT, so that LoRA, IA3 and their like need no `target_modules` on the families of this package.
 
 PEFT looks them up by `model_type` in tables of its own. They are filled when PEFT is imported, which takes too long to
 do it for them.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -17,9 +17,10 @@ _SCALED: dict[str, tuple[Sequence[str], Sequence[str]]] = {}  # by family: what 
 
 
 def offer_adapters(family: str, outputs: Sequence[str], inputs: Sequence[str]) -> None:
-    """Make LoRA, VeRA and IA3 work on a family without arguments.
+    """Make LoRA, IA3 and their like work on a family without arguments.
 
-    LoRA and VeRA adapt every linear layer in the blocks.
+    LoRA adapts every linear layer in the blocks, and so does every method that by default adapts what LoRA does in a
+    Llama: VeRA, LoHa, LoKr, OFT and others.
 
     Args:
         family: the `model_type` of its config.
@@ -32,15 +33,14 @@ def offer_adapters(family: str, outputs: Sequence[str], inputs: Sequence[str]) -
 
 
 def _fill(tables: ModuleType) -> None:
+    by_name = {name: table for name, table in vars(tables).items() if name.endswith("_MODULES_MAPPING")}
+    lora = by_name["TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"]
+    like_lora = [table for table in by_name.values() if table.get("llama") == lora["llama"]]
     for family, (outputs, inputs) in _SCALED.items():
-        entries: Mapping[str, str | list[str]] = {
-            "LORA_TARGET": IN_BLOCKS,
-            "VERA_TARGET": IN_BLOCKS,
-            "IA3_TARGET": [*outputs, *inputs],
-            "IA3_FEEDFORWARD": [*inputs],
-        }
-        for table, entry in entries.items():
-            getattr(tables, f"TRANSFORMERS_MODELS_TO_{table}_MODULES_MAPPING").setdefault(family, entry)
+        for table in like_lora:
+            table.setdefault(family, IN_BLOCKS)
+        by_name["TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING"].setdefault(family, [*outputs, *inputs])
+        by_name["TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING"].setdefault(family, [*inputs])
 
 
 class _AfterImport(MetaPathFinder):

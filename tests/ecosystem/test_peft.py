@@ -5,7 +5,19 @@ import sys
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    FourierFTConfig,
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -52,6 +64,18 @@ def test_lora_and_vera_reach_every_linear_layer_of_the_blocks(tiny, family):
             model = tiny(family, variant=variant)
             wanted = linears_in_blocks(model)
             assert adapted(get_peft_model(model, CONFIGS[method]())) == wanted
+
+
+ALIKE = (LoHaConfig, LoKrConfig, OFTConfig, HRAConfig, FourierFTConfig, AdaLoraConfig)
+
+
+@pytest.mark.feature("PEFT", "LoHa, LoKr, OFT, HRA, FourierFT, AdaLoRA without names of layers")
+@pytest.mark.parametrize("config", ALIKE, ids=lambda config: config.__name__.removesuffix("Config"))
+def test_what_adapts_the_same_layers_as_lora_needs_no_names_either(tiny, family, config):
+    options = {FourierFTConfig: {"n_frequency": 10}, AdaLoraConfig: {"total_step": 10}}.get(config, {})
+    model = tiny(family)
+    wanted = linears_in_blocks(model)
+    assert adapted(get_peft_model(model, config(**options))) == wanted
 
 
 SCALED = {
