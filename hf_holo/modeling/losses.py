@@ -117,10 +117,11 @@ def classification_loss(
         ValueError: a class that does not exist; labels of another shape.
     """
     rows, width = logits.shape
-    several = labels.is_floating_point() or model.config.problem_type not in (None, "single_label_classification")
-    check_label_shape(labels, *([(rows, width)] if several and width > 1 else [(rows,), (rows, 1)]))
-    numbers = labels.is_floating_point() or model.num_labels == 1
-    if model.config.problem_type in (None, "single_label_classification") and not numbers:
+    kind = model.config.problem_type
+    numbers = labels.is_floating_point() or width == 1  # so transformers guesses, at the first labels of a model
+    classes = not numbers if kind is None else kind == "single_label_classification"
+    check_label_shape(labels, *([(rows,), (rows, 1)] if classes or width == 1 else [(rows, width)]))
+    if classes:
         check_labels(labels, model.num_labels, CLASSES)
         of_loss["num_items_in_batch"] = num_items_in_batch
     loss = model.loss_function(labels=labels, pooled_logits=logits, config=model.config, **of_loss)

@@ -45,6 +45,7 @@ def test_shifted_labels_are_counted_too():
     [
         ({"num_labels": 3}, torch.zeros(3).long(), r"\(2,\) or \(2, 1\)"),
         ({"num_labels": 3}, torch.zeros(1).long(), r"\(2,\) or \(2, 1\)"),
+        ({"num_labels": 3, "problem_type": "single_label_classification"}, torch.eye(3)[:2], r"\(2,\) or \(2, 1\)"),
         ({"num_labels": 1}, torch.zeros(1), r"\(2,\) or \(2, 1\)"),
         ({"num_labels": 1}, torch.zeros(2, 2), r"\(2,\) or \(2, 1\)"),
         ({"num_labels": 3, "problem_type": "multi_label_classification"}, torch.zeros(2), r"\(2, 3\)"),
