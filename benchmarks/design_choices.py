@@ -169,8 +169,8 @@ def table(result: dict) -> str:
             "",
             f"{settings['steps']} steps of {settings['rows']}×{settings['length']} characters of tinyshakespeare with "
             f"Muon, width {settings['width']}, depth {settings['depth']}, one learning rate, {seeds}; "
-            "the loss is that of the whole validation split, the time that of "
-            f"a forward and a backward pass. {result['seconds']:,.0f} seconds for all on: {measured_on(result)}.",
+            "the loss is that of the whole validation split, the time that of a forward and a backward pass. "
+            f"{result['seconds']:,.0f} seconds for all on: {measured_on(result)}.",
         ]
     )
 

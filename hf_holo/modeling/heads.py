@@ -29,6 +29,7 @@ from .losses import (
     classification_loss,
     dense_token_losses,
     language_loss,
+    token_classification_loss,
 )
 from .pretrained import FamilyPreTrainedModel
 from .self_test import check_decoding
@@ -111,7 +112,7 @@ class _LMHead(_Head):
         check_labels(labels, self.config.vocab_size, ignore_index=ignore_index)
         name, counted = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
         check_label_shape(counted, *(tuple(x.shape[:2]) for x in (hidden, asked)), name=name)
-        return hidden if counted.shape == hidden.shape[:2] and hidden.shape != asked.shape else asked
+        return asked if counted.shape == asked.shape[:2] else hidden
 
     def _too_many_logits(self, labels: torch.Tensor) -> bool:
         if getattr(self.config, "embedding_strategy", None) is None:
@@ -408,8 +409,6 @@ class TokenClassificationHead(_ClassificationHead):
             return_dict=True,
         )
         logits = self.score(self.dropout(output.last_hidden_state))
-        if labels is not None:
-            check_label_shape(labels, tuple(logits.shape[:2]))
-        loss = None if labels is None else self.loss_function(logits, labels, self.config, **of_loss)
-        result = TokenClassifierOutput(loss, logits, output.hidden_states)
+        loss = None if labels is None else token_classification_loss(self, logits, labels, **of_loss)
+        result = TokenClassifierOutput(loss, logits, output.hidden_states)  # type: ignore[arg-type]
         return result if wants_dict(self.config, return_dict) else result.to_tuple()

@@ -131,6 +131,22 @@ def classification_loss(
     return loss * (labels.numel() / num_items_in_batch)
 
 
+def token_classification_loss(model: Any, logits: torch.Tensor, labels: torch.Tensor, **of_loss: Any) -> torch.Tensor:
+    """The loss of tokens or frames by the loss function of `model`.
+
+    Args:
+        model: has `config` and transformers' `loss_function`.
+        logits: `[B, T, num_labels]`.
+        labels: `[B, T]` classes, `IGNORED` where no loss is wanted; [`check_labels`] has seen them.
+        of_loss: what else Trainer tells the loss.
+
+    Raises:
+        ValueError: labels of another shape.
+    """
+    check_label_shape(labels, tuple(logits.shape[:2]))
+    return model.loss_function(logits, labels, model.config, **of_loss)
+
+
 def contrastive_loss(logits: torch.Tensor, paired: torch.Tensor) -> torch.Tensor:
     """Cross entropy of finding the partner among all partners, the mean of both directions.
 

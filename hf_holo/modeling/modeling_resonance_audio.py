@@ -28,7 +28,7 @@ from .chunks import FadingSum
 from .configuration_resonance_audio import ResonanceAudioConfig
 from .layers import at_least_float32, make_norm
 from .layout import TokenLayout
-from .losses import CLASSES, check_label_shape, check_labels, classification_loss
+from .losses import CLASSES, check_labels, classification_loss, token_classification_loss
 from .modeling_resonance import ResonanceBlock, ResonancePreTrainedModel
 from .recording import exporting, has_values
 from .spectrogram import log_mel
@@ -401,10 +401,8 @@ class ResonanceAudioForAudioFrameClassification(_AudioHead):
             return_dict=True,
         )
         logits = self.score(self.dropout(output.last_hidden_state))
-        if labels is not None:
-            check_label_shape(labels, tuple(logits.shape[:2]))
-        loss = None if labels is None else self.loss_function(logits, labels, self.config, **of_loss)
-        result = TokenClassifierOutput(loss, logits, output.hidden_states)
+        loss = None if labels is None else token_classification_loss(self, logits, labels, **of_loss)
+        result = TokenClassifierOutput(loss, logits, output.hidden_states)  # type: ignore[arg-type]
         return result if wants_dict(self.config, return_dict) else result.to_tuple()
 
 
