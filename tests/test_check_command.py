@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 import hf_holo
 from hf_holo import cli, registry
-from hf_holo.eval.conformance import CHECKS, GROUPS, Report, Result, Subject, check, run_check
+from hf_holo.eval.conformance import CHECKS, GROUPS, Report, Result, Subject, check, command, run_check
 from hf_holo.eval.conformance.command import print_failures, print_report, run_checks
 from hf_holo.eval.conformance.targets import family_subjects, subjects_of
 
@@ -84,6 +84,18 @@ def test_the_device_can_be_named(capsys):
 def test_a_device_that_cannot_be_used_is_refused(device, capsys):
     status = cli.main(["check", "hsn-tiny", *QUICK, "--device", device])
     assert status == 2 and f"--device: {device!r} cannot be used" in capsys.readouterr().err
+
+
+def test_each_table_is_printed_as_soon_as_it_is_known(capsys, monkeypatch):
+    known_before_the_last = []
+
+    def checks(subjects, *_):
+        known_before_the_last[:] = [capsys.readouterr().out]
+        return Report([Result(subjects[0].name, "loss", "equivalence", "passed", "")])
+
+    monkeypatch.setattr(command, "run_checks", checks)
+    assert cli.main(["check", "hsn-tiny", "holo-tiny"]) == 0
+    assert "hsn-tiny: 1 model" in known_before_the_last[0]
 
 
 @pytest.mark.slow

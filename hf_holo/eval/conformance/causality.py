@@ -410,7 +410,12 @@ def _later(inputs: dict[str, Any], cut: int) -> torch.Tensor:
 
 def _limit(moved: torch.Tensor, outputs: torch.Tensor, cut: int) -> torch.Tensor:
     """What outputs may move before a cut, when those after it moved by `moved` `[T]`."""
-    return NEGLIGIBLE * moved[cut:].max() + FLOORS[outputs.dtype] * size_of(outputs)
+    return NEGLIGIBLE * moved[cut:].max() + _floor(outputs.dtype, outputs.shape[-1]) * size_of(outputs)
+
+
+def _floor(dtype: torch.dtype, width: int) -> float:
+    """What proves nothing, relative to the outputs; more for few channels, whose mean is less steady."""
+    return FLOORS[dtype] * (1 + 3 / width)
 
 
 def _stands_out(
@@ -439,7 +444,7 @@ def _stands_out(
         rounding = ROUNDING * allowed
         if "inputs_embeds" in subject.arguments:
             rounding, _ = _moved_before(model, embedded(0.0, salt), embedded(TINY[dtype], salt), cut, real)
-        if not moved > FLOORS[precision_of(model)] + OVER_ROUNDING * max(1.0, size or 1.0) * rounding:
+        if not moved > _floor(precision_of(model), subject.output_width) + OVER_ROUNDING * max(1.0, size or 1.0) * rounding:
             return False
     return True
 

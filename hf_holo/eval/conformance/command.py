@@ -40,14 +40,15 @@ def main(argv: list[str]) -> None:
     options = {"quick": args.quick, "seed": args.seed, "trust_remote_code": args.trust_remote_code}
     with usable_device(args.device):
         subjects = {target: subjects_of(target, **options) for target in targets}
-        subjects = _only(subjects, args.models)
-        reports = {target: run_checks(some, args.checks, args.quick) for target, some in subjects.items()}
+        reports = {}
+        for target, some in _only(subjects, args.models).items():
+            reports[target] = run_checks(some, args.checks, args.quick)
+            if not args.json:  # each as soon as it is known: all of them take half an hour
+                print_report(target, reports[target])
     if args.json:
         merged = Report([result for report in reports.values() for result in report.results])
         print(merged.to_json())
     else:
-        for target, report in reports.items():
-            print_report(target, report)
         print_failures(reports, _repeated_options(args))
     if not all(report.passed for report in reports.values()):
         raise SystemExit(1)
