@@ -21,6 +21,28 @@ def test_tiny_models_are_built(kind):
     assert not model.config.is_encoder_decoder
 
 
+@pytest.mark.parametrize(("kind", "field"), [("bamba", "layers_block_type"), ("qwen3_next", "layer_types")])
+def test_every_kind_of_layer_of_a_hybrid_occurs(kind, field):
+    config = zoo.tiny_model(kind).config
+    assert len(set(getattr(config, field))) == 2 and config.num_hidden_layers <= zoo.DEEPEST
+
+
+def test_a_size_that_is_smaller_by_default_stays_and_special_tokens_differ():
+    config = zoo.tiny_config(transformers.GPTBigCodeForCausalLM)
+    assert config.num_key_value_heads == 1 and config.n_embd == zoo.TINY["n_embd"]
+    config = zoo.tiny_config(transformers.MambaForCausalLM)
+    assert len({config.pad_token_id, config.bos_token_id, config.eos_token_id}) == 3
+
+
+def test_what_does_not_run_counts_as_not_built(monkeypatch):
+    def forward(self, *args, **kwargs):
+        raise RuntimeError("not today")
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
+    with pytest.raises(HoloError, match="RuntimeError: not today"):
+        zoo.tiny_model("llama")
+
+
 def test_names_are_model_types_or_classes():
     assert zoo.chosen(["llama", "GPT2LMHeadModel"]) == {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
     assert len(zoo.chosen([])) >= 100 and not {"hsn", "holo", "resonance"} & set(zoo.chosen([]))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from tqdm.auto import tqdm
-from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...errors import HoloError, first_line, unknown
@@ -28,48 +28,121 @@ from .quiet import quiet
 from .subject import Subject
 
 LIMIT = 120.0  # seconds for a class
-LARGEST = 3_000_000  # parameters of a model that counts as tiny
+LARGEST = 10_000_000  # parameters of a model that counts as tiny
 # Fields of configs by their usual names, and what a tiny model has there. Only those that a config has are given.
 TINY: Mapping[str, Any] = {
     "vocab_size": 97,
+    "vocab_size_per_layer_input": 97,
+    "n_words": 97,
+    "pronunciation_vocab_size": 97,
+    "shape_vocab_size": 97,
     "hidden_size": 32,
+    "hidden_size_per_layer_input": 8,
     "d_model": 32,
     "n_embd": 32,
     "embedding_size": 32,
+    "embedding_dim": 32,
+    "emb_dim": 32,
+    "word_embed_proj_dim": 32,
     "intermediate_size": 48,
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
+    "shared_intermediate_size": 16,
+    "expert_ffn_hidden_size": 16,
+    "ffn_hidden_size": 48,
+    "block_auto_adjust_ff_dim": False,
+    "bidirectional": False,
+    "use_mamba_kernels": False,
     "ffn_dim": 48,
     "decoder_ffn_dim": 48,
     "encoder_ffn_dim": 48,
     "d_ff": 48,
     "d_inner": 48,
-    "num_hidden_layers": 2,
-    "n_layer": 2,
-    "n_layers": 2,
-    "num_layers": 2,
-    "decoder_layers": 2,
-    "encoder_layers": 2,
-    "num_decoder_layers": 2,
+    "lru_width": 32,
+    "attention_hidden_size": 32,
     "num_attention_heads": 4,
     "n_head": 4,
     "n_heads": 4,
+    "num_heads": 8,
     "decoder_attention_heads": 4,
     "encoder_attention_heads": 4,
     "num_decoder_attention_heads": 4,
     "num_key_value_heads": 2,
+    "num_global_key_value_heads": 2,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
     "head_dim": 8,
+    "rotary_dim": 4,
+    "d_kv": 8,
+    "kv_channels": 8,
+    "global_head_dim": 8,
+    "swa_head_dim": 8,
+    "v_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "index_n_heads": 4,
+    "index_head_dim": 16,
+    "index_topk": 16,
+    "mamba_n_heads": 8,
+    "mamba_num_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_head_dim": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_d_ssm": 64,
+    "mamba_chunk_size": 16,
+    "ssm_state_size": 8,
+    "state_size": 8,
+    "n_groups": 1,
+    "time_step_rank": 4,
+    "mamba_dt_rank": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "chunk_size": 16,
+    "block_size": 16,
     "max_position_embeddings": 1024,
     "n_positions": 1024,
     "num_local_experts": 4,
     "num_experts": 4,
+    "moe_num_experts": 4,
     "n_routed_experts": 4,
+    "zero_expert_num": 2,
     "num_experts_per_tok": 2,
+    "moe_topk": 2,
+    "moe_k": 2,
+    "top_k_experts": 2,
+    "n_group": 1,
+    "topk_group": 1,
     "sliding_window": 16,
+    "attention_window_size": 16,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "decoder_start_token_id": 1,
+}
+DEPTHS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "encoder_layers",
+    "num_decoder_layers",
+)
+DEEPEST = 9  # layers, among which every kind of a hybrid should occur
+KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")  # fields that name the kind of each layer
+EVEN_IF_NONE = ("num_key_value_heads", "num_experts_per_tok", "pad_token_id", "bos_token_id", "eos_token_id", "time_step_rank")
+OWN: Mapping[str, Mapping[str, Any]] = {  # what some cannot do without, with two layers
+    "bamba": {"attn_layer_indices": [1]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [32, 32]},
+    "xmod": {"default_language": "en_XX"},
 }
 ALWAYS = {"is_decoder": True, "is_encoder_decoder": False}  # encoders with a causal head look back only as decoders
 COLUMNS: Mapping[str, tuple[str, ...]] = {  # of the table, and the checks or groups that it sums up
@@ -202,39 +275,69 @@ def _animal(kind: str, name: str, lines: list[dict[str, Any]]) -> Animal:
 
 
 # In the process of one class ------------------------------------------------------------------------------------------
-def tiny_config(kind: str) -> PretrainedConfig:
-    """A config of this model type whose sizes are tiny, its parts for text included."""
-    config_class = CONFIG_MAPPING[kind]
+def tiny_config(model_class: type[PreTrainedModel]) -> PretrainedConfig:
+    """A config of this class whose sizes are tiny, its parts for text included."""
+    config_class = model_class.config_class
     return _tiny(config_class, config_class())
 
 
 def _tiny(config_class: type[PretrainedConfig], usual: PretrainedConfig) -> PretrainedConfig:
-    arguments: dict[str, Any] = {name: value for name, value in TINY.items() if getattr(usual, name, None) is not None}
-    part = getattr(usual, "text_config", None)
-    if isinstance(part, PretrainedConfig):
-        arguments["text_config"] = _tiny(type(part), part).to_dict()
-    return config_class(**(arguments | ALWAYS))
+    fields = vars(usual)
+    known = {name for name, value in fields.items() if value is not None or name in EVEN_IF_NONE}
+    arguments = {name: _no_more(name, value, fields[name]) for name, value in TINY.items() if name in known}
+    if "kv_lora_rank" in known:
+        arguments["num_key_value_heads"] = TINY["num_attention_heads"]  # its keys are made for every head
+    parts = {name: part for name, part in fields.items() if isinstance(part, PretrainedConfig)}
+    arguments |= {name: _tiny(type(part), part).to_dict() for name, part in parts.items()}
+    arguments |= OWN.get(usual.model_type, {})
+
+    def of_layers(count: int) -> PretrainedConfig:
+        depth = {name: count for name in DEPTHS if name in known}
+        return config_class(**(arguments | depth | ALWAYS))
+
+    if usual.model_type in OWN:
+        return of_layers(2)
+    return of_layers(_until_all_are_seen(_kinds_of_layers(of_layers(DEEPEST))))
+
+
+def _no_more(name: str, tiny: Any, usual: Any) -> Any:
+    """A size that is smaller than the tiny one by default means something: no part of that kind, one choice only."""
+    is_size = isinstance(usual, int) and not isinstance(tiny, bool) and not name.endswith("_id")
+    return min(tiny, usual) if is_size else tiny
+
+
+def _kinds_of_layers(config: PretrainedConfig) -> list[Any]:
+    """What the config says of each layer, where it says it."""
+    return next((kinds for name in KINDS if isinstance(kinds := getattr(config, name, None), list)), [])
+
+
+def _until_all_are_seen(kinds: list[Any]) -> int:
+    """The depth at which every kind of layer has occurred; 2 at least."""
+    return max([2, *(kinds.index(kind) + 1 for kind in set(kinds))])
 
 
 def tiny_model(kind: str) -> PreTrainedModel:
     """A model of this type with random weights.
 
     Raises:
-        HoloError: it cannot be built, or not that small.
+        HoloError: it cannot be built, is not that small, or does not run.
     """
     model_class = getattr(transformers, classes()[kind])
     try:
-        config = tiny_config(kind)
+        config = tiny_config(model_class)
         with torch.device("meta"):
             size = sum(p.numel() for p in model_class(config).parameters())
         if size > LARGEST:
             raise HoloError(f"{size:,} parameters with tiny sizes: its config names more of them than we know")
         torch.manual_seed(0)
-        return model_class(config).eval()
+        model = model_class(config).eval()
+        with torch.no_grad():
+            model(torch.arange(3, 21).reshape(2, 9))
     except HoloError:
         raise
     except Exception as error:
         raise HoloError(f"{type(error).__name__}: {first_line(error)}") from error
+    return model
 
 
 def check_class(kind: str, record: Path) -> None:
