@@ -1,6 +1,8 @@
 """The zoo: classes of transformers, tiny, each in a process of its own; the table says what was found."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import transformers
@@ -9,7 +11,9 @@ from hf_holo import HoloError, cli
 from hf_holo.eval.conformance import zoo
 
 FEW = ("llama", "mamba", "gpt2")
-
+PAGE = Path(__file__).parents[2] / "docs" / "zoo.md"
+SCRIPTS = PAGE.with_suffix("")
+MAJOR = transformers.__version__.partition(".")[0]
 
 RARE = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("mixtral", "bert", "gemma3_text")]
 
@@ -52,8 +56,8 @@ def test_names_are_model_types_or_classes():
 
 def test_three_classes_one_of_them_out_of_time(tmp_path, capsys):
     page = tmp_path / "zoo.md"
-    major = transformers.__version__.partition(".")[0]
-    page.write_text(f"a\n<!-- transformers-{major}: begin -->\nold\n<!-- transformers-{major}: end -->\nz\n", "utf-8")
+    page.write_text(f"a\n<!-- transformers-{MAJOR}: begin -->\nold\n<!-- transformers-{MAJOR}: end -->\nz\n", "utf-8")
+    shutil.copytree(SCRIPTS, tmp_path / "zoo")
     records = tmp_path / "records"
     records.mkdir()
     done = [
@@ -68,9 +72,47 @@ def test_three_classes_one_of_them_out_of_time(tmp_path, capsys):
     assert "2 of 3 classes" in capsys.readouterr().out
     text = page.read_text(encoding="utf-8")
     assert text.startswith("a\n") and text.endswith("\nz\n") and "old" not in text
-    assert "| `LlamaForCausalLM` | ✗ suffix exchange | – |" in text
+    assert "| `LlamaForCausalLM` | ? | – |" in text  # no script sees what the kit is said to have seen
     (last,) = [line for line in text.splitlines() if line.startswith("| `GPT2LMHeadModel`")]
     assert "not finished in 0 s" in last
+
+
+def failing(name: str, column: str) -> zoo.Animal:
+    failed = {"check": zoo.COLUMNS[column][0], "group": "of the kit", "status": "failed", "detail": "looks wrong"}
+    return zoo.Animal(name, name, parameters=1, results=[failed])
+
+
+def test_no_failure_is_named_unless_a_script_in_plain_transformers_shows_it(tmp_path):
+    scripts = shutil.copytree(SCRIPTS, tmp_path / "zoo")
+    animals = [failing("BartForCausalLM", "padding"), failing("LlamaForCausalLM", "padding")]
+    bart, llama = zoo.confirm(animals, scripts)
+    assert bart.cell("padding") == "✗ left padding" and "pads on the left" in bart.confirmed["padding"]
+    assert llama.cell("padding") == "?" and llama.confirmed == {"padding": ""}
+    said = json.loads((scripts / f"confirmed-{MAJOR}.json").read_text(encoding="utf-8"))
+    assert said == {"BartForCausalLM": bart.confirmed, "LlamaForCausalLM": llama.confirmed}
+
+
+@pytest.mark.parametrize("column", [pytest.param(column, marks=pytest.mark.slow) for column in zoo.COLUMNS])
+def test_the_scripts_see_nothing_in_honest_models(tmp_path, column):
+    scripts = shutil.copytree(SCRIPTS, tmp_path / "zoo")
+    for animal in zoo.confirm([failing("LlamaForCausalLM", column), failing("OPTForCausalLM", column)], scripts):
+        assert animal.confirmed == {column: ""}
+
+
+def test_the_scripts_need_nothing_of_ours():
+    for script in SCRIPTS.glob("*.py"):
+        assert "hf_holo" not in script.read_text(encoding="utf-8"), script
+
+
+@pytest.mark.parametrize("major", ["4", "5"])
+def test_every_failure_on_the_page_has_its_sentence(major):
+    page = PAGE.read_text(encoding="utf-8").partition(f"<!-- transformers-{major}: begin -->")[2].partition("<!--")[0]
+    said = json.loads((SCRIPTS / f"confirmed-{major}.json").read_text(encoding="utf-8"))
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    assert len(rows) >= 100
+    for row in rows:
+        for column, cell in zip(zoo.COLUMNS, row[1:], strict=False):
+            assert not cell.startswith("✗") or said[row[0].strip("| `")][column], row
 
 
 @pytest.mark.slow

@@ -425,9 +425,11 @@ def _stands_out(
 
     Rounding moves outputs as far for a tiny change as for a large one; what a model sees moves them in proportion.
     """
-    dtype = next(model.parameters()).dtype
-    if dtype == torch.float64 and subject.tolerance == EXACT:
-        return True
+    dtype, precision = next(model.parameters()).dtype, precision_of(model)
+    if dtype == torch.float64:
+        if subject.tolerance == EXACT:
+            return True
+        precision = torch.float32  # in which it computes somewhere inside
     ids, later = inputs["input_ids"], _later(inputs, cut)
     real = torch.ones_like(ids) if inputs.get("attention_mask") is None else inputs["attention_mask"]
     rest = {name: x for name, x in inputs.items() if name != "input_ids"}
@@ -444,7 +446,7 @@ def _stands_out(
         rounding = ROUNDING * allowed
         if "inputs_embeds" in subject.arguments:
             rounding, _ = _moved_before(model, embedded(0.0, salt), embedded(TINY[dtype], salt), cut, real)
-        if not moved > _floor(precision_of(model), subject.output_width) + OVER_ROUNDING * max(1.0, size or 1.0) * rounding:
+        if not moved > _floor(precision, subject.output_width) + OVER_ROUNDING * max(1.0, size or 1.0) * rounding:
             return False
     return True
 

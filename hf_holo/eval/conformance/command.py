@@ -61,7 +61,7 @@ def _visit_zoo(args: argparse.Namespace) -> None:
     if args.page is None:
         print(zoo.table(animals))
     else:
-        zoo.write_page(animals, Path(args.page))
+        animals = zoo.write_page(animals, Path(args.page))
     print(f"{zoo.summary(animals)} Every result: {folder}")
 
 

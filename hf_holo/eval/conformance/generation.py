@@ -84,7 +84,7 @@ def left_padded_batch(subject: Subject) -> str:
     return _variety(together)
 
 
-@check("generation", "generation", "inputs_embeds")
+@check("generation", "inputs_embeds", "generation from embeddings")
 def generation_from_embeddings(subject: Subject) -> str:
     """inputs_embeds generate what their input_ids generate."""
     speaker, ids = Speaker(subject), subject.ids(2, unit(subject))

@@ -34,6 +34,7 @@ FEATURES = {
     "causal": "it is bidirectional",
     "bidirectional": "it is causal",
     "generation": "it does not generate",
+    "generation from embeddings": "generate() takes no inputs_embeds for it",
     "cache": "it continues from no cache",
     "token outputs": "its output is not one vector per token",
     "pooled output": "its output is not one vector per text",
@@ -163,6 +164,8 @@ class Subject:
             features.add("token outputs" if per_token else "pooled output")
         if self._generates and self.causal and text:
             features.add("generation")
+            if "inputs_embeds" in inspect.signature(self.model_class.prepare_inputs_for_generation).parameters:
+                features.add("generation from embeddings")
         if self.cache_name:
             features.add("cache")
         if self.model_class.supports_gradient_checkpointing:
@@ -207,7 +210,14 @@ class Subject:
         """The longest sequence it takes; None for a model with a state of constant size."""
         if "constant_state" in self.capabilities:
             return None
-        return getattr(self.config, "max_position_embeddings", None)
+        positions = getattr(self.config, "max_position_embeddings", None)
+        return None if positions is None else positions - self.first_position
+
+    @cached_property
+    def first_position(self) -> int:
+        """The position of the first token: 0, or what follows that of padding, as RoBERTa counts."""
+        layers = (layer for name, layer in self.model.named_modules() if name.endswith("position_embeddings"))
+        return 1 + max([-1, *(pad for layer in layers if (pad := getattr(layer, "padding_idx", None)) is not None)])
 
     def lengths(self, *wanted: int) -> list[int]:
         """Those of the wanted lengths that the model takes."""
@@ -315,10 +325,10 @@ class Subject:
         return self.model.get_input_embeddings()(ids)
 
     def masked(self, mask: torch.Tensor) -> dict[str, Any]:
-        """The arguments that go with an attention mask `[B, T]`, as generate() would make them."""
+        """The arguments that go with an attention mask `[B, T]`: generate() makes them so where positions start at 0."""
         inputs = {"attention_mask": mask}
         if "position_ids" in self.arguments:
-            inputs["position_ids"] = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+            inputs["position_ids"] = (mask.cumsum(1) - 1 + self.first_position).masked_fill(mask == 0, 1)
         return inputs
 
     @cached_property

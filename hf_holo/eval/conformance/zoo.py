@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from .checks import run_check, select
 from .quiet import quiet
 from .subject import Subject
 
+NOTHING_SEEN = "nothing seen"  # what the scripts say then
 LIMIT = 120.0  # seconds for a class
 LARGEST = 10_000_000  # parameters of a model that counts as tiny
 # Fields of configs by their usual names, and what a tiny model has there. Only those that a config has are given.
@@ -136,8 +137,9 @@ DEPTHS = (
 DEEPEST = 9  # layers, among which every kind of a hybrid should occur
 KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")  # fields that name the kind of each layer
 EVEN_IF_NONE = ("num_key_value_heads", "num_experts_per_tok", "pad_token_id", "bos_token_id", "eos_token_id", "time_step_rank")
-OWN: Mapping[str, Mapping[str, Any]] = {  # what some cannot do without, with two layers
+OWN: Mapping[str, Mapping[str, Any]] = {  # what some cannot do without; with two layers, unless it says
     "bamba": {"attn_layer_indices": [1]},
+    "dory": {"num_hidden_layers": 4, "n_input_layers": 1, "n_output_layers": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
@@ -165,7 +167,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {  # of the table, and the checks or gr
         "second turns of different length",
         "left padded batch",
     ),
-    "precision": ("half precision", "autocast", "precision of the state"),
+    "precision": ("half precision", "autocast"),
     "saving": ("persistence",),
 }
 
@@ -179,6 +181,7 @@ class Animal:
         parameters: of the tiny model; 0 if it was not built.
         results: records of the checks, see [`Result`](checks.Result).
         trouble: why it could not be built or was not finished; empty if all went well.
+        confirmed: of columns with failures, what the script in plain transformers saw; empty if it saw nothing.
     """
 
     model_type: str
@@ -186,16 +189,17 @@ class Animal:
     parameters: int = 0
     results: list[dict[str, Any]] = field(default_factory=list)
     trouble: str = ""
+    confirmed: dict[str, str] = field(default_factory=dict)
 
     def failed(self, column: str) -> list[str]:
         """Names of the failed checks of a column."""
         return [r["check"] for r in self._of(column) if r["status"] == "failed"]
 
     def cell(self, column: str) -> str:
-        """✓ if all that apply have passed, the failed checks, or – if none applies."""
+        """✓ if all that apply have passed, the failed checks (of those, ? for all but confirmed), – if none applies."""
         failed = self.failed(column)
         if failed:
-            return "✗ " + ", ".join(failed)
+            return "✗ " + ", ".join(failed) if self.confirmed.get(column) else "?"
         return "✓" if any(r["status"] == "passed" for r in self._of(column)) else "–"
 
     def _of(self, column: str) -> list[dict[str, Any]]:
@@ -276,28 +280,29 @@ def _animal(kind: str, name: str, lines: list[dict[str, Any]]) -> Animal:
 
 # In the process of one class ------------------------------------------------------------------------------------------
 def tiny_config(model_class: type[PreTrainedModel]) -> PretrainedConfig:
-    """A config of this class whose sizes are tiny, its parts for text included."""
-    config_class = model_class.config_class
-    return _tiny(config_class, config_class())
+    """A config of this class whose sizes are tiny, its parts included."""
+    return model_class.config_class(**tiny_arguments(model_class.config_class))
 
 
-def _tiny(config_class: type[PretrainedConfig], usual: PretrainedConfig) -> PretrainedConfig:
+def tiny_arguments(config_class: type[PretrainedConfig], usual: PretrainedConfig | None = None) -> dict[str, Any]:
+    """What makes a config tiny, as it can be written to JSON; `usual`: what it is by default."""
+    usual = usual or config_class()
     fields = vars(usual)
     known = {name for name, value in fields.items() if value is not None or name in EVEN_IF_NONE}
     arguments = {name: _no_more(name, value, fields[name]) for name, value in TINY.items() if name in known}
     if "kv_lora_rank" in known:
         arguments["num_key_value_heads"] = TINY["num_attention_heads"]  # its keys are made for every head
-    parts = {name: part for name, part in fields.items() if isinstance(part, PretrainedConfig)}
-    arguments |= {name: _tiny(type(part), part).to_dict() for name, part in parts.items()}
-    arguments |= OWN.get(usual.model_type, {})
+    for name, part in fields.items():
+        if isinstance(part, PretrainedConfig):
+            arguments[name] = {"model_type": part.model_type} | tiny_arguments(type(part), part)
+    own = OWN.get(usual.model_type, {})
 
-    def of_layers(count: int) -> PretrainedConfig:
-        depth = {name: count for name in DEPTHS if name in known}
-        return config_class(**(arguments | depth | ALWAYS))
+    def of_layers(count: int) -> dict[str, Any]:
+        return {**arguments, **ALWAYS, **{name: count for name in DEPTHS if name in known}, **own}
 
-    if usual.model_type in OWN:
+    if own:
         return of_layers(2)
-    return of_layers(_until_all_are_seen(_kinds_of_layers(of_layers(DEEPEST))))
+    return of_layers(_until_all_are_seen(_kinds_of_layers(config_class(**of_layers(DEEPEST)))))
 
 
 def _no_more(name: str, tiny: Any, usual: Any) -> Any:
@@ -332,7 +337,7 @@ def tiny_model(kind: str) -> PreTrainedModel:
         torch.manual_seed(0)
         model = model_class(config).eval()
         with torch.no_grad():
-            model(torch.arange(3, 21).reshape(2, 9))
+            model(torch.arange(3, 83).reshape(2, 40))
     except HoloError:
         raise
     except Exception as error:
@@ -350,6 +355,7 @@ def check_class(kind: str, record: Path) -> None:
         try:
             with quiet():
                 model = tiny_model(kind)
+                model.config.modalities = ["text"]  # pictures and sounds have layouts of their own
                 subject = Subject(model)
         except HoloError as error:
             write(trouble=f"not built: {error}")
@@ -368,23 +374,62 @@ def table(animals: Sequence[Animal]) -> str:
 
 
 def summary(animals: Sequence[Animal]) -> str:
-    """How many were checked, and how many failed in each column."""
+    """How many were checked, and how many have a confirmed failure in each column."""
     built = [a for a in animals if a.results]
-    counts = ", ".join(f"{column} {sum(bool(a.failed(column)) for a in built)}" for column in COLUMNS)
+    counts = ", ".join(f"{column} {sum(a.cell(column).startswith('✗') for a in built)}" for column in COLUMNS)
     return (
-        f"{len(built)} of {len(animals)} classes of transformers {transformers.__version__} checked; failed: {counts}."
+        f"{len(built)} of {len(animals)} classes of transformers {transformers.__version__} checked; "
+        f"confirmed failures: {counts}."
     )
 
 
-def write_page(animals: Sequence[Animal], page: Path) -> None:
-    """Put the table of this major version of transformers between its marks on a page.
+def confirm(animals: Sequence[Animal], scripts: Path) -> list[Animal]:
+    """Ask the scripts in plain transformers about every failure: a column's is called like the column.
+
+    What they say goes to `confirmed-MAJOR.json` beside them, and the sizes of the models to `configs-MAJOR.json`.
+
+    Args:
+        animals: as [`visit`] gives them.
+        scripts: the folder of the scripts, docs/zoo of the repository.
+    """
+    failing = {column: [a.model_class for a in animals if a.failed(column)] for column in COLUMNS}
+    named = dict.fromkeys(name for names in failing.values() for name in names)
+    sizes = {name: tiny_arguments(getattr(transformers, name).config_class) for name in named}
+    major = transformers.__version__.partition(".")[0]
+    write_text(scripts / f"configs-{major}.json", json.dumps(sizes, indent=1) + "\n")
+    said: dict[str, dict[str, str]] = {name: {} for name in named}
+    for column, names in failing.items():
+        for name, sentence in _ask(scripts / f"{column.replace(' ', '_')}.py", names):
+            said[name][column] = sentence
+    write_text(scripts / f"confirmed-{major}.json", json.dumps(said, indent=1) + "\n")
+    return [replace(a, confirmed=said.get(a.model_class, {})) for a in animals]
+
+
+def _ask(script: Path, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """What a script says of each class; nothing where it sees nothing."""
+    if not names:
+        return
+    command = [sys.executable, str(script), *names]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = dict(line.split(": ", 1) for line in process.stdout.splitlines())
+    if set(lines) != set(names):
+        raise HoloError(f"{script} ended before it was done: {process.stderr.strip().rpartition(chr(10))[2]}")
+    yield from ((name, "" if said == NOTHING_SEEN else said) for name, said in lines.items())
+
+
+def write_page(animals: Sequence[Animal], page: Path) -> list[Animal]:
+    """Put the table of this major version of transformers between its marks on a page, after asking the scripts in the
+    folder that is called like the page.
 
     Raises:
-        HoloError: the page has no such marks.
+        HoloError: the page has no such marks, or a script did not run.
     """
     major = transformers.__version__.partition(".")[0]
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    filled(text, f"transformers-{major}", "")  # before the scripts run
+    animals = confirm(animals, page.with_suffix(""))
     write_text(page, filled(text, f"transformers-{major}", f"{summary(animals)}\n\n{table(animals)}"))
+    return animals
 
 
 if __name__ == "__main__":

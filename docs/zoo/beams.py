@@ -1,0 +1,15 @@
+"""Beam search must find the same text with a cache as without."""
+
+import torch
+from tiny import GREEDY, main, text
+
+
+def fault(model):
+    ids = text(2, 12)
+    with_cache, without = (model.generate(ids, **GREEDY, num_beams=3, use_cache=use) for use in (True, False))
+    return "" if torch.equal(with_cache, without) else "beam search with a cache finds another text than without"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(fault)

@@ -1,0 +1,56 @@
+"""With a cache, whatever it is fed in, a model must give what it gives for the whole text."""
+
+import copy
+
+import torch
+from tiny import GREEDY, SAME, cache_name, cache_of, difference, main, takes, text
+
+
+def fault(model):
+    return "; ".join(filter(None, (in_pieces(model), generated(model), second_turn(model))))
+
+
+def in_pieces(model):
+    ids = text(1, 24)
+    whole = model(input_ids=ids).logits
+    seen = []
+    for size in (1, 3):
+        cache, parts = None, []
+        for start in range(0, 24, size):
+            given = {} if cache is None else {cache_name(model): cache}
+            if takes(model, "cache_position"):
+                given["cache_position"] = torch.arange(start, start + size)
+            output = model(input_ids=ids[:, start : start + size], use_cache=True, **given)
+            parts.append(output.logits)
+            cache = cache_of(output)
+        moved = difference(whole, torch.cat(parts, 1))
+        if not moved <= SAME:
+            seen.append(f"fed {size} at a time with the cache, the logits differ by {moved:.1e}")
+    return "; ".join(seen)
+
+
+def generated(model):
+    ids = text(1, 12)
+    tokens = ids
+    for _ in range(12):
+        tokens = torch.cat([tokens, model(input_ids=tokens).logits[:, -1:].argmax(-1)], 1)
+    for use_cache in (False, True):
+        if not torch.equal(model.generate(ids, **GREEDY, use_cache=use_cache), tokens):
+            return f"generate(use_cache={use_cache}) does not give the likeliest tokens of forward"
+    return ""
+
+
+def second_turn(model):
+    first = model.generate(text(1, 12), **GREEDY, return_dict_in_generate=True)
+    ids, name = torch.cat([first.sequences, text(1, 5)], 1), cache_name(model)
+    fresh = model.generate(ids, **GREEDY, use_cache=False)[:, -12:]
+    for given in (ids, ids[:, -6:]):  # a cache that counts no tokens wants only those that it has not seen
+        continued = model.generate(given, **GREEDY, **{name: copy.deepcopy(cache_of(first))})[:, -12:]
+        if torch.equal(continued, fresh):
+            return ""
+    return "a second turn on the cache of generate() is not one on the text"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(fault)

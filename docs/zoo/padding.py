@@ -1,0 +1,36 @@
+"""Padding on the left or right that the mask names must change nothing for the real tokens, nor for what follows."""
+
+import torch
+from tiny import GREEDY, SAME, difference, main, takes, text
+
+PADS = 5
+
+
+def fault(model):
+    ids = text(1, 20)
+    alone, nothing = model(input_ids=ids).logits, torch.zeros(1, PADS, dtype=torch.long)
+    seen = []
+    for side in ("left", "right"):
+        parts, marks = [nothing, ids], [nothing, torch.ones_like(ids)]
+        padded, mask = (torch.cat(x if side == "left" else x[::-1], 1) for x in (parts, marks))
+        moved = min(difference(alone, logits[mask.bool()][None]) for logits in ways(model, padded, mask))
+        if not moved <= SAME:
+            seen.append(f"with {PADS} pads on the {side} the logits differ by {moved:.1e}")
+    padded, mask = torch.cat([nothing, ids], 1), torch.cat([nothing, torch.ones_like(ids)], 1)
+    together, single = model.generate(padded, attention_mask=mask, **GREEDY), model.generate(ids, **GREEDY)
+    if not torch.equal(together[:, PADS:], single):
+        seen.append("generate() goes on differently after pads on the left")
+    return "; ".join(seen)
+
+
+def ways(model, padded, mask):
+    """The logits with the model's own positions, and with those that generate() would make: either may be meant."""
+    yield model(input_ids=padded, attention_mask=mask).logits
+    if takes(model, "position_ids"):
+        positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+        yield model(input_ids=padded, attention_mask=mask, position_ids=positions).logits
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(fault)
