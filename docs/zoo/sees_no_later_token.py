@@ -1,7 +1,9 @@
 """The outputs of 20 tokens must not change with the 20 tokens after them."""
 
 import torch
-from tiny import SAME, difference, main, text
+from tiny import difference, main, text
+
+ROUNDING = 1e-5  # both texts are of one shape, so that there is hardly any
 
 
 def fault(model):
@@ -9,7 +11,7 @@ def fault(model):
     other[:, :20] = one[:, :20]
     before, after = (model(input_ids=ids).logits[:, :20] for ids in (one, other))
     moved = difference(before, after)
-    return "" if moved <= SAME else f"the logits of 20 tokens move by {moved:.1e} with the 20 tokens after them"
+    return "" if moved <= ROUNDING else f"the logits of 20 tokens move by {moved:.1e} with the 20 tokens after them"
 
 
 if __name__ == "__main__":
