@@ -8,7 +8,8 @@ import pytest
 import transformers
 
 from hf_holo import HoloError, cli
-from hf_holo.eval.conformance import zoo
+from hf_holo.eval.conformance import tiny_models, zoo
+from hf_holo.eval.conformance.tiny_models import LARGEST, TINY, tiny_config, tiny_model
 
 FEW = ("llama", "mamba", "gpt2")
 PAGE = Path(__file__).parents[2] / "docs" / "zoo.md"
@@ -20,21 +21,21 @@ RARE = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("mixtral", "bert
 
 @pytest.mark.parametrize("kind", [*FEW, "bart", *RARE])
 def test_tiny_models_are_built(kind):
-    model = zoo.tiny_model(kind)
-    assert 0 < sum(p.numel() for p in model.parameters()) <= zoo.LARGEST
+    model = tiny_model(getattr(transformers, zoo.classes()[kind]))
+    assert 0 < sum(p.numel() for p in model.parameters()) <= LARGEST
     assert not model.config.is_encoder_decoder
 
 
 @pytest.mark.parametrize(("kind", "field"), [("bamba", "layers_block_type"), ("qwen3_next", "layer_types")])
 def test_every_kind_of_layer_of_a_hybrid_occurs(kind, field):
-    config = zoo.tiny_model(kind).config
-    assert len(set(getattr(config, field))) == 2 and config.num_hidden_layers <= zoo.DEEPEST
+    config = tiny_model(getattr(transformers, zoo.classes()[kind])).config
+    assert len(set(getattr(config, field))) == 2 and config.num_hidden_layers <= tiny_models.DEEPEST
 
 
 def test_a_size_that_is_smaller_by_default_stays_and_special_tokens_differ():
-    config = zoo.tiny_config(transformers.GPTBigCodeForCausalLM)
-    assert config.num_key_value_heads == 1 and config.n_embd == zoo.TINY["n_embd"]
-    config = zoo.tiny_config(transformers.MambaForCausalLM)
+    config = tiny_config(transformers.GPTBigCodeForCausalLM)
+    assert config.num_key_value_heads == 1 and config.n_embd == TINY["n_embd"]
+    config = tiny_config(transformers.MambaForCausalLM)
     assert len({config.pad_token_id, config.bos_token_id, config.eos_token_id}) == 3
 
 
@@ -44,7 +45,7 @@ def test_what_does_not_run_counts_as_not_built(monkeypatch):
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
     with pytest.raises(HoloError, match="RuntimeError: not today"):
-        zoo.tiny_model("llama")
+        tiny_model(transformers.LlamaForCausalLM)
 
 
 def test_names_are_model_types_or_classes():
@@ -125,7 +126,7 @@ def test_a_class_is_checked_in_a_process_of_its_own(tmp_path, kind):
 
 
 def test_what_cannot_be_built_says_why(tmp_path, monkeypatch):
-    monkeypatch.setattr(zoo, "tiny_config", lambda kind: (_ for _ in ()).throw(KeyError("width")))
+    monkeypatch.setattr(tiny_models, "tiny_config", lambda kind: (_ for _ in ()).throw(KeyError("width")))
     zoo.check_class("llama", tmp_path / "llama.jsonl")
     assert json.loads((tmp_path / "llama.jsonl").read_text(encoding="utf-8")) == {
         "trouble": "not built: KeyError: 'width'"

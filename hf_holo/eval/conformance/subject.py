@@ -164,7 +164,8 @@ class Subject:
             features.add("token outputs" if per_token else "pooled output")
         if self._generates and self.causal and text:
             features.add("generation")
-            if "inputs_embeds" in inspect.signature(self.model_class.prepare_inputs_for_generation).parameters:
+            generating: Any = self.model_class
+            if "inputs_embeds" in inspect.signature(generating.prepare_inputs_for_generation).parameters:
                 features.add("generation from embeddings")
         if self.cache_name:
             features.add("cache")
@@ -325,7 +326,7 @@ class Subject:
         return self.model.get_input_embeddings()(ids)
 
     def masked(self, mask: torch.Tensor) -> dict[str, Any]:
-        """The arguments that go with an attention mask `[B, T]`: generate() makes them so where positions start at 0."""
+        """The arguments that go with an attention mask `[B, T]`, as generate() makes them if positions start at 0."""
         inputs = {"attention_mask": mask}
         if "position_ids" in self.arguments:
             inputs["position_ids"] = (mask.cumsum(1) - 1 + self.first_position).masked_fill(mask == 0, 1)
