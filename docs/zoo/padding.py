@@ -1,7 +1,7 @@
 """Padding on the left or right that the mask names must change nothing for the real tokens, nor for what follows."""
 
 import torch
-from tiny import GREEDY, SAME, difference, main, takes, text
+from tiny import SAME, difference, generate, main, takes, text
 
 PADS = 5
 
@@ -17,7 +17,7 @@ def fault(model):
         if not moved <= SAME:
             seen.append(f"with {PADS} pads on the {side} the logits differ by {moved:.1e}")
     padded, mask = torch.cat([nothing, ids], 1), torch.cat([nothing, torch.ones_like(ids)], 1)
-    together, single = model.generate(padded, attention_mask=mask, **GREEDY), model.generate(ids, **GREEDY)
+    together, single = generate(model, padded, attention_mask=mask), generate(model, ids)
     if not torch.equal(together[:, PADS:], single):
         seen.append("generate() goes on differently after pads on the left")
     return "; ".join(seen)

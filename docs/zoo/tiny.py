@@ -19,7 +19,7 @@ import transformers
 MAJOR = transformers.__version__.partition(".")[0]
 CACHE_NAMES = ("past_key_values", "cache_params", "cache")  # what releases and models call it
 SAME = 1e-3  # relative difference that may be rounding in float32
-GREEDY = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
+NEW = 12  # tokens that are generated
 
 
 def main(fault: Callable[[Any], str]) -> None:
@@ -66,11 +66,25 @@ def takes(model: Any, name: str) -> bool:
     return name in signature(model.forward).parameters
 
 
-def cache_name(model: Any) -> str:
-    """What its forward calls the cache."""
-    return next(name for name in CACHE_NAMES if takes(model, name))
+def generate(model: Any, ids: torch.Tensor, **options: Any) -> Any:
+    """`NEW` tokens, greedily unless the options say otherwise; every token of `ids` counts unless a mask is given."""
+    mask = {"attention_mask": torch.ones_like(ids)} if takes(model, "attention_mask") else {}
+    usual = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None}
+    return model.generate(ids, **{**mask, **usual, **options})
+
+
+def cache_name(model: Any) -> str | None:
+    """What its forward calls the cache; None if it takes none."""
+    return next((name for name in CACHE_NAMES if takes(model, name)), None)
 
 
 def cache_of(output: Any) -> Any:
-    """The cache that a forward or generate() returned."""
-    return next(output[name] for name in CACHE_NAMES if output.get(name) is not None)
+    """The cache that a forward or generate() returned.
+
+    Raises:
+        LookupError: it returned none.
+    """
+    for name in CACHE_NAMES:
+        if output.get(name) is not None:
+            return output[name]
+    raise LookupError("the model takes a cache and returns none")

@@ -33,6 +33,7 @@ TINY: Mapping[str, Any] = {
     "ffn_hidden_size": 48,
     "block_auto_adjust_ff_dim": False,
     "bidirectional": False,
+    "causal": True,
     "use_mamba_kernels": False,
     "ffn_dim": 48,
     "decoder_ffn_dim": 48,
@@ -131,6 +132,7 @@ OWN: Mapping[str, Mapping[str, Any]] = {  # what some cannot do without; with tw
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [32, 32]},
+    "xlnet": {"attn_type": "uni"},
     "xmod": {"default_language": "en_XX"},
 }
 ALWAYS = {"is_decoder": True, "is_encoder_decoder": False}  # encoders with a causal head look back only as decoders

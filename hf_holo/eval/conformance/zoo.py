@@ -234,7 +234,8 @@ def _ask(script: Path, names: Sequence[str]) -> Iterator[tuple[str, str]]:
         return
     command = [sys.executable, str(script), *names]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = dict(line.split(": ", 1) for line in process.stdout.splitlines())
+    pairs = (line.partition(": ")[::2] for line in process.stdout.splitlines())
+    lines = {name: said for name, said in pairs if name in names}  # there are models that print, too
     if set(lines) != set(names):
         raise HoloError(f"{script} ended before it was done: {process.stderr.strip().rpartition(chr(10))[2]}")
     yield from ((name, "" if said == NOTHING_SEEN else said) for name, said in lines.items())
