@@ -87,7 +87,9 @@ def test_no_failure_is_named_unless_a_script_in_plain_transformers_shows_it(tmp_
     scripts = shutil.copytree(SCRIPTS, tmp_path / "zoo")
     animals = [failing("BartForCausalLM", "padding"), failing("LlamaForCausalLM", "padding")]
     bart, llama = zoo.confirm(animals, scripts)
-    assert bart.cell("padding") == "✗ left padding" and "pads on the left" in bart.confirmed["padding"]
+    assert bart.cell("padding") == "✗" and "pads on the left" in bart.confirmed["padding"]
+    assert animals[0].cell("padding") == "? left padding"
+    assert "| `BartForCausalLM` | padding | with 5 pads on the left" in zoo.failures([bart, llama])
     assert llama.cell("padding") == "?" and llama.confirmed == {"padding": ""}
     said = json.loads((scripts / f"confirmed-{MAJOR}.json").read_text(encoding="utf-8"))
     assert said == {"BartForCausalLM": bart.confirmed, "LlamaForCausalLM": llama.confirmed}
@@ -109,11 +111,16 @@ def test_the_scripts_need_nothing_of_ours():
 def test_every_failure_on_the_page_has_its_sentence(major):
     page = PAGE.read_text(encoding="utf-8").partition(f"<!-- transformers-{major}: begin -->")[2].partition("<!--")[0]
     said = json.loads((SCRIPTS / f"confirmed-{major}.json").read_text(encoding="utf-8"))
-    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
-    assert len(rows) >= 100
-    for row in rows:
-        for column, cell in zip(zoo.COLUMNS, row[1:], strict=False):
-            assert not cell.startswith("✗") or said[row[0].strip("| `")][column], row
+    rows = [
+        [cell.strip(" `") for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")
+    ]
+    told = {(name, column): words for name, column, words in (row for row in rows if len(row) == 3)}
+    marks = [row for row in rows if len(row) > 3]
+    assert len(marks) >= 100
+    failed = {
+        (row[0], column) for row in marks for column, cell in zip(zoo.COLUMNS, row[1:], strict=False) if cell == "✗"
+    }
+    assert failed == set(told) and all(said[name][column] == words for (name, column), words in told.items())
 
 
 @pytest.mark.slow

@@ -77,13 +77,13 @@ class Animal:
         return [r["check"] for r in self._of(column) if r["status"] == "failed"]
 
     def cell(self, column: str) -> str:
-        """✓ if all that apply have passed, ✗ and the failed checks if a script has shown it (? and they if none was
-        asked, ? if it saw nothing), – if none applies."""
-        failed = ", ".join(self.failed(column))
+        """✓ if all that apply have passed, ✗ for a failure that a script has shown (? if it has not, or with the failed
+        checks if none was asked), – if none applies."""
+        failed = self.failed(column)
         if failed and column not in self.confirmed:
-            return f"? {failed}"
+            return "? " + ", ".join(failed)
         if failed:
-            return f"✗ {failed}" if self.confirmed[column] else "?"
+            return "✗" if self.confirmed[column] else "?"
         return "✓" if any(r["status"] == "passed" for r in self._of(column)) else "–"
 
     def _of(self, column: str) -> list[dict[str, Any]]:
@@ -196,6 +196,17 @@ def table(animals: Sequence[Animal]) -> str:
     return markdown_table(("class", *COLUMNS, "remark"), rows)
 
 
+def failures(animals: Sequence[Animal]) -> str:
+    """One row for each failure that a script has shown, with its words."""
+    rows = [
+        (f"`{a.model_class}`", column, said)
+        for column in COLUMNS
+        for a in animals
+        if a.failed(column) and (said := a.confirmed.get(column))
+    ]
+    return markdown_table(("class", "column", "what its script sees"), rows)
+
+
 def summary(animals: Sequence[Animal]) -> str:
     """How many were checked, and how many have a confirmed failure in each column."""
     built = [a for a in animals if a.results]
@@ -252,7 +263,8 @@ def write_page(animals: Sequence[Animal], page: Path) -> list[Animal]:
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
     filled(text, f"transformers-{major}", "")  # before the scripts run
     animals = confirm(animals, page.with_suffix(""))
-    write_text(page, filled(text, f"transformers-{major}", f"{summary(animals)}\n\n{table(animals)}"))
+    content = "\n\n".join((summary(animals), failures(animals), table(animals)))
+    write_text(page, filled(text, f"transformers-{major}", content))
     return animals
 
 
