@@ -191,9 +191,12 @@ def check_class(kind: str, record: Path) -> None:
 
 # What is told ---------------------------------------------------------------------------------------------------------
 def table(animals: Sequence[Animal]) -> str:
-    """One row for each class."""
-    rows = [(f"`{a.model_class}`", *map(a.cell, COLUMNS), a.trouble) for a in animals]
-    return markdown_table(("class", *COLUMNS, "remark"), rows)
+    """One row for each class that was checked, and one below for each that was not, or not to the end."""
+    rows = [(f"`{a.model_class}`", *map(a.cell, COLUMNS)) for a in animals if a.results]
+    others = [(f"`{a.model_class}`", a.trouble) for a in animals if a.trouble]
+    tables = [markdown_table(("class", *COLUMNS), rows)] if rows else []
+    tables += [markdown_table(("class", "why it was not checked"), others)] if others else []
+    return "\n\n".join(tables)
 
 
 def failures(animals: Sequence[Animal]) -> str:
