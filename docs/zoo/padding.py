@@ -16,10 +16,12 @@ def fault(model):
         moved = min(difference(alone, logits[mask.bool()][None]) for logits in ways(model, padded, mask))
         if not moved <= SAME:
             seen.append(f"with {PADS} pads on the {side} the logits differ by {moved:.1e}")
+    if not hasattr(model, "generate"):  # there are such in version 4
+        return "; ".join(seen)
     padded, mask = torch.cat([nothing, ids], 1), torch.cat([nothing, torch.ones_like(ids)], 1)
     together, single = generate(model, padded, attention_mask=mask), generate(model, ids)
     if not torch.equal(together[:, PADS:], single):
-        seen.append("generate() goes on differently after pads on the left")
+        seen.append("generate() continues differently after pads on the left")
     return "; ".join(seen)
 
 

@@ -19,7 +19,7 @@ import transformers
 MAJOR = transformers.__version__.partition(".")[0]
 CACHE_NAMES = ("past_key_values", "cache_params", "cache")  # what releases and models call it
 SAME = 1e-3  # relative difference that may be rounding in float32
-NEW = 12  # tokens that are generated
+NEW, NO_END = 12, 1_000_000  # tokens that are generated; an id that none of them has
 
 
 def main(fault: Callable[[Any], str]) -> None:
@@ -69,7 +69,7 @@ def takes(model: Any, name: str) -> bool:
 def generate(model: Any, ids: torch.Tensor, **options: Any) -> Any:
     """`NEW` tokens, greedily unless the options say otherwise; every token of `ids` counts unless a mask is given."""
     mask = {"attention_mask": torch.ones_like(ids)} if takes(model, "attention_mask") else {}
-    usual = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None}
+    usual = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": NO_END}
     return model.generate(ids, **{**mask, **usual, **options})
 
 
@@ -79,12 +79,5 @@ def cache_name(model: Any) -> str | None:
 
 
 def cache_of(output: Any) -> Any:
-    """The cache that a forward or generate() returned.
-
-    Raises:
-        LookupError: it returned none.
-    """
-    for name in CACHE_NAMES:
-        if output.get(name) is not None:
-            return output[name]
-    raise LookupError("the model takes a cache and returns none")
+    """The cache that a forward or generate() returned; None if it returned none."""
+    return next((output[name] for name in CACHE_NAMES if output.get(name) is not None), None)
