@@ -51,17 +51,20 @@ def second_turn(model):
         return ""
     ids, name = torch.cat([first.sequences, text(1, 5)], 1), cache_name(model)
     fresh = generate(model, ids, use_cache=False)[:, -NEW:]
-    for given in (ids, ids[:, -6:]):  # a cache that counts no tokens wants only those that it has not seen
+    tried = []
+    # a cache that counts no tokens wants only those that it has not seen
+    for what, given in {"the whole text": ids, "what is new": ids[:, -6:]}.items():
         cache = copy.deepcopy(cache_of(first))
         try:
             continued = generate(model, given, **{name: cache})[:, -NEW:]
-        except (RuntimeError, ValueError, IndexError):  # it wants the other
+        except (RuntimeError, ValueError, IndexError) as error:  # the other may be what it wants
+            tried.append(f"given {what} it raises {type(error).__name__}")
             continue
         if torch.equal(continued, fresh):
             return ""
-    return "a second turn on the cache of generate() is not one on the text"
+        tried.append(f"given {what} it says something else")
+    return f"a second turn on the cache of generate() is not one on the text: {', '.join(tried)}"
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main(fault)

@@ -9,16 +9,18 @@ PADS = 5
 def fault(model):
     ids = text(1, 20)
     alone, nothing = model(input_ids=ids).logits, torch.zeros(1, PADS, dtype=torch.long)
+    pads, tokens = (nothing, nothing), (ids, torch.ones_like(ids))  # ids and mask
+    left, right = (
+        tuple(torch.cat(x, 1) for x in zip(*order, strict=True)) for order in ((pads, tokens), (tokens, pads))
+    )
     seen = []
-    for side in ("left", "right"):
-        parts, marks = [nothing, ids], [nothing, torch.ones_like(ids)]
-        padded, mask = (torch.cat(x if side == "left" else x[::-1], 1) for x in (parts, marks))
+    for side, (padded, mask) in {"left": left, "right": right}.items():
         moved = min(difference(alone, logits[mask.bool()][None]) for logits in ways(model, padded, mask))
         if not moved <= SAME:
             seen.append(f"with {PADS} pads on the {side} the logits differ by {moved:.1e}")
     if not hasattr(model, "generate"):  # there are such in version 4
         return "; ".join(seen)
-    padded, mask = torch.cat([nothing, ids], 1), torch.cat([nothing, torch.ones_like(ids)], 1)
+    padded, mask = left
     together, single = generate(model, padded, attention_mask=mask), generate(model, ids)
     if not torch.equal(together[:, PADS:], single):
         seen.append("generate() continues differently after pads on the left")
@@ -34,5 +36,4 @@ def ways(model, padded, mask):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main(fault)

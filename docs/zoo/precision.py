@@ -1,6 +1,5 @@
 """In bfloat16 a model must give about what it gives in float32 with the same weights: the median position counts."""
 
-import torch
 from tiny import main, text
 
 ALLOWED = 0.1  # of the largest logit
@@ -16,5 +15,4 @@ def fault(model):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main(fault)

@@ -2,7 +2,6 @@
 
 import tempfile
 
-import torch
 from tiny import SAME, difference, main, text
 
 
@@ -16,5 +15,4 @@ def fault(model):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main(fault)

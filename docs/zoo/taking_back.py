@@ -11,5 +11,4 @@ def fault(model):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main(fault)

@@ -140,16 +140,17 @@ ALWAYS = {"is_decoder": True, "is_encoder_decoder": False}  # encoders with a ca
 
 def tiny_config(model_class: type[PreTrainedModel]) -> PretrainedConfig:
     """A config of this class whose sizes are tiny, its parts included."""
-    return config_of(model_class)(**tiny_arguments(config_of(model_class)))
+    usual = usual_config(model_class)
+    return type(usual)(**tiny_arguments(usual))
 
 
-def config_of(model_class: type[PreTrainedModel]) -> type[PretrainedConfig]:
-    return cast(type[PretrainedConfig], model_class.config_class)
+def usual_config(model_class: type[PreTrainedModel]) -> PretrainedConfig:
+    """What a model of this class is by default."""
+    return cast(type[PretrainedConfig], model_class.config_class)()
 
 
-def tiny_arguments(config_class: type[PretrainedConfig], usual: PretrainedConfig | None = None) -> dict[str, Any]:
-    """What makes a config tiny, as it can be written to JSON; `usual`: what it is by default."""
-    usual = usual or config_class()
+def tiny_arguments(usual: PretrainedConfig) -> dict[str, Any]:
+    """What makes a config tiny that is by default as `usual`, in a form that can be written to JSON."""
     fields = vars(usual)
     known = {name for name, value in fields.items() if value is not None or name in EVEN_IF_NONE}
     arguments = {name: _no_more(name, value, fields[name]) for name, value in TINY.items() if name in known}
@@ -157,7 +158,7 @@ def tiny_arguments(config_class: type[PretrainedConfig], usual: PretrainedConfig
         arguments["num_key_value_heads"] = TINY["num_attention_heads"]  # its keys are made for every head
     for name, part in fields.items():
         if isinstance(part, PretrainedConfig):
-            arguments[name] = {"model_type": part.model_type} | tiny_arguments(type(part), part)
+            arguments[name] = {"model_type": part.model_type} | tiny_arguments(part)
     own = OWN.get(usual.model_type, {})
 
     def of_layers(count: int) -> dict[str, Any]:
@@ -165,7 +166,7 @@ def tiny_arguments(config_class: type[PretrainedConfig], usual: PretrainedConfig
 
     if own:
         return of_layers(2)
-    return of_layers(_until_all_are_seen(_kinds_of_layers(config_class(**of_layers(DEEPEST)))))
+    return of_layers(_until_all_are_seen(_kinds_of_layers(type(usual)(**of_layers(DEEPEST)))))
 
 
 def _no_more(name: str, tiny: Any, usual: Any) -> Any:

@@ -24,8 +24,9 @@ from ..markdown import filled, markdown_table
 from .checks import run_check, select
 from .quiet import quiet
 from .subject import Subject
-from .tiny_models import config_of, tiny_arguments, tiny_model
+from .tiny_models import tiny_arguments, tiny_model, usual_config
 
+MAJOR = transformers.__version__.partition(".")[0]
 NOTHING_SEEN = "nothing seen"  # what the scripts say then
 LIMIT = 120.0  # seconds for a class
 COLUMNS: Mapping[str, tuple[str, ...]] = {  # of the table, and the checks or groups that it sums up
@@ -231,14 +232,14 @@ def confirm(animals: Sequence[Animal], scripts: Path) -> list[Animal]:
     """
     failing = {column: [a.model_class for a in animals if a.failed(column)] for column in COLUMNS}
     named = dict.fromkeys(name for names in failing.values() for name in names)
-    sizes = {name: tiny_arguments(config_of(getattr(transformers, name))) for name in named}
-    major = transformers.__version__.partition(".")[0]
-    write_text(scripts / f"configs-{major}.json", json.dumps(sizes, indent=1) + "\n")
+    with quiet():
+        sizes = {name: tiny_arguments(usual_config(getattr(transformers, name))) for name in named}
+    write_text(scripts / f"configs-{MAJOR}.json", json.dumps(sizes, indent=1) + "\n")
     said: dict[str, dict[str, str]] = {name: {} for name in named}
     for column, names in failing.items():
         for name, sentence in _ask(scripts / f"{column.replace(' ', '_')}.py", names):
             said[name][column] = sentence
-    write_text(scripts / f"confirmed-{major}.json", json.dumps(said, indent=1) + "\n")
+    write_text(scripts / f"confirmed-{MAJOR}.json", json.dumps(said, indent=1) + "\n")
     return [replace(a, confirmed=said.get(a.model_class, {})) for a in animals]
 
 
@@ -262,12 +263,11 @@ def write_page(animals: Sequence[Animal], page: Path) -> list[Animal]:
     Raises:
         HoloError: the page has no such marks, or a script did not run.
     """
-    major = transformers.__version__.partition(".")[0]
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
-    filled(text, f"transformers-{major}", "")  # before the scripts run
+    filled(text, f"transformers-{MAJOR}", "")  # before the scripts run
     animals = confirm(animals, page.with_suffix(""))
     content = "\n\n".join((summary(animals), failures(animals), table(animals)))
-    write_text(page, filled(text, f"transformers-{major}", content))
+    write_text(page, filled(text, f"transformers-{MAJOR}", content))
     return animals
 
 
